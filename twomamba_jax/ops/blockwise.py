@@ -1,0 +1,105 @@
+"""The chunked form of the exponential score: online softmax over blocks, O(T^2) time and O(T) memory.
+
+A block of queries visits the blocks of keys from its own backwards, then the cache. In that order the decay between two
+blocks is a running sum over the blocks passed. Of a block of queries only the inputs are kept for the backward pass.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from twomamba_jax.ops import cache, stages
+from twomamba_jax.ops.chunked import join, split
+from twomamba_jax.ops.decay import prefix_log_decay, suffix_log_decay
+from twomamba_jax.ops.numerics import accumulation_dtype, contract
+from twomamba_jax.ops.operation import Operation
+from twomamba_jax.ops.segments import same_run
+from twomamba_jax.ops.state import KeyValueCache
+
+
+class _Partial(NamedTuple):
+    """A softmax over the keys seen so far: the largest logit (0 if unnormalised), and the sums relative to it."""
+
+    largest: jax.Array
+    sums: stages.Sums
+
+
+class _Block(NamedTuple):
+    """The keys of one block; log_decay [B, G, C], run [B, C] or None."""
+
+    k: jax.Array
+    v: jax.Array
+    log_decay: jax.Array
+    run: jax.Array | None
+
+
+def blockwise(op: Operation, q, k, v, log_decay, run, state: KeyValueCache | None, chunk_size: int):
+    """The exponential score in blocks of `chunk_size` tokens; heads-first arrays as in `stages`.
+
+    Returns:
+      y [B, G, R, T, V] in the accumulation dtype.
+    """
+    size = q.shape[3]
+    if log_decay is None:
+        log_decay = jnp.zeros(k.shape[:-1], accumulation_dtype(k.dtype))
+    blocks = _Block(
+        k=split(k, 2, chunk_size),
+        v=split(v, 2, chunk_size),
+        log_decay=split(log_decay, 2, chunk_size),
+        run=None if run is None else split(run, 1, chunk_size, mode="edge"),
+    )
+
+    @jax.checkpoint
+    def output(args):
+        q, index = args
+        own = _take(blocks, index)
+        prefix = prefix_log_decay(own.log_decay)
+
+        def visit(carry, distance):
+            return jax.lax.cond(distance <= index, lambda: absorb_block(carry, index - distance), lambda: carry), None
+
+        def absorb_block(carry, other):
+            partial, passed = carry
+            block = _take(blocks, other)
+            logits = contract("bgrik,bgjk->bgrij", q, block.k, op.precision) * op.query_scale
+            decay = (prefix + passed[..., None])[..., None] + suffix_log_decay(block.log_decay)[..., None, :]
+            if run is not None:
+                decay = jnp.where(same_run(own.run, block.run)[:, None], decay, -jnp.inf)
+            partial = _absorb(op, partial, logits + decay[:, :, None], block.v)
+            return partial, passed + block.log_decay.sum(-1)
+
+        partial = _absorb(op, None, stages.exponential_logits(op, q, own.k, own.log_decay, own.run), own.v)
+        carry = partial, jnp.zeros(prefix.shape[:-1], prefix.dtype)
+        (partial, passed), _ = jax.lax.scan(visit, carry, jnp.arange(1, blocks.k.shape[0]))
+        if state is not None:
+            visible = None if run is None else own.run == 0
+            logits = cache.logits(op, q, prefix + passed[..., None], visible, state)
+            partial = _absorb(op, partial, logits, cache.values(state))
+        return partial.sums.outputs(op)
+
+    y = jax.lax.map(output, (split(q, 3, chunk_size), jnp.arange(blocks.k.shape[0])))
+    return join(y, 3)[..., :size, :]
+
+
+def _take(blocks: _Block, index) -> _Block:
+    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), blocks)
+
+
+def _absorb(op: Operation, partial: _Partial | None, logits, v) -> _Partial:
+    """Adds keys with these logits [B, G, R, C, J] to a partial softmax.
+
+    The largest logit cancels in the quotient, so its derivative is not taken. The first keys that a row sees include
+    its own, so it is finite from the start.
+    """
+    if op.normalize:
+        largest = jax.lax.stop_gradient(logits.max(-1))
+        largest = largest if partial is None else jnp.maximum(partial.largest, largest)
+    else:
+        largest = jnp.zeros(logits.shape[:-1], logits.dtype)
+    weights = jnp.exp(logits - largest[..., None])
+    sums = stages.weighted_sums(op, weights, v)
+    if partial is not None:
+        rescale = jnp.exp(partial.largest - largest)
+        sums = sums + partial.sums.scaled(rescale)
+    return _Partial(largest, sums)

@@ -1,0 +1,60 @@
+"""The key/value cache of the exponential score: attending to it and appending to it."""
+
+import jax.numpy as jnp
+
+from twomamba_jax.ops.decay import suffix_log_decay
+from twomamba_jax.ops.numerics import contract
+from twomamba_jax.ops.operation import Operation
+from twomamba_jax.ops.state import KeyValueCache
+
+
+def logits(op: Operation, q, log_decay, visible, cache: KeyValueCache):
+    """Log weights [B, G, R, T, S] of the cached tokens for each of T new ones.
+
+    `log_decay [B, G, T]` is the decay from the cache's end up to each new token (None: none), `visible [B, T]` whether
+    that token is in the cache's segment (None: all are). Slots out of sight get -inf.
+    """
+    x = contract("bgrik,bsgk->bgris", q, cache.keys, op.precision) * op.query_scale
+    x = x + jnp.moveaxis(cache.log_weights, 1, 2)[:, :, None, None]
+    if log_decay is not None:
+        x = x + log_decay[:, :, None, :, None]
+    return x if visible is None else jnp.where(visible[:, None, None, :, None], x, -jnp.inf)
+
+
+def values(cache: KeyValueCache):
+    """The cached values heads-first, [B, G, S, V]."""
+    return jnp.moveaxis(cache.values, 1, 2)
+
+
+def append(k, v, log_decay, run, lengths, cache: KeyValueCache) -> KeyValueCache:
+    """The cache after T new tokens; k, v [B, G, T, .], log_decay [B, G, T], lengths [B] the tokens that count.
+
+    Tokens of earlier segments keep their slots with weight 0, so that slots count tokens.
+    """
+    batch, heads, size = k.shape[:3]
+    wide = cache.log_weights.dtype
+    if log_decay is None:
+        log_decay = jnp.zeros((batch, heads, size), wide)
+    new, old = suffix_log_decay(log_decay).astype(wide), cache.log_weights + log_decay.sum(-1)[:, None]
+    if run is not None:
+        new = jnp.where((run == run[:, -1:])[:, None], new, -jnp.inf)
+        old = jnp.where((run[:, -1] == 0)[:, None, None], old, -jnp.inf)
+    offsets = jnp.arange(size)
+    slots = cache.length[:, None] + offsets
+    slots = jnp.where(offsets < lengths[:, None], slots, cache.keys.shape[1])  # padding: out of bounds, dropped
+    rows = jnp.arange(batch)[:, None]
+
+    def write(into, values):
+        return into.at[rows, slots].set(jnp.moveaxis(values, 1, 2).astype(into.dtype), mode="drop")
+
+    return KeyValueCache(
+        keys=write(cache.keys, k),
+        values=write(cache.values, v),
+        log_weights=write(old, new),
+        length=cache.length + lengths.astype(cache.length.dtype),
+    )
+
+
+def overflows(cache: KeyValueCache, lengths):
+    """[B]: True for rows whose new tokens do not fit."""
+    return cache.length + lengths > cache.keys.shape[1]

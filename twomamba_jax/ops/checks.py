@@ -1,0 +1,86 @@
+"""Argument checks of the operation: what was wrong, what was expected, what to do."""
+
+import jax
+import jax.numpy as jnp
+
+from twomamba_jax.ops.operation import Operation
+from twomamba_jax.ops.state import FiniteState, KeyValueCache, init_state
+
+FORMS = ("parallel", "chunked", "recurrent")
+
+
+def check_form(op: Operation, form, chunk_size) -> None:
+    """The form exists, can compute the score, and takes a chunk size if one is given."""
+    if form is not None and form not in FORMS:
+        raise ValueError(f"form={form!r} is unknown: expected None or one of {', '.join(FORMS)}")
+    if form == "recurrent" and not op.is_finite:
+        raise ValueError(
+            "form='recurrent' needs a finite state, and score='exp' has none: use form='chunked' or 'parallel', or "
+            "decay_attention_step with a key/value cache"
+        )
+    if chunk_size is not None and (chunk_size < 1 or chunk_size != int(chunk_size)):
+        raise ValueError(f"chunk_size={chunk_size} must be an integer of at least 1, or None")
+    if chunk_size is not None and form in ("parallel", "recurrent"):
+        raise ValueError(f"chunk_size={chunk_size} given for form={form!r}, which has no chunks: omit it")
+
+
+def check_arrays(q, k, v, log_decay) -> None:
+    """Shapes and dtypes of `[B, T, heads, dim]` arrays fit each other."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.ndim != 4:
+            raise ValueError(f"{name} must be [B, T, heads, dim], got shape {x.shape}")
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise ValueError(f"{name} must be floating point, got dtype {x.dtype}")
+        if x.dtype != q.dtype:
+            raise ValueError(f"q, k and v must share one dtype, got q {q.dtype} and {name} {x.dtype}: cast them first")
+        if x.shape[:2] != q.shape[:2]:
+            raise ValueError(f"{name} has [B, T] = {x.shape[:2]}, but q has {q.shape[:2]}")
+    if q.shape[1] < 1:
+        raise ValueError(f"there must be at least one token, got q of shape {q.shape}")
+    if k.shape[-1] != q.shape[-1]:
+        raise ValueError(f"q and k must share their head dimension, got {q.shape[-1]} and {k.shape[-1]}")
+    if v.shape[2] != k.shape[2]:
+        raise ValueError(f"k and v must have the same heads, got {k.shape[2]} and {v.shape[2]}")
+    if q.shape[2] % k.shape[2]:
+        raise ValueError(f"the {q.shape[2]} query heads must be a multiple of the {k.shape[2]} key/value heads")
+    if log_decay is not None:
+        if log_decay.shape != k.shape[:3]:
+            raise ValueError(f"log_decay must be [B, T, G] = {k.shape[:3]}, got {log_decay.shape}")
+        if log_decay.dtype not in (jnp.float32, jnp.float64):
+            raise ValueError(
+                f"log_decay must be float32 or float64, got {log_decay.dtype}: sums of decays need the precision"
+            )
+
+
+def check_rows(q, segment_ids, lengths) -> None:
+    """Segment ids and lengths are integers of the right shape."""
+    for name, x, shape in (("segment_ids", segment_ids, q.shape[:2]), ("lengths", lengths, q.shape[:1])):
+        if x is None:
+            continue
+        if x.shape != shape:
+            raise ValueError(f"{name} must have shape {shape}, got {x.shape}")
+        if not jnp.issubdtype(x.dtype, jnp.integer):
+            raise ValueError(f"{name} must be integers, got dtype {x.dtype}")
+
+
+def check_state(op: Operation, q, k, v, state, lengths) -> None:
+    """The state is of the score's kind, has the right shapes, and room for the new tokens where that is known."""
+    if state is None:
+        return
+    kind = FiniteState if op.is_finite else KeyValueCache
+    if not isinstance(state, kind):
+        raise ValueError(f"score={op.score!r} continues a {kind.__name__}, got {type(state).__name__}")
+    capacity = None if op.is_finite else state.keys.shape[1]
+    expected = jax.eval_shape(
+        lambda: init_state(op.score, q.shape[0], k.shape[2], k.shape[3], v.shape[3], capacity=capacity)
+    )
+    for name, want, got in zip(kind._fields, expected, state):
+        if got.shape != want.shape:
+            raise ValueError(f"the state's {name} must have shape {want.shape} for these q, k and v, got {got.shape}")
+    if not op.is_finite and not any(isinstance(x, jax.core.Tracer) for x in (state.length, lengths)):
+        longest = int(jnp.max(state.length + (q.shape[1] if lengths is None else lengths)))
+        if longest > capacity:
+            raise ValueError(
+                f"the key/value cache holds {capacity} tokens and would need {longest}: make it larger with "
+                "init_state(..., capacity=...)"
+            )

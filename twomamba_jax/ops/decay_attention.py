@@ -1,0 +1,245 @@
+"""The public operation: argument checks, choice of form and implementation, head layout."""
+
+import functools
+import logging
+import math
+from typing import Literal
+
+import jax.numpy as jnp
+
+from twomamba_jax.ops import cache, checks, recurrent
+from twomamba_jax.ops.blockwise import blockwise
+from twomamba_jax.ops.chunked import chunked
+from twomamba_jax.ops.decay import STRONGEST_LOG_DECAY
+from twomamba_jax.ops.feature_map import SCORES, Score, num_features
+from twomamba_jax.ops.numerics import Precision, accumulation_dtype
+from twomamba_jax.ops.operation import Operation
+from twomamba_jax.ops.parallel import final_state, parallel
+from twomamba_jax.ops.segments import segment_runs, valid_tokens
+from twomamba_jax.ops.state import KeyValueCache, State, init_state
+from twomamba_jax.shapes import Array, Float, Keys, Lengths, LogDecay, Outputs, Queries, SegmentIds, Values
+
+Form = Literal["parallel", "chunked", "recurrent"]
+Implementation = Literal["xla", "mosaic_gpu"]
+IMPLEMENTATIONS = ("xla", "mosaic_gpu")
+
+# The parallel exponential form holds T^2 weights per head; beyond this many tokens the blockwise form is chosen.
+LONGEST_PARALLEL_SOFTMAX = 2048
+
+_log = logging.getLogger("twomamba_jax")
+
+
+def decay_attention(
+    q: Queries,
+    k: Keys,
+    v: Values,
+    log_decay: LogDecay | None = None,
+    *,
+    score: Score = "squared",
+    normalize: bool = True,
+    scale: float | None = None,
+    segment_ids: SegmentIds | None = None,
+    lengths: Lengths | None = None,
+    initial_state: State | None = None,
+    return_final_state: bool = False,
+    form: Form | None = None,
+    chunk_size: int | None = None,
+    implementation: Implementation | None = None,
+    precision: Precision = None,
+) -> Outputs | tuple[Outputs, State]:
+    """Causal attention with a decay, for any of the paper's scores.
+
+    With a_t = log_decay and A_t = a_0 + ... + a_t, for every query head:
+
+        x_ij = scale <q_i, k_j>
+        w_ij = score(x_ij) exp(A_i - A_j)    for j <= i in the same segment, else 0
+        y_i  = sum_j w_ij v_j / sum_j w_ij   (without the division if not `normalize`)
+
+    score: `linear` x (Mamba-2, linear attention), `squared` x^2 (2Mamba, Algorithm 5), `exp` e^x (2Mamba-E; softmax
+    attention without a decay).
+
+    Args:
+      q: queries [B, T, H, K], bfloat16, float16, float32 or float64.
+      k: keys [B, T, G, K]; H % G == 0, and query head h reads head h // (H // G).
+      v: values [B, T, G, V].
+      log_decay: [B, T, G], natural log of the decay of each token, <= 0; float32 or float64. None: no decay. Below
+        -128 it acts as -128, which is 0 in float32.
+      score: `linear`, `squared` or `exp`. `linear` with `normalize` asks for non-negative <q, k>.
+      normalize: whether rows are divided by the sum of their weights. A row whose weights sum to less than 2^-100 is
+        0, and so are its gradients.
+      scale: factor on <q, k>; None is 1 / sqrt(K).
+      segment_ids: [B, T] integers; a maximal run of equal ids is a segment, and nothing crosses its edge.
+      lengths: [B] integers, the tokens that count in each (right-padded) row. Outputs at padding are 0, and padding
+        enters no state.
+      initial_state: the state of the tokens before, as returned by an earlier call or by `init_state`. It continues
+        into the segment of token 0.
+      return_final_state: whether to return the state after the last token too: that of the last segment. For `exp`
+        without an initial state it is a cache of capacity T.
+      form: `parallel` is quadratic in T. `chunked` is linear in T (for `exp`: quadratic in time, linear in memory).
+        `recurrent` holds T states, for small T and K; `exp` has none. None chooses by T, K, V and score.
+      chunk_size: tokens per chunk of the chunked form, which alone takes it; None chooses.
+      implementation: `xla`, or `mosaic_gpu`, which does not exist yet and raises. None: the fastest that supports the
+        call.
+      precision: None uses weights and features in q's dtype (float16 in float32) and JAX's default product precision;
+        `highest` computes everything in float32 or wider. Denominators and states are always float32 or wider.
+
+    Returns:
+      y [B, T, H, V] in q's dtype; with `return_final_state`, also the state.
+
+    Raises:
+      ValueError: shapes or dtypes that do not fit, an unknown score, form or implementation, a form or implementation
+        that cannot compute this call, a cache without room for T tokens (inside `jax.jit`, where that cannot be
+        raised, the rows that overflow are NaN).
+    """
+    checks.check_arrays(q, k, v, log_decay)
+    op = _operation(q, score, normalize, scale, precision)
+    checks.check_rows(q, segment_ids, lengths)
+    checks.check_state(op, q, k, v, initial_state, lengths)
+    checks.check_form(op, form, chunk_size)
+    form = form or _choose_form(op, q, v)
+    if chunk_size is None:
+        chunk_size = default_chunk_size(score)
+    _choose_implementation(implementation, form)
+
+    batch, size = q.shape[:2]
+    run = None if segment_ids is None else segment_runs(segment_ids, lengths)
+    counts = jnp.full((batch,), size, jnp.int32) if lengths is None else lengths
+    log_decay = _clamp(log_decay, q.dtype)
+    if lengths is not None:
+        # Zero keys and no decay: padding changes no finite state. Valid tokens never see it.
+        valid = valid_tokens(lengths, size)
+        k = jnp.where(valid[..., None, None], k, 0)
+        v = jnp.where(valid[..., None, None], v, 0)
+        log_decay = None if log_decay is None else jnp.where(valid[..., None], log_decay, 0)
+
+    y, state = _run(op, form, chunk_size, _heads_first(q, k, v, log_decay), run, counts, initial_state)
+    y = jnp.moveaxis(y, 3, 1).reshape(*q.shape[:-1], v.shape[-1]).astype(q.dtype)
+    if lengths is not None:
+        y = jnp.where(valid[..., None, None], y, 0)
+    if isinstance(initial_state, KeyValueCache):
+        y = _poison_overflow(y, initial_state, counts)
+    return (y, state()) if return_final_state else y
+
+
+def decay_attention_step(
+    q: Float[Array, "B H K"],
+    k: Float[Array, "B G K"],
+    v: Float[Array, "B G V"],
+    log_decay: Float[Array, "B G"] | None,
+    state: State,
+    *,
+    score: Score,
+    normalize: bool,
+    scale: float | None = None,
+    precision: Precision = None,
+) -> tuple[Float[Array, "B H V"], State]:
+    """One token of `decay_attention` (Algorithm 6): attends to the state and to itself, and returns the next state.
+
+    The arguments are those of `decay_attention` without their T axis. A key/value cache that is full gives NaN.
+
+    Returns:
+      y [B, H, V] in q's dtype, and the state with the token in it.
+
+    Raises:
+      ValueError: shapes, dtypes or a state that do not fit; a full cache, outside `jax.jit`.
+    """
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.ndim != 3:
+            raise ValueError(f"{name} must be [B, heads, dim], one token without a T axis, got shape {x.shape}")
+    if log_decay is not None and log_decay.ndim != 2:
+        raise ValueError(f"log_decay must be [B, G], one token without a T axis, got shape {log_decay.shape}")
+    q, k, v, log_decay = (None if x is None else x[:, None] for x in (q, k, v, log_decay))
+    checks.check_arrays(q, k, v, log_decay)
+    op = _operation(q, score, normalize, scale, precision)
+    checks.check_state(op, q, k, v, state, None)
+    y, new_state = recurrent.step(op, *_heads_first(q, k, v, _clamp(log_decay, q.dtype)), state)
+    y = y.reshape(*q.shape[:1], *q.shape[2:3], v.shape[-1]).astype(q.dtype)
+    if isinstance(state, KeyValueCache):
+        y = _poison_overflow(y, state, jnp.ones((q.shape[0],), jnp.int32))
+    return y, new_state
+
+
+def default_chunk_size(score: Score) -> int:
+    """Tokens per chunk where the caller names none: about where a chunk's own T^2 work meets that of its state."""
+    return {"linear": 128, "squared": 256, "exp": 512}[score]
+
+
+def _run(op, form, chunk_size, arrays, run, counts, state):
+    """y heads-first, and a function that makes the final state (called only where it is wanted)."""
+    _, k, v, log_decay = arrays
+    if op.is_finite and form != "parallel":
+        if form == "chunked":
+            y, final = chunked(op, *arrays, run, state, chunk_size)
+        else:
+            y, final = recurrent.recurrent(op, *arrays, run, state)
+        return y, lambda: final
+    y = parallel(op, *arrays, run, state) if form == "parallel" else blockwise(op, *arrays, run, state, chunk_size)
+    if op.is_finite:
+        return y, lambda: final_state(op, k, v, log_decay, run, state)
+
+    def appended():
+        empty = functools.partial(init_state, "exp", k.shape[0], k.shape[1], k.shape[3], v.shape[3])
+        into = state if state is not None else empty(capacity=k.shape[2], dtype=k.dtype)
+        return cache.append(k, v, log_decay, run, counts, into)
+
+    return y, appended
+
+
+def _heads_first(q, k, v, log_decay):
+    """[B, T, H, K] -> [B, G, R, T, K]; [B, T, G, .] -> [B, G, T, .]."""
+    q = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[-1])
+    return (
+        jnp.moveaxis(q, 1, 3),
+        jnp.moveaxis(k, 1, 2),
+        jnp.moveaxis(v, 1, 2),
+        None if log_decay is None else jnp.moveaxis(log_decay, 1, 2),
+    )
+
+
+def _clamp(log_decay, dtype):
+    if log_decay is None:
+        return None
+    log_decay = log_decay.astype(jnp.promote_types(log_decay.dtype, accumulation_dtype(dtype)))
+    return jnp.where(log_decay < STRONGEST_LOG_DECAY, STRONGEST_LOG_DECAY, log_decay)
+
+
+def _poison_overflow(y, state, counts):
+    over = cache.overflows(state, counts)
+    return jnp.where(over.reshape(-1, *[1] * (y.ndim - 1)), jnp.nan, y)
+
+
+def _operation(q, score, normalize, scale, precision) -> Operation:
+    if score not in SCORES:
+        raise ValueError(f"score={score!r} is unknown: expected one of {', '.join(SCORES)}")
+    if precision not in (None, "highest"):
+        raise ValueError(f"precision={precision!r} is unknown: expected None or 'highest'")
+    return Operation(score, bool(normalize), 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale), precision)
+
+
+def _choose_form(op: Operation, q, v) -> Form:
+    """Arithmetic: the parallel form costs 2 T (K + V) flops per token and head, the chunked 2 C (K + V) + 4 D V."""
+    size, head_dim, value_dim = q.shape[1], q.shape[-1], v.shape[-1]
+    if not op.is_finite:
+        return "parallel" if size <= LONGEST_PARALLEL_SOFTMAX else "chunked"
+    state_flops = 4 * num_features(op.score, head_dim) * value_dim
+    crossover = default_chunk_size(op.score) + state_flops / (2 * (head_dim + value_dim))
+    return "parallel" if size <= crossover else "chunked"
+
+
+def _choose_implementation(implementation, form) -> None:
+    if implementation is not None and implementation not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"implementation={implementation!r} is unknown: expected None or one of {', '.join(IMPLEMENTATIONS)}"
+        )
+    if implementation == "mosaic_gpu":
+        raise ValueError(
+            "implementation='mosaic_gpu' does not exist yet in this version: use implementation='xla', or None"
+        )
+    if implementation is None:
+        _log_choice(form)
+
+
+@functools.cache
+def _log_choice(form) -> None:
+    """Says once per form what None chose."""
+    _log.info("decay_attention: form=%s, implementation=xla (the only one so far)", form)

@@ -1,0 +1,35 @@
+"""What one call computes, apart from its arrays: the static description that every form and stage takes."""
+
+import dataclasses
+
+from twomamba_jax.ops.feature_map import FINITE_SCORES, Score
+from twomamba_jax.ops.numerics import SQUARED_SHIFT, ZERO_DENOMINATOR, Precision
+
+
+@dataclasses.dataclass(frozen=True)
+class Operation:
+    """Score, normalisation and scale of a call, and the precision of its products."""
+
+    score: Score
+    normalize: bool
+    scale: float
+    precision: Precision = None
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether the score has a state of constant size."""
+        return self.score in FINITE_SCORES
+
+    @property
+    def query_scale(self) -> float:
+        """The factor on <q, k> before the score: `scale`, and the range shift of normalised squared scores."""
+        return self.scale * (SQUARED_SHIFT if self._shifts else 1.0)
+
+    @property
+    def denominator_floor(self) -> float:
+        """Weights that sum to less than this count as 0."""
+        return ZERO_DENOMINATOR * (SQUARED_SHIFT**2 if self._shifts else 1.0)
+
+    @property
+    def _shifts(self) -> bool:
+        return self.normalize and self.score == "squared"

@@ -1,0 +1,46 @@
+"""The parallel form: the definition of the operation, quadratic in T, for every score."""
+
+import jax
+import jax.numpy as jnp
+
+from twomamba_jax.ops import cache, stages
+from twomamba_jax.ops.decay import prefix_log_decay
+from twomamba_jax.ops.operation import Operation
+from twomamba_jax.ops.state import FiniteState, State
+
+
+def parallel(op: Operation, q, k, v, log_decay, run, state: State | None):
+    """All T^2 weights at once; heads-first arrays as in `stages`.
+
+    Returns:
+      y [B, G, R, T, V] in the accumulation dtype.
+    """
+    seen = None if run is None else run == 0  # the tokens that see the initial state
+    if op.is_finite:
+        sums = stages.intra(op, q, k, v, log_decay, run)
+        if state is not None:
+            sums = sums + stages.query(op, q, log_decay, seen, state)
+        return sums.outputs(op)
+    logits = stages.exponential_logits(op, q, k, log_decay, run)
+    if state is not None:
+        cached = cache.logits(op, q, None if log_decay is None else prefix_log_decay(log_decay), seen, state)
+        logits = jnp.concatenate([cached, logits], axis=-1)
+        v = jnp.concatenate([cache.values(state), v], axis=2)
+    return softmax(op, logits, v)
+
+
+def softmax(op: Operation, logits, v):
+    """sum_j e^logit_ij v_j, divided by sum_j e^logit_ij if the operation normalises."""
+    if op.normalize:
+        # The largest logit cancels in the quotient: its derivative is not taken.
+        logits = logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True))
+    return stages.weighted_sums(op, jnp.exp(logits), v).outputs(op)
+
+
+def final_state(op: Operation, k, v, log_decay, run, state: FiniteState | None) -> FiniteState:
+    """The finite state after the last token, in one step."""
+    added = stages.update(op, k, v, log_decay, None if run is None else run == run[:, -1:])
+    if state is None:
+        return added
+    survives = None if run is None else run[:, -1] == 0
+    return stages.advance(state, stages.carry_weight(log_decay, survives, added.kv.dtype), added)

@@ -1,0 +1,85 @@
+"""The state that one call hands to the next: plain pytrees.
+
+A finite state is scale-free: a function of the keys, the values and the decay alone. The exponential score has no
+finite state, only a key/value cache of fixed capacity.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from twomamba_jax.ops.feature_map import FINITE_SCORES, Score, num_features
+from twomamba_jax.ops.numerics import accumulation_dtype
+from twomamba_jax.shapes import Array, Float, Int
+
+
+class FiniteState(NamedTuple):
+    """What `linear` and `squared` remember of a segment, in float32 or wider.
+
+    kv = sum_j exp(A_end - A_j) phi(k_j) v_j^T, and key_sum the same without the values (the normaliser).
+    """
+
+    kv: Float[Array, "B G D V"]
+    key_sum: Float[Array, "B G D"]
+
+
+class KeyValueCache(NamedTuple):
+    """What `exp` remembers: every key and value, and how far each has decayed by now.
+
+    `log_weights` is A_now - A_j, and -inf for slots that are empty or belong to an earlier segment. `length` counts the
+    slots written; the next token goes to slot `length`.
+    """
+
+    keys: Float[Array, "B S G K"]
+    values: Float[Array, "B S G V"]
+    log_weights: Float[Array, "B S G"]
+    length: Int[Array, "B"]
+
+
+State = FiniteState | KeyValueCache
+
+
+def init_state(
+    score: Score,
+    batch: int,
+    num_kv_heads: int,
+    head_dim: int,
+    value_dim: int,
+    *,
+    capacity: int | None = None,
+    dtype=jnp.float32,
+) -> State:
+    """The empty state of a score.
+
+    Args:
+      score: `linear` or `squared` give a `FiniteState`, `exp` a `KeyValueCache`.
+      batch: B.
+      num_kv_heads: G.
+      head_dim: K.
+      value_dim: V.
+      capacity: S, the tokens that a key/value cache can hold; needed by `exp`, refused by the others.
+      dtype: of the cached keys and values; a finite state and the log weights are float32, or wider if `dtype` is.
+
+    Raises:
+      ValueError: `capacity` missing, below 1, or given for a finite score.
+    """
+    wide = accumulation_dtype(dtype)
+    if score in FINITE_SCORES:
+        if capacity is not None:
+            raise ValueError(f"capacity={capacity} given for score={score!r}, whose state has a constant size: omit it")
+        shape = (batch, num_kv_heads, num_features(score, head_dim))
+        return FiniteState(jnp.zeros((*shape, value_dim), wide), jnp.zeros(shape, wide))
+    if capacity is None or capacity < 1:
+        raise ValueError(f"score='exp' keeps a key/value cache: capacity must be at least 1, got {capacity}")
+    return KeyValueCache(
+        keys=jnp.zeros((batch, capacity, num_kv_heads, head_dim), dtype),
+        values=jnp.zeros((batch, capacity, num_kv_heads, value_dim), dtype),
+        log_weights=jnp.full((batch, capacity, num_kv_heads), -jnp.inf, wide),
+        length=jnp.zeros((batch,), jnp.int32),
+    )
+
+
+def state_bytes(state) -> int:
+    """The size in bytes of a state, or of any pytree of arrays or `ShapeDtypeStruct`s."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
