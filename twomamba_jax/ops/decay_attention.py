@@ -21,7 +21,7 @@ from twomamba_jax.shapes import Array, Float, Keys, Lengths, LogDecay, Outputs, 
 
 Form = Literal["parallel", "chunked", "recurrent"]
 Implementation = Literal["xla", "mosaic_gpu"]
-IMPLEMENTATIONS = ("xla", "mosaic_gpu")
+
 
 # The parallel exponential form holds T^2 weights per head; beyond this many tokens the blockwise form is chosen.
 LONGEST_PARALLEL_SOFTMAX = 2048
@@ -227,9 +227,9 @@ def _choose_form(op: Operation, q, v) -> Form:
 
 
 def _choose_implementation(implementation, form) -> None:
-    if implementation is not None and implementation not in IMPLEMENTATIONS:
+    if implementation is not None and implementation not in checks.IMPLEMENTATIONS:
         raise ValueError(
-            f"implementation={implementation!r} is unknown: expected None or one of {', '.join(IMPLEMENTATIONS)}"
+            f"implementation={implementation!r} is unknown: expected None or one of {', '.join(checks.IMPLEMENTATIONS)}"
         )
     if implementation == "mosaic_gpu":
         raise ValueError(

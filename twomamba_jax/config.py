@@ -1,0 +1,163 @@
+"""What a model computes: frozen, validated descriptions. How it is computed is `layers.Execution`."""
+
+import dataclasses
+from typing import Literal, get_args
+
+from twomamba_jax.ops.decay import Decay
+from twomamba_jax.ops.feature_map import Score
+
+Norm = Literal["softmax", "output"]
+Activation = Literal["none", "relu", "silu"]
+ActivationOn = Literal["qk", "qkv"]
+
+
+@dataclasses.dataclass(frozen=True)
+class MixerConfig:
+    """One token mixer of the paper's family.
+
+    Attributes:
+      score: `linear`, `squared` or `exp`, of `decay_attention`.
+      norm: `softmax` divides each row by the sum of its weights, `output` takes an RMSNorm of the output over all
+        heads together.
+      activation: of queries and keys after the convolution.
+      activation_on: `qk`, or `qkv` to activate the values too (Mamba-2).
+      conv_width: window of the causal convolution over q, k and v, 1 (none) to 4.
+      decay: `none`; `discretized`, a = -exp(A_log) dt; `softplus`, a = -softplus(h W_A); or `memoryless`, where a token
+        sees itself alone, which cuts the mixing and leaves everything else.
+      discretize_values: v dt in place of v, with dt = softplus(h W_dt + dt_bias).
+      dt_bias: whether dt has its bias.
+      d_residual: adds D v to the output.
+      z_gate: multiplies the output by silu(z), z a projection of the input.
+      rope: rotary position embedding of q and k.
+      scale: factor on <q, k>; None is 1 / sqrt(head_dim).
+
+    Raises:
+      ValueError: an unknown value, or a combination that defines no model.
+    """
+
+    score: Score
+    norm: Norm
+    activation: Activation = "none"
+    activation_on: ActivationOn = "qk"
+    conv_width: int = 1
+    decay: Decay = "none"
+    discretize_values: bool = False
+    dt_bias: bool = False
+    d_residual: bool = False
+    z_gate: bool = False
+    rope: bool = False
+    scale: float | None = None
+
+    def __post_init__(self):
+        for name, kind in (
+            ("score", Score),
+            ("norm", Norm),
+            ("activation", Activation),
+            ("activation_on", ActivationOn),
+            ("decay", Decay),
+        ):
+            if getattr(self, name) not in get_args(kind):
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} is unknown: expected one of {_listed(get_args(kind))}"
+                )
+        if self.conv_width not in (1, 2, 3, 4):
+            raise ValueError(f"conv_width={self.conv_width!r} must be 1 (no convolution), 2, 3 or 4")
+        if self.scale is not None and not self.scale > 0:
+            raise ValueError(f"scale={self.scale!r} must be positive, or None for 1 / sqrt(head_dim)")
+        if self.score == "exp" and self.norm == "output":
+            raise ValueError(
+                "score='exp' with norm='output' is undefined: e^x overflows unnormalised; use norm='softmax'"
+            )
+        if self.score == "linear" and self.norm == "softmax" and (self.activation != "relu" or self.rope):
+            raise ValueError(
+                "score='linear' with norm='softmax' divides by a sum of scores, which must not be negative: use "
+                "activation='relu' and rope=False, or norm='output'"
+            )
+        if self.activation_on == "qkv" and self.activation == "none":
+            raise ValueError("activation_on='qkv' needs an activation: activation='none' has nothing to apply")
+        if self.dt_bias and not self.uses_step_size:
+            raise ValueError("dt_bias=True needs a dt: set discretize_values=True or decay='discretized'")
+
+    @property
+    def uses_step_size(self) -> bool:
+        """Whether the mixer has a discretisation step dt."""
+        return self.discretize_values or self.decay == "discretized"
+
+    @property
+    def normalize(self) -> bool:
+        """Whether rows are divided by the sum of their weights."""
+        return self.norm == "softmax"
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """A language model in the shape of Llama 2, with a mixer per layer (Appendix B).
+
+    Attributes:
+      vocab_size: tokens.
+      d_model: width of the residual stream.
+      num_layers: blocks of a mixer and an MLP.
+      num_heads: query heads, H.
+      head_dim: K = V.
+      mlp_dim: hidden width of the SwiGLU MLP.
+      mixers: one `MixerConfig` for all layers, or one a layer. Equal neighbours are scanned as one.
+      num_kv_heads: key/value heads, G; None is `num_heads`.
+      rope_theta: base of the rotary frequencies.
+      norm_eps: epsilon of every RMSNorm.
+
+    Raises:
+      ValueError: a size below 1, heads that do not divide, a number of mixers that is not the number of layers, an odd
+        head_dim with rotary embeddings.
+    """
+
+    vocab_size: int
+    d_model: int
+    num_layers: int
+    num_heads: int
+    head_dim: int
+    mlp_dim: int
+    mixers: MixerConfig | tuple[MixerConfig, ...]
+    num_kv_heads: int | None = None
+    rope_theta: float = 10000.0
+    norm_eps: float = 1e-5
+
+    def __post_init__(self):
+        for name in ("vocab_size", "d_model", "num_layers", "num_heads", "head_dim", "mlp_dim", "num_kv_heads"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name}={value!r} must be an integer of at least 1")
+        if self.num_heads % self.kv_heads:
+            raise ValueError(f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}")
+        if len(self.layer_mixers) != self.num_layers:
+            raise ValueError(
+                f"{len(self.layer_mixers)} mixers given for num_layers={self.num_layers}: give one, or one each"
+            )
+        if self.head_dim % 2 and any(mixer.rope for mixer in self.layer_mixers):
+            raise ValueError(f"head_dim={self.head_dim} must be even: rotary embeddings turn pairs")
+        if not self.norm_eps > 0 or not self.rope_theta > 0:
+            raise ValueError(f"norm_eps={self.norm_eps} and rope_theta={self.rope_theta} must be positive")
+
+    @property
+    def kv_heads(self) -> int:
+        """G, the key/value heads."""
+        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+
+    @property
+    def layer_mixers(self) -> tuple[MixerConfig, ...]:
+        """The mixer of each layer."""
+        return (self.mixers,) * self.num_layers if isinstance(self.mixers, MixerConfig) else tuple(self.mixers)
+
+    @property
+    def runs(self) -> tuple[tuple[MixerConfig, int], ...]:
+        """(mixer, count) for each maximal run of layers with equal mixers: what the model scans over."""
+        runs: list[tuple[MixerConfig, int]] = []
+        for mixer in self.layer_mixers:
+            if runs and runs[-1][0] == mixer:
+                runs[-1] = (mixer, runs[-1][1] + 1)
+            else:
+                runs.append((mixer, 1))
+        return tuple(runs)
+
+
+def _listed(values) -> str:
+    return ", ".join(map(repr, values))

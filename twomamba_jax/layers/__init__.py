@@ -1,0 +1,21 @@
+"""Flax linen modules over `twomamba_jax.ops`."""
+
+from twomamba_jax.layers.cache import Cache, ConvolutionInputs, MixerCache, init_cache
+from twomamba_jax.layers.execution import Execution
+from twomamba_jax.layers.language_model import Block, LanguageModel
+from twomamba_jax.layers.mixer import Mixer
+from twomamba_jax.layers.mlp import SwiGLU
+from twomamba_jax.layers.norm import RMSNorm
+
+__all__ = [
+    "Block",
+    "Cache",
+    "ConvolutionInputs",
+    "Execution",
+    "LanguageModel",
+    "Mixer",
+    "MixerCache",
+    "RMSNorm",
+    "SwiGLU",
+    "init_cache",
+]

@@ -1,0 +1,229 @@
+"""The token mixer: every variant of the paper, by its config alone."""
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from twomamba_jax.config import MixerConfig
+from twomamba_jax.layers.cache import ConvolutionInputs, MixerCache
+from twomamba_jax.layers.execution import Execution
+from twomamba_jax.layers.norm import RMSNorm
+from twomamba_jax.ops.convolution import causal_convolution
+from twomamba_jax.ops.decay import STRONGEST_LOG_DECAY, discretized_decay, softplus_decay, step_size
+from twomamba_jax.ops.decay_attention import decay_attention, decay_attention_step
+from twomamba_jax.ops.feature_map import FINITE_SCORES
+from twomamba_jax.ops.numerics import accumulation_dtype
+from twomamba_jax.ops.rope import apply_rope
+from twomamba_jax.shapes import Array, Float, Int, Lengths, SegmentIds
+
+
+class Mixer(nn.Module):
+    """projection -> convolution -> activation -> decay attention -> D residual -> gate -> norm -> projection.
+
+    Which of these it has, and with what score, decay and norm, is `config`'s to say (Algorithms 2 to 5).
+
+    Attributes:
+      config: what to compute.
+      num_heads: H.
+      head_dim: K = V.
+      num_kv_heads: G; None is H.
+      rope_theta: base of the rotary frequencies.
+      norm_eps: epsilon of the output norm.
+      execution: how to compute it.
+    """
+
+    config: MixerConfig
+    num_heads: int
+    head_dim: int
+    num_kv_heads: int | None = None
+    rope_theta: float = 10000.0
+    norm_eps: float = 1e-5
+    execution: Execution = Execution()
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "B T E"],
+        *,
+        segment_ids: SegmentIds | None = None,
+        lengths: Lengths | None = None,
+        positions: Int[Array, "B T"] | None = None,
+        cache: MixerCache | None = None,
+    ) -> tuple[Float[Array, "B T E"], MixerCache | None]:
+        """Mixes the tokens of x.
+
+        Args:
+          x: [B, T, E].
+          segment_ids: [B, T]; nothing crosses the edge of a segment.
+          lengths: [B], the tokens that count in right-padded rows.
+          positions: [B, T], for rotary embeddings; None: 0, 1, ...
+          cache: what the tokens before left behind; None: there were none, and none is returned.
+
+        Returns:
+          y [B, T, E], and the cache after the last token (None without `cache`).
+        """
+        config, kv_heads = self.config, self.num_kv_heads or self.num_heads
+        dtype, wide = self.execution.dtype, accumulation_dtype(self.execution.dtype)
+
+        q = self._project("q", x, self.num_heads, "heads")
+        k = self._project("k", x, kv_heads, "kv_heads")
+        v = self._project("v", x, kv_heads, "kv_heads")
+
+        convolution = None
+        if config.conv_width > 1:
+            before = ConvolutionInputs(None, None, None) if cache is None else cache.convolution
+            rows = {"segment_ids": segment_ids, "lengths": lengths}
+            q, q_inputs = self._convolve("q", q, "heads", before.q, **rows)
+            k, k_inputs = self._convolve("k", k, "kv_heads", before.k, **rows)
+            v, v_inputs = self._convolve("v", v, "kv_heads", before.v, **rows)
+            convolution = ConvolutionInputs(q_inputs, k_inputs, v_inputs)
+
+        if config.activation_on == "qkv":
+            v = self._activate(v)
+        residual = self._residual(v) if config.d_residual else None
+        dt = self._step_size(x, kv_heads, wide) if config.uses_step_size else None
+        log_decay = self._log_decay(x, dt, kv_heads, wide)
+        if config.discretize_values:
+            v = (v * dt[..., None]).astype(dtype)
+        q, k = self._activate(q), self._activate(k)
+        if config.rope:
+            if positions is None:
+                positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
+            q, k = (apply_rope(y, positions, self.rope_theta) for y in (q, k))
+
+        y, state = self._attend(q, k, v, log_decay, segment_ids, lengths, None if cache is None else cache.state)
+
+        if residual is not None:
+            y = y + residual
+        if config.z_gate:
+            y = y * nn.silu(self._project("z", x, self.num_heads, "heads", use_bias=True))
+        if config.norm == "output":
+            y = RMSNorm(("heads", "head_dim"), self.norm_eps, dtype, self.execution.param_dtype, name="norm")(y)
+        y = nn.with_logical_constraint(y, ("batch", "length", "heads", "head_dim"))
+        y = nn.DenseGeneral(
+            x.shape[-1],
+            axis=(-2, -1),
+            use_bias=False,
+            dtype=dtype,
+            param_dtype=self.execution.param_dtype,
+            kernel_init=nn.with_logical_partitioning(_uniform_fan_in, ("heads", "head_dim", "embed")),
+            name="out",
+        )(y)
+        return y, None if cache is None else MixerCache(state, convolution)
+
+    def _attend(self, q, k, v, log_decay, segment_ids, lengths, state):
+        config, execution = self.config, self.execution
+        common = {
+            "score": config.score,
+            "normalize": config.normalize,
+            "scale": config.scale,
+            "precision": execution.precision,
+        }
+        if state is not None and q.shape[1] == 1 and segment_ids is None and lengths is None:
+            token = (None if x is None else x[:, 0] for x in (q, k, v, log_decay))
+            y, state = decay_attention_step(*token, state, **common)
+            return y[:, None], state
+        form, chunk_size = execution.form, execution.chunk_size
+        if form == "recurrent" and config.score not in FINITE_SCORES:
+            form = None  # a hybrid's softmax layers have no recurrent form
+        if chunk_size is not None:
+            form = "chunked"
+        out = decay_attention(
+            q,
+            k,
+            v,
+            log_decay,
+            segment_ids=segment_ids,
+            lengths=lengths,
+            initial_state=state,
+            return_final_state=state is not None,
+            form=form,
+            chunk_size=chunk_size,
+            implementation=execution.implementation,
+            **common,
+        )
+        return out if state is not None else (out, None)
+
+    def _project(self, name, x, heads, axis, use_bias=False):
+        y = nn.DenseGeneral(
+            (heads, self.head_dim),
+            use_bias=use_bias,
+            dtype=self.execution.dtype,
+            param_dtype=self.execution.param_dtype,
+            kernel_init=nn.with_logical_partitioning(_uniform_fan_in, ("embed", axis, "head_dim")),
+            bias_init=nn.with_logical_partitioning(_uniform(x.shape[-1]), (axis, "head_dim")),
+            name=name,
+        )(x)
+        return nn.with_logical_constraint(y, ("batch", "length", axis, "head_dim"))
+
+    def _convolve(self, name, x, axis, initial_inputs, **rows):
+        width, heads = self.config.conv_width, x.shape[2]
+        init, shape = _uniform(width), (heads, self.head_dim)
+        kernel = self._param(f"conv_{name}_kernel", init, ("conv", axis, "head_dim"), (width, *shape))
+        bias = self._param(f"conv_{name}_bias", init, (axis, "head_dim"), shape)
+        dtype = self.execution.dtype
+        return causal_convolution(x, kernel.astype(dtype), bias.astype(dtype), initial_inputs=initial_inputs, **rows)
+
+    def _activate(self, x):
+        return {"none": lambda x: x, "relu": nn.relu, "silu": nn.silu}[self.config.activation](x)
+
+    def _residual(self, v):
+        """D * v, for every query head."""
+        weight = self._param("D", nn.initializers.ones, ("heads", "head_dim"), (self.num_heads, self.head_dim))
+        return jnp.repeat(v, self.num_heads // v.shape[2], axis=2) * weight.astype(self.execution.dtype)
+
+    def _step_size(self, x, heads, wide):
+        bias = self._param("dt_bias", _dt_bias_init, ("kv_heads",), (heads,)) if self.config.dt_bias else None
+        return step_size(self._per_head("dt", x, heads, wide), bias)
+
+    def _log_decay(self, x, dt, heads, wide):
+        match self.config.decay:
+            case "none":
+                return None
+            case "memoryless":
+                return jnp.full((*x.shape[:2], heads), STRONGEST_LOG_DECAY, wide)
+            case "softplus":
+                return softplus_decay(self._per_head("decay", x, heads, wide))
+            case "discretized":
+                return discretized_decay(self._param("A_log", _a_log_init, ("kv_heads",), (heads,)), dt)
+
+    def _per_head(self, name, x, heads, wide):
+        """A projection to one number per key/value head, in float32 or wider: decays are sums of these."""
+        return nn.Dense(
+            heads,
+            use_bias=False,
+            dtype=wide,
+            param_dtype=self.execution.param_dtype,
+            kernel_init=nn.with_logical_partitioning(_uniform_fan_in, ("embed", "kv_heads")),
+            name=name,
+        )(x)
+
+    def _param(self, name, init, axes, shape):
+        return self.param(name, nn.with_logical_partitioning(init, axes), shape, self.execution.param_dtype)
+
+
+# U(-1/sqrt(fan_in), 1/sqrt(fan_in)), as the layers that the paper replaces are initialised.
+_uniform_fan_in = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+
+def _uniform(fan_in: int):
+    """U(-1/sqrt(fan_in), 1/sqrt(fan_in)) for a parameter whose shape does not tell its fan-in."""
+
+    def init(key, shape, dtype):
+        bound = fan_in**-0.5
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return init
+
+
+def _a_log_init(key, shape, dtype):
+    """log U[1, 16] (Algorithm 2)."""
+    return jnp.log(jax.random.uniform(key, shape, dtype, 1, 16))
+
+
+def _dt_bias_init(key, shape, dtype):
+    """The inverse softplus of exp(U[log 1e-3, log 1e-1]) (Algorithm 2)."""
+    dt = jnp.exp(jax.random.uniform(key, shape, dtype, math.log(1e-3), math.log(1e-1)))
+    return dt + jnp.log(-jnp.expm1(-dt))

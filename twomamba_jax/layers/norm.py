@@ -1,0 +1,35 @@
+"""Root mean square normalisation."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from twomamba_jax.ops.numerics import accumulation_dtype
+
+
+class RMSNorm(nn.Module):
+    """y = scale * x / sqrt(mean(x^2) + eps), the mean over the last `len(axes)` dimensions, in float32 or wider.
+
+    Attributes:
+      axes: logical names of the normalised dimensions, `("embed",)` or `("heads", "head_dim")`.
+      eps: added to the mean.
+      dtype: of the result.
+      param_dtype: of `scale`, which has the normalised dimensions and starts at 1.
+    """
+
+    axes: tuple[str, ...] = ("embed",)
+    eps: float = 1e-5
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Normalises x [..., *dims]."""
+        dims = tuple(range(-len(self.axes), 0))
+        init = nn.with_logical_partitioning(nn.initializers.ones, self.axes)
+        scale = self.param("scale", init, x.shape[-len(self.axes) :], self.param_dtype)
+        wide = x.astype(accumulation_dtype(x.dtype))
+        y = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=dims, keepdims=True) + self.eps)
+        return (y * scale).astype(self.dtype)

@@ -1,0 +1,27 @@
+"""Rotary position embedding (Su et al., arXiv 2104.09864), interleaved pairs as in the authors' code."""
+
+import jax.numpy as jnp
+
+from twomamba_jax.ops.numerics import accumulation_dtype
+from twomamba_jax.shapes import Array, Float, Int
+
+
+def apply_rope(
+    x: Float[Array, "B T H K"], positions: Int[Array, "B T"], theta: float = 10000.0
+) -> Float[Array, "B T H K"]:
+    """Turns the pair (x_{2i}, x_{2i+1}) of the token at position p by the angle p theta^(-2i / K).
+
+    Angles are in float32 or wider, the result in x's dtype.
+
+    Raises:
+      ValueError: K is odd.
+    """
+    size = x.shape[-1]
+    if size % 2:
+        raise ValueError(f"rotary embeddings turn pairs: the head dimension must be even, got {size}")
+    wide = accumulation_dtype(x.dtype)
+    frequencies = theta ** (-jnp.arange(0, size, 2, dtype=wide) / size)
+    angles = (positions[..., None] * frequencies)[:, :, None]
+    even, odd = x[..., 0::2].astype(wide), x[..., 1::2].astype(wide)
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    return jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1).reshape(x.shape).astype(x.dtype)
