@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from twomamba_jax.ops.operation import Operation
 from twomamba_jax.ops.state import FiniteState, KeyValueCache, init_state
@@ -79,7 +80,8 @@ def check_state(op: Operation, q, k, v, state, lengths) -> None:
         if got.shape != want.shape:
             raise ValueError(f"the state's {name} must have shape {want.shape} for these q, k and v, got {got.shape}")
     if not op.is_finite and not any(isinstance(x, jax.core.Tracer) for x in (state.length, lengths)):
-        longest = int(jnp.max(state.length + (q.shape[1] if lengths is None else lengths)))
+        # NumPy, not jnp: inside jax.jit even operations on constants would be staged.
+        longest = int(np.max(np.asarray(state.length) + (q.shape[1] if lengths is None else np.asarray(lengths))))
         if longest > capacity:
             raise ValueError(
                 f"the key/value cache holds {capacity} tokens and would need {longest}: make it larger with "

@@ -1,0 +1,264 @@
+"""The suite that every (form, implementation) of `decay_attention` passes: a new kernel adds a row to `FORMS`.
+
+In float64, outputs, final states and every gradient equal the NumPy oracle's to 1e-9 of their largest entry, over a set
+of cases in which every pair of settings occurs; so all forms equal each other. In float32 each row keeps the bound of
+the numerics contract.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from cases import Case, pairwise
+
+from twomamba_jax import FiniteState, KeyValueCache, decay_attention, decay_attention_step
+
+FORMS = [("parallel", "xla"), ("chunked", "xla"), ("recurrent", "xla")]
+
+SETTINGS = {
+    "score": ["linear", "squared", "exp"],
+    "normalize": [True, False],
+    "decay": [True, False],
+    "segments": [False, True],
+    "lengths": [False, True],
+    "heads": [(4, 2), (2, 2)],
+    "initial_state": [True, False],
+    "head_dim": [5, 8],
+    "tokens": [1, 2, 63, 500],
+}
+CASES = [Case(**settings) for settings in pairwise(SETTINGS)]
+
+
+def run(case: Case, form: str, implementation: str, dtype, arrays=None):
+    """y, the final state, and a function from cotangents to gradients, for the arrays of a case in `dtype`."""
+    arrays = arrays or case.arrays()
+
+    def cast(x):
+        return None if x is None else jnp.asarray(x, dtype)
+
+    q, k, v, log_decay = (cast(arrays[name]) for name in ("q", "k", "v", "log_decay"))
+    rows = {name: None if arrays[name] is None else jnp.asarray(arrays[name]) for name in ("segment_ids", "lengths")}
+    state, length = arrays["state"], None
+    if state is not None:
+        if case.score == "exp":
+            length = jnp.asarray(state["length"])
+            state = KeyValueCache(*(cast(state[name]) for name in ("keys", "values", "log_weights")), None)
+        else:
+            state = FiniteState(*map(cast, state))
+
+    def operation(q, k, v, log_decay, state):
+        if length is not None:
+            state = state._replace(length=length)
+        return decay_attention(
+            q,
+            k,
+            v,
+            log_decay,
+            score=case.score,
+            normalize=case.normalize,
+            initial_state=state,
+            return_final_state=True,
+            form=form,
+            chunk_size=16 if form == "chunked" else None,
+            implementation=implementation,
+            **rows,
+        )
+
+    inputs = (q, k, v, log_decay, state)
+    y, final = jax.jit(operation)(*inputs)
+
+    def gradients(dy, dstate):
+        def loss(*inputs):
+            y, final = operation(*inputs)
+            total = (y * cast(dy)).sum()
+            if dstate is not None:
+                total += (final.kv * cast(dstate[0])).sum() + (final.key_sum * cast(dstate[1])).sum()
+            return total
+
+        dq, dk, dv, dlog_decay, dinitial = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3, 4)))(*inputs)
+        named = {"q": dq, "k": dk, "v": dv, "log_decay": dlog_decay}
+        if dinitial is not None:
+            finite, cached = ("kv", "key_sum"), ("keys", "values", "log_weights")
+            names = cached if case.score == "exp" else finite
+            named |= {f"initial_{name}": getattr(dinitial, name) for name in names}
+        return {name: value for name, value in named.items() if value is not None}
+
+    return y, final, gradients
+
+
+def relative_error(got, want):
+    """Largest difference over largest magnitude."""
+    want = np.asarray(want, np.float64)
+    scale = np.abs(want).max(initial=0)
+    return float(np.abs(np.asarray(got, np.float64) - want).max(initial=0) / (scale or 1))
+
+
+def supported(case: Case, form: str) -> bool:
+    return not (case.score == "exp" and form == "recurrent")
+
+
+@pytest.mark.parametrize(("form", "implementation"), FORMS)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_equals_the_oracle_in_float64(case, form, implementation):
+    if not supported(case, form):
+        with pytest.raises(ValueError, match="needs a finite state"):
+            run(case, form, implementation, jnp.float32)
+        return
+    arrays = case.arrays()
+    inputs = (arrays["q"], arrays["k"], arrays["v"], arrays["log_decay"])
+    options = {
+        "score": case.score,
+        "normalize": case.normalize,
+        "segment_ids": arrays["segment_ids"],
+        "lengths": arrays["lengths"],
+        "initial_state": arrays["state"],
+    }
+    want, want_final = oracle.forward(*inputs, **options)
+    rng = np.random.default_rng(7)
+    dy = rng.normal(size=want.shape)
+    dstate = None if case.score == "exp" else tuple(rng.normal(size=x.shape) for x in want_final)
+    want_gradients = oracle.gradients(dy, dstate, *inputs, **options)
+
+    with jax.enable_x64(True):
+        y, final, gradients = run(case, form, implementation, jnp.float64, arrays)
+        assert relative_error(y, want) < 1e-9
+        assert_same_state(final, want_final)
+        got_gradients = gradients(dy, dstate)
+    assert got_gradients.keys() == want_gradients.keys()
+    for name, value in want_gradients.items():
+        assert relative_error(got_gradients[name], value) < 1e-9, name
+
+
+def assert_same_state(got, want):
+    if isinstance(got, FiniteState):
+        assert relative_error(got.kv, want[0]) < 1e-9
+        assert relative_error(got.key_sum, want[1]) < 1e-9
+        return
+    np.testing.assert_array_equal(got.length, want["length"])
+    used = np.arange(got.keys.shape[1]) < np.asarray(want["length"])[:, None]
+    assert (
+        relative_error(np.where(used[..., None, None], got.keys, 0), np.where(used[..., None, None], want["keys"], 0))
+        < 1e-9
+    )
+    assert (
+        relative_error(
+            np.where(used[..., None, None], got.values, 0), np.where(used[..., None, None], want["values"], 0)
+        )
+        < 1e-9
+    )
+    # exp(-inf) = 0: slots out of sight weigh nothing.
+    weights = [np.where(used[..., None], np.exp(x), 0) for x in (got.log_weights, want["log_weights"])]
+    assert relative_error(*weights) < 1e-9
+
+
+@pytest.mark.parametrize(("form", "implementation"), FORMS)
+@pytest.mark.parametrize("case", [case for case in CASES if case.tokens >= 63], ids=str)
+def test_keeps_the_bound_of_each_row_in_float32(case, form, implementation):
+    """|error of row i| <= c eps kappa_i max|v|, c < 5, for normalised squared scores; for the others kappa is 1.
+
+    The bound is that of the row's own products; decays and sums add a few eps each, which c covers.
+    """
+    if not supported(case, form):
+        pytest.skip("exp has no recurrent form")
+    arrays = case.arrays(np.float32)
+    inputs = (arrays["q"], arrays["k"], arrays["v"], arrays["log_decay"])
+    rows = {"segment_ids": arrays["segment_ids"], "lengths": arrays["lengths"]}
+    options = {"score": case.score, "normalize": case.normalize, "initial_state": arrays["state"], **rows}
+    want, _ = oracle.forward(*inputs, **options)
+    y, _, _ = run(case, form, implementation, jnp.float32, arrays)
+    assert y.dtype == jnp.float32
+    error = np.abs(np.asarray(y, np.float64) - want).max(-1)
+    eps = np.finfo(np.float32).eps
+    if case.normalize and case.score == "squared" and arrays["state"] is None:
+        kappa = oracle.kappa(arrays["q"], arrays["k"], arrays["log_decay"], **rows)
+        bound = 5 * eps * np.where(np.isfinite(kappa), kappa, 1) * np.abs(arrays["v"]).max()
+    else:
+        # Sums of up to T terms, relative to the largest row: what any order of summation keeps.
+        bound = eps * np.sqrt(case.tokens) * 40 * np.abs(want).max()
+    assert (error <= bound).all(), (error / bound).max()
+
+
+@pytest.mark.parametrize(("form", "implementation"), FORMS)
+@pytest.mark.parametrize("score", ["linear", "squared", "exp"])
+@pytest.mark.parametrize("split", [1, 30, 62])
+def test_two_calls_with_the_state_between_are_one(score, split, form, implementation):
+    """Outputs and gradients of the whole equal those of two parts, the second continuing the first's state."""
+    case = Case(score=score, tokens=63, head_dim=5, heads=(4, 2), segments=True, initial_state=False)
+    if not supported(case, form):
+        pytest.skip("exp has no recurrent form")
+    arrays = case.arrays()
+    with jax.enable_x64(True):
+        q, k, v, log_decay = (jnp.asarray(arrays[name]) for name in ("q", "k", "v", "log_decay"))
+        segment_ids = jnp.asarray(arrays["segment_ids"])
+        common = {"score": score, "normalize": True, "return_final_state": True, "implementation": implementation}
+        empty = Case(score=score, tokens=63, head_dim=5, heads=(4, 2)).empty_state(jnp.float64)
+
+        def whole(q, k, v, log_decay):
+            return decay_attention(
+                q, k, v, log_decay, segment_ids=segment_ids, initial_state=empty, form=form, **common
+            )
+
+        def parts(q, k, v, log_decay):
+            # Nothing crosses a segment's edge, so a state may cross the cut only inside one.
+            state, pieces = empty, []
+            for piece in (slice(0, split), slice(split, None)):
+                y, state = decay_attention(
+                    q[:, piece],
+                    k[:, piece],
+                    v[:, piece],
+                    log_decay[:, piece],
+                    segment_ids=segment_ids[:, piece],
+                    initial_state=state,
+                    form=form,
+                    **common,
+                )
+                pieces.append(y)
+            return jnp.concatenate(pieces, 1), state
+
+        # A cut on a segment's edge would need an empty state: move every row's edge away from it.
+        segment_ids = segment_ids.at[:, split].set(segment_ids[:, split - 1])
+
+        def results(f):
+            def loss(*inputs):
+                y, state = f(*inputs)
+                return (y**2).sum(), (y, state)
+
+            gradients, (y, state) = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3), has_aux=True))(q, k, v, log_decay)
+            return y, state, gradients
+
+        y, state, gradients = results(whole)
+        y_parts, state_parts, gradients_parts = results(parts)
+        assert relative_error(y_parts, y) < 1e-12
+        for a, b in zip(state_parts, state):
+            assert relative_error(np.exp(np.minimum(a, 0)), np.exp(np.minimum(b, 0))) < 1e-12
+            assert relative_error(np.where(np.isfinite(a), a, 0), np.where(np.isfinite(b), b, 0)) < 1e-12
+        for a, b in zip(gradients_parts, gradients):
+            assert relative_error(a, b) < 1e-11
+
+
+@pytest.mark.parametrize("score", ["linear", "squared", "exp"])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_steps_equal_the_whole_sequence(score, normalize):
+    case = Case(score=score, normalize=normalize, tokens=9, head_dim=5, heads=(4, 2))
+    arrays = case.arrays()
+    with jax.enable_x64(True):
+        q, k, v, log_decay = (jnp.asarray(arrays[name]) for name in ("q", "k", "v", "log_decay"))
+        want, final = decay_attention(
+            q, k, v, log_decay, score=score, normalize=normalize, form="parallel", return_final_state=True
+        )
+        state = case.empty_state(jnp.float64)
+        for t in range(case.tokens):
+            token = (q[:, t], k[:, t], v[:, t], log_decay[:, t])
+            y, state = decay_attention_step(*token, state, score=score, normalize=normalize)
+            assert relative_error(y, want[:, t]) < 1e-12
+        for got, expected in zip(state, final):
+            assert relative_error(got, expected) < 1e-12
+
+
+def test_every_pair_of_settings_is_in_a_case():
+    names = list(SETTINGS)
+    for i, first in enumerate(names):
+        for second in names[i + 1 :]:
+            seen = {(getattr(case, first), getattr(case, second)) for case in CASES}
+            assert seen == {(a, b) for a in SETTINGS[first] for b in SETTINGS[second]}

@@ -1,0 +1,175 @@
+"""The public operation: refusals, choices, the key/value cache's capacity, outputs at padding."""
+
+import logging
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from cases import Case
+
+from twomamba_jax import decay_attention, decay_attention_step, init_state, state_bytes
+from twomamba_jax.ops import decay_attention as module
+from twomamba_jax.ops.feature_map import features, num_features
+
+
+def arrays(**settings):
+    made = Case(tokens=6, head_dim=4, heads=(4, 2), **settings).arrays(np.float32)
+    return {name: jnp.asarray(made[name]) for name in ("q", "k", "v", "log_decay")}
+
+
+REFUSED = [
+    ({"q": lambda x: x[0]}, {}, r"q must be \[B, T, heads, dim\]"),
+    ({"v": lambda x: x.astype(jnp.int32)}, {}, "v must be floating point"),
+    ({"k": lambda x: x.astype(jnp.bfloat16)}, {}, "share one dtype, got q float32 and k bfloat16"),
+    ({"k": lambda x: x[:, :5]}, {}, r"k has \[B, T\] = \(3, 5\), but q has \(3, 6\)"),
+    ({"q": lambda x: x[:, :0], "k": lambda x: x[:, :0], "v": lambda x: x[:, :0]}, {}, "at least one token"),
+    ({"k": lambda x: x[..., :3]}, {}, "share their head dimension, got 4 and 3"),
+    ({"v": lambda x: x[:, :, :1]}, {}, "same heads, got 2 and 1"),
+    ({"q": lambda x: x[:, :, :3]}, {}, "3 query heads must be a multiple of the 2"),
+    ({"log_decay": lambda x: x[:, :, :1]}, {}, r"log_decay must be \[B, T, G\] = \(3, 6, 2\)"),
+    ({"log_decay": lambda x: x.astype(jnp.bfloat16)}, {}, "log_decay must be float32 or float64, got bfloat16"),
+    ({}, {"segment_ids": jnp.zeros((3, 5), int)}, r"segment_ids must have shape \(3, 6\)"),
+    ({}, {"segment_ids": jnp.zeros((3, 6))}, "segment_ids must be integers, got dtype float32"),
+    ({}, {"lengths": jnp.zeros((2,), int)}, r"lengths must have shape \(3,\)"),
+    ({}, {"score": "cubed"}, "score='cubed' is unknown: expected one of linear, squared, exp"),
+    ({}, {"precision": "low"}, "precision='low' is unknown"),
+    ({}, {"form": "serial"}, "form='serial' is unknown: expected None or one of parallel, chunked, recurrent"),
+    ({}, {"form": "recurrent", "score": "exp"}, "score='exp' has none: use form='chunked'"),
+    ({}, {"chunk_size": 0}, "chunk_size=0 must be an integer of at least 1"),
+    ({}, {"chunk_size": 4, "form": "parallel"}, "form='parallel', which has no chunks"),
+    ({}, {"implementation": "cuda"}, "implementation='cuda' is unknown"),
+    ({}, {"implementation": "mosaic_gpu"}, "implementation='mosaic_gpu' does not exist yet"),
+    ({}, {"initial_state": init_state("exp", 3, 2, 4, 3, capacity=9)}, "continues a FiniteState, got KeyValueCache"),
+    ({}, {"initial_state": init_state("squared", 3, 2, 5, 3)}, r"state's kv must have shape \(3, 2, 10, 3\)"),
+    (
+        {},
+        {"score": "exp", "initial_state": init_state("exp", 3, 2, 4, 3, capacity=5)},
+        "holds 5 tokens and would need 6",
+    ),
+]
+
+
+@pytest.mark.parametrize(("changes", "options", "message"), REFUSED, ids=[message for *_, message in REFUSED])
+def test_refuses_what_it_cannot_compute(changes, options, message):
+    inputs = {name: changes.get(name, lambda x: x)(x) for name, x in arrays().items()}
+    if inputs["q"].shape[1] == 0:
+        inputs["log_decay"] = None
+    with pytest.raises(ValueError, match=message):
+        decay_attention(**inputs, **options)
+
+
+def test_step_refuses_a_token_axis_and_a_full_cache():
+    q, k, v, log_decay = arrays().values()
+    state = init_state("squared", 3, 2, 4, 3)
+    with pytest.raises(ValueError, match=r"one token without a T axis, got shape \(3, 6, 4, 4\)"):
+        decay_attention_step(q, k, v, log_decay[:, 0], state, score="squared", normalize=True)
+    with pytest.raises(ValueError, match=r"log_decay must be \[B, G\]"):
+        decay_attention_step(q[:, 0], k[:, 0], v[:, 0], log_decay, state, score="squared", normalize=True)
+    full = init_state("exp", 3, 2, 4, 3, capacity=1)._replace(length=jnp.ones(3, jnp.int32))
+    with pytest.raises(ValueError, match="holds 1 tokens and would need 2"):
+        decay_attention_step(q[:, 0], k[:, 0], v[:, 0], log_decay[:, 0], full, score="exp", normalize=True)
+
+
+@pytest.mark.parametrize("tokens", [1, 6])
+def test_a_full_cache_gives_nan_in_its_rows_alone_under_jit(tokens):
+    q, k, v, log_decay = (x[:, :tokens] for x in arrays().values())
+    cache = init_state("exp", 3, 2, 4, 3, capacity=8)
+    cache = cache._replace(length=jnp.array([8 - tokens, 8 - tokens + 1, 0]))
+
+    @jax.jit
+    def attend(cache):
+        if tokens == 1:
+            token = (x[:, 0] for x in (q, k, v, log_decay))
+            return decay_attention_step(*token, cache, score="exp", normalize=True)[0]
+        return decay_attention(q, k, v, log_decay, score="exp", initial_state=cache)
+
+    y = np.asarray(attend(cache)).reshape(3, -1)
+    assert np.isnan(y).all(axis=1).tolist() == [False, True, False]
+    assert np.isfinite(y[[0, 2]]).all()
+
+
+@pytest.mark.parametrize("score", ["linear", "squared", "exp"])
+def test_padding_is_never_read(score):
+    """Poisoned padding changes no bit of the outputs, which are 0 there, nor of the final state."""
+    inputs = arrays(score=score)
+    lengths = jnp.array([6, 2, 0])
+    padding = np.arange(6) >= lengths[:, None]
+
+    def attend(inputs):
+        return decay_attention(**inputs, score=score, lengths=lengths, return_final_state=True)
+
+    clean, clean_state = attend(inputs)
+    poisoned = {name: jnp.where(padding.reshape(3, 6, *[1] * (x.ndim - 2)), jnp.nan, x) for name, x in inputs.items()}
+    dirty, dirty_state = attend(poisoned)
+    np.testing.assert_array_equal(dirty, clean)
+    assert (np.asarray(clean)[padding] == 0).all()
+    if score == "exp":
+        used = np.arange(6) < lengths[:, None]
+        np.testing.assert_array_equal(dirty_state.log_weights[used], clean_state.log_weights[used])
+        np.testing.assert_array_equal(dirty_state.keys[used], clean_state.keys[used])
+    else:
+        jax.tree.map(np.testing.assert_array_equal, dirty_state, clean_state)
+
+
+@pytest.mark.parametrize("score", ["linear", "squared", "exp"])
+def test_chooses_the_cheaper_form(score, monkeypatch):
+    """By the flops of each: short sequences in one piece, long ones in chunks."""
+    chosen = []
+    for form in ("parallel", "chunked", "blockwise"):
+        monkeypatch.setattr(module, form, lambda *args, form=form: chosen.append(form) or real[form](*args))
+    for tokens in (128, 8192):
+        q = jax.ShapeDtypeStruct((1, tokens, 1, 64), jnp.float32)
+        jax.eval_shape(lambda q: decay_attention(q, q, q, score=score), q)
+    assert chosen == ["parallel", "blockwise" if score == "exp" else "chunked"]
+
+
+real = {form: getattr(module, form) for form in ("parallel", "chunked", "blockwise")}
+
+
+def test_says_once_what_it_chose(caplog):
+    module._log_choice.cache_clear()
+    with caplog.at_level(logging.INFO, logger="twomamba_jax"):
+        for _ in range(2):
+            decay_attention(**arrays())
+        decay_attention(**arrays(), implementation="xla")
+    assert [record.message for record in caplog.records] == [
+        "decay_attention: form=parallel, implementation=xla (the only one so far)"
+    ]
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 8, 64])
+def test_squared_features_multiply_to_the_squared_product(size):
+    rng = np.random.default_rng(0)
+    q, k = rng.normal(size=(2, 7, size))
+    with jax.enable_x64(True):
+        phi_q, phi_k = features("squared", jnp.asarray(q)), features("squared", jnp.asarray(k))
+        assert phi_q.shape[-1] == num_features("squared", size) == size * (size + 1) // 2
+        np.testing.assert_allclose((phi_q * phi_k).sum(-1), (q * k).sum(-1) ** 2, rtol=1e-12)
+        np.testing.assert_allclose(phi_k, oracle.symmetric_features(k), rtol=1e-14)
+
+
+def test_states_have_the_sizes_of_the_design():
+    assert state_bytes(init_state("squared", 1, 1, 64, 64)) == 4 * 2080 * (64 + 1)
+    assert state_bytes(init_state("linear", 2, 3, 64, 32)) == 4 * 2 * 3 * 64 * (32 + 1)
+    cache = init_state("exp", 2, 3, 64, 32, capacity=10, dtype=jnp.bfloat16)
+    assert state_bytes(cache) == 2 * 10 * 3 * (2 * (64 + 32) + 4) + 2 * 4
+    with pytest.raises(ValueError, match="capacity must be at least 1, got None"):
+        init_state("exp", 1, 1, 4, 4)
+    with pytest.raises(ValueError, match="constant size: omit it"):
+        init_state("squared", 1, 1, 4, 4, capacity=9)
+
+
+def test_composes_with_vmap_and_checkpoint():
+    """An extra mapped axis, and recomputation in the backward pass, change nothing."""
+    inputs = arrays()
+    stacked = jax.tree.map(lambda x: jnp.stack([x, x * 0.5]), inputs)
+
+    def loss(inputs):
+        return (decay_attention(**inputs, form="chunked", chunk_size=4) ** 2).sum()
+
+    one_by_one = [jax.grad(loss)(jax.tree.map(lambda x, i=i: x[i], stacked)) for i in range(2)]
+    mapped = jax.jit(jax.vmap(jax.grad(jax.checkpoint(loss))))(stacked)
+    for i, want in enumerate(one_by_one):
+        jax.tree.map(lambda a, b, i=i: np.testing.assert_allclose(a[i], b, rtol=2e-5, atol=1e-6), mapped, want)
