@@ -201,26 +201,23 @@ def test_what_the_state_adds_to_a_denominator_is_never_negative():
 
 # Point 4: conditioning.
 
-# (share of q's norm that lies in the keys' subspace, relative error allowed with bf16 features). Twice what the design
-# measured on Gaussian data: 1.8e-3 with q anywhere, 4e-3, 3e-2 and 0.4 to 0.7 at 30, 10 and 3 %.
-LADDER = [(None, 3.6e-3), (0.3, 8e-3), (0.1, 6e-2), (0.03, 1.4)]
+# (share of q's norm that lies in the keys' subspace of 8 dimensions, relative error allowed with bf16 features): 1.3 to
+# 2 times what docs/numerics.md lists.
+LADDER = [(None, 3.6e-3), (0.3, 6e-3), (0.1, 4.5e-2), (0.03, 0.7)]
 
 
-def ladder_inputs(share, tokens=512, size=64, rank=32):
-    """Keys in a subspace of half the dimensions, queries with `share` of their norm in it (None: anywhere)."""
+def ladder_inputs(share, tokens=512, size=64, rank=8):
+    """Keys in a random subspace of `rank` dimensions, queries with `share` of their norm in it (None: anywhere)."""
     rng = np.random.default_rng(0)
     q, k = rng.normal(size=(2, 1, tokens, 2, size))
     v = rng.normal(size=(1, tokens, 2, size))
     if share is not None:
+        inside, outside = (x / np.linalg.norm(x, axis=-1, keepdims=True) for x in (q[..., :rank], q[..., rank:]))
+        q = np.sqrt(size) * np.concatenate([share * inside, np.sqrt(1 - share**2) * outside], axis=-1)
         k[..., rank:] = 0
-        inside, outside = q[..., :rank], q[..., rank:]
-        q = np.concatenate(
-            [
-                share * inside / np.linalg.norm(inside, axis=-1, keepdims=True),
-                np.sqrt(1 - share**2) * outside / np.linalg.norm(outside, axis=-1, keepdims=True),
-            ],
-            axis=-1,
-        ) * np.sqrt(size)
+        # Along the coordinate axes every product with a zero would be exact, and nothing would cancel.
+        rotation = np.linalg.qr(rng.normal(size=(size, size)))[0]
+        q, k = q @ rotation, k @ rotation
     return q, k, v
 
 
@@ -239,7 +236,7 @@ def test_conditioning_ladder_in_bfloat16(share, allowed):
     default = relative_rms(decay_attention(q, k, v, **chunk)[:, 256:], want[:, 256:])
     highest = relative_rms(decay_attention(q, k, v, precision="highest", **chunk)[:, 256:], want[:, 256:])
     assert default < allowed
-    assert highest < 2.5e-3  # the rounding of the output to bf16, measured 1.7e-3
+    assert highest < 2.5e-3  # the rounding of the output to bf16: 1.7e-3 at every rung
 
 
 @pytest.mark.parametrize("form", ["chunked", "recurrent"])

@@ -10,6 +10,7 @@ from twomamba_jax.config import MixerConfig
 from twomamba_jax.layers.cache import ConvolutionInputs, MixerCache
 from twomamba_jax.layers.execution import Execution
 from twomamba_jax.layers.norm import RMSNorm
+from twomamba_jax.layers.projection import Projection, uniform
 from twomamba_jax.ops.convolution import causal_convolution
 from twomamba_jax.ops.decay import STRONGEST_LOG_DECAY, discretized_decay, softplus_decay, step_size
 from twomamba_jax.ops.decay_attention import decay_attention, decay_attention_step
@@ -102,15 +103,8 @@ class Mixer(nn.Module):
         if config.norm == "output":
             y = RMSNorm(("heads", "head_dim"), self.norm_eps, dtype, self.execution.param_dtype, name="norm")(y)
         y = nn.with_logical_constraint(y, ("batch", "length", "heads", "head_dim"))
-        y = nn.DenseGeneral(
-            x.shape[-1],
-            axis=(-2, -1),
-            use_bias=False,
-            dtype=dtype,
-            param_dtype=self.execution.param_dtype,
-            kernel_init=nn.with_logical_partitioning(_uniform_fan_in, ("heads", "head_dim", "embed")),
-            name="out",
-        )(y)
+        out = Projection(("heads", "head_dim"), ("embed",), x.shape[-1:], name="out", **self._dtypes())
+        y = out(y)
         return y, None if cache is None else MixerCache(state, convolution)
 
     def _attend(self, q, k, v, log_decay, segment_ids, lengths, state):
@@ -147,20 +141,13 @@ class Mixer(nn.Module):
         return out if state is not None else (out, None)
 
     def _project(self, name, x, heads, axis, use_bias=False):
-        y = nn.DenseGeneral(
-            (heads, self.head_dim),
-            use_bias=use_bias,
-            dtype=self.execution.dtype,
-            param_dtype=self.execution.param_dtype,
-            kernel_init=nn.with_logical_partitioning(_uniform_fan_in, ("embed", axis, "head_dim")),
-            bias_init=nn.with_logical_partitioning(_uniform(x.shape[-1]), (axis, "head_dim")),
-            name=name,
-        )(x)
+        dims = (heads, self.head_dim)
+        y = Projection(("embed",), (axis, "head_dim"), dims, use_bias, name=name, **self._dtypes())(x)
         return nn.with_logical_constraint(y, ("batch", "length", axis, "head_dim"))
 
     def _convolve(self, name, x, axis, initial_inputs, **rows):
         width, heads = self.config.conv_width, x.shape[2]
-        init, shape = _uniform(width), (heads, self.head_dim)
+        init, shape = uniform(width), (heads, self.head_dim)
         kernel = self._param(f"conv_{name}_kernel", init, ("conv", axis, "head_dim"), (width, *shape))
         bias = self._param(f"conv_{name}_bias", init, (axis, "head_dim"), shape)
         dtype = self.execution.dtype
@@ -191,31 +178,14 @@ class Mixer(nn.Module):
 
     def _per_head(self, name, x, heads, wide):
         """A projection to one number per key/value head, in float32 or wider: decays are sums of these."""
-        return nn.Dense(
-            heads,
-            use_bias=False,
-            dtype=wide,
-            param_dtype=self.execution.param_dtype,
-            kernel_init=nn.with_logical_partitioning(_uniform_fan_in, ("embed", "kv_heads")),
-            name=name,
-        )(x)
+        param_dtype = self.execution.param_dtype
+        return Projection(("embed",), ("kv_heads",), (heads,), dtype=wide, param_dtype=param_dtype, name=name)(x)
+
+    def _dtypes(self):
+        return {"dtype": self.execution.dtype, "param_dtype": self.execution.param_dtype}
 
     def _param(self, name, init, axes, shape):
         return self.param(name, nn.with_logical_partitioning(init, axes), shape, self.execution.param_dtype)
-
-
-# U(-1/sqrt(fan_in), 1/sqrt(fan_in)), as the layers that the paper replaces are initialised.
-_uniform_fan_in = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
-
-
-def _uniform(fan_in: int):
-    """U(-1/sqrt(fan_in), 1/sqrt(fan_in)) for a parameter whose shape does not tell its fan-in."""
-
-    def init(key, shape, dtype):
-        bound = fan_in**-0.5
-        return jax.random.uniform(key, shape, dtype, -bound, bound)
-
-    return init
 
 
 def _a_log_init(key, shape, dtype):

@@ -1,0 +1,54 @@
+"""A linear map between axes with names."""
+
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+
+def uniform(fan_in: int):
+    """U(-1/sqrt(fan_in), 1/sqrt(fan_in)): how the paper's replaced layers are initialised (its authors' code)."""
+
+    def init(key, shape, dtype):
+        bound = fan_in**-0.5
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return init
+
+
+class Projection(nn.Module):
+    """y = x W, or x W + b, over the last dimensions of x.
+
+    `nn.DenseGeneral` will not do: it draws its kernel flat, where the names of the kernel's axes do not fit.
+
+    Attributes:
+      in_axes: logical names of the dimensions of x that are summed over.
+      out_axes: logical names of the dimensions that take their place.
+      out_dims: their sizes.
+      use_bias: whether there is a b.
+      dtype: of the product.
+      param_dtype: of the kernel, which has dimensions (*in, *out), and the bias.
+    """
+
+    in_axes: tuple[str, ...]
+    out_axes: tuple[str, ...]
+    out_dims: tuple[int, ...]
+    use_bias: bool = False
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x [..., *in] -> [..., *out]."""
+        rank = len(self.in_axes)
+        in_dims = x.shape[-rank:]
+        init = uniform(math.prod(in_dims))
+        kernel_init = nn.with_logical_partitioning(init, (*self.in_axes, *self.out_axes))
+        kernel = self.param("kernel", kernel_init, (*in_dims, *self.out_dims), self.param_dtype)
+        y = jnp.tensordot(x.astype(self.dtype), kernel.astype(self.dtype), rank)
+        if not self.use_bias:
+            return y
+        bias_init = nn.with_logical_partitioning(init, self.out_axes)
+        return y + self.param("bias", bias_init, self.out_dims, self.param_dtype).astype(self.dtype)
