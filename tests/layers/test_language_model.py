@@ -1,0 +1,229 @@
+"""The model as a whole: layers in their order, documents, execution choices, refused tokens."""
+
+import dataclasses
+import functools
+import itertools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from twomamba_jax import VARIANTS, Execution, LanguageModel, ModelConfig, RMSNorm, init_cache, parse_pattern
+from twomamba_jax.layers import Block, mixer
+
+SIZES = {"vocab_size": 23, "d_model": 32, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "mlp_dim": 48}
+PATTERN = "softmax,2mamba*,mamba2"
+TOKENS = jax.random.randint(jax.random.key(0), (2, 13), 0, 23)
+
+
+def model_of(pattern, num_layers=1, **execution):
+    config = ModelConfig(mixers=parse_pattern(pattern, num_layers), num_layers=num_layers, **SIZES)
+    return LanguageModel(config, Execution(**execution))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def init(model):
+    return nn.unbox(model.init(jax.random.key(1), TOKENS)["params"])
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def logits_of(model, params, tokens, segment_ids=None):
+    return model.apply({"params": params}, tokens, segment_ids=segment_ids)
+
+
+def assert_close(actual, expected):
+    """Within rounding: 32 times float32's epsilon times the largest number expected.
+
+    Each model below is within 6 epsilon of itself in float64, in every form. A fault is 1e4 and more.
+    """
+    scale = np.abs(expected).max()
+    error = np.abs(np.asarray(actual) - np.asarray(expected)).max() / (np.finfo(np.float32).eps * scale)
+    assert error <= 32
+
+
+def dtypes(tree):
+    return {leaf.dtype for leaf in jax.tree.leaves(tree)}
+
+
+def test_hybrid_is_its_blocks_in_order():
+    """Three scanned runs, the middle one of two layers, against the blocks one after the other."""
+    model = model_of(PATTERN, 4)
+    config, params = model.config, init(model)
+    assert [count for _, count in config.runs] == [1, 2, 1]
+    assert {name for name in params if name.startswith("layers_")} == {"layers_0", "layers_1", "layers_2"}
+
+    @jax.jit
+    def by_hand(params, tokens):
+        x, rest = (
+            params["embedding"]["embedding"][tokens],
+            (None, None, None, jnp.broadcast_to(jnp.arange(13), (2, 13))),
+        )
+        for run, layer, name in ((0, 0, "softmax"), (1, 0, "2mamba"), (1, 1, "2mamba"), (2, 0, "mamba2")):
+            block = jax.tree.map(lambda leaf: leaf[layer], params[f"layers_{run}"])  # noqa: B023
+            x, _ = Block(config, VARIANTS[name].mixer, Execution()).apply({"params": block}, x, *rest)
+        return RMSNorm().apply({"params": params["norm"]}, x) @ params["head"]
+
+    assert_close(logits_of(model, params, TOKENS), by_hand(params, TOKENS))
+
+
+def test_packed_documents_equal_the_documents_alone():
+    """A softmax with rotary positions, a 2Mamba and a Mamba-2 layer; the third document repeats the first one's id."""
+    model = model_of(PATTERN, 3)
+    params = init(model)
+    edges = (0, 5, 6, 13)
+    segment_ids = jnp.array([[4] * 5 + [2] + [4] * 7] * 2)
+    packed = logits_of(model, params, TOKENS, segment_ids)
+    for start, end in itertools.pairwise(edges):
+        alone = logits_of(model, params, TOKENS[:, start:end])
+        assert_close(packed[:, start:end], alone)
+    mixed = logits_of(model, params, TOKENS)
+    assert np.abs(packed - mixed)[:, 5:].max(axis=-1).min() > 1e-3  # or the ids were not read
+
+
+def test_no_gradient_crosses_the_edge_of_a_document():
+    """Of the second document's loss, with respect to each token's embedding: exactly 0 outside it."""
+    model = model_of(PATTERN, 3)
+    params = init(model)
+    tokens, segment_ids = jnp.arange(12)[None], jnp.array([[0] * 4 + [1] * 5 + [0] * 3])  # a token is its place
+
+    @jax.jit
+    def gradient(embedding):
+        def loss(embedding):
+            changed = params | {"embedding": {"embedding": embedding}}
+            return jax.nn.logsumexp(model.apply({"params": changed}, tokens, segment_ids=segment_ids)[:, 4:9])
+
+        return jax.grad(loss)(embedding)
+
+    size = np.abs(gradient(params["embedding"]["embedding"])).max(axis=-1)[:12]
+    np.testing.assert_array_equal(size[:4], 0)
+    np.testing.assert_array_equal(size[9:], 0)
+    assert (size[4:9] > 1e-4).all()
+
+
+def test_remat_changes_memory_alone():
+    def loss(model, params):
+        logits = model.apply({"params": params}, TOKENS)
+        return jnp.mean(jax.nn.logsumexp(logits, axis=-1) - logits[..., 0])
+
+    plain, remat = model_of("2mamba", 2), model_of("2mamba", 2, remat=True)
+    params = init(plain)
+    assert jax.tree.structure(jax.eval_shape(init, remat)) == jax.tree.structure(params)
+    differentiate = jax.jit(jax.value_and_grad(loss, argnums=1), static_argnums=0)
+    (value, gradient), (remat_value, remat_gradient) = differentiate(plain, params), differentiate(remat, params)
+    assert_close(remat_value, value)
+    jax.tree.map(assert_close, remat_gradient, gradient)
+
+    recomputes = [str(jax.make_jaxpr(functools.partial(loss, m))(params)).count("remat") for m in (plain, remat)]
+    assert recomputes[1] > recomputes[0]
+
+
+@pytest.mark.parametrize(
+    "execution",
+    [{"form": "chunked", "chunk_size": 4}, {"form": "recurrent"}, {"precision": "highest"}],
+    ids=str,
+)
+def test_execution_changes_no_logits(execution):
+    """A hybrid: the softmax layer has no recurrent form and keeps its own."""
+    plain, other = model_of("softmax,2mamba", 2), model_of("softmax,2mamba", 2, **execution)
+    params = init(plain)
+    assert_close(logits_of(other, params, TOKENS), logits_of(plain, params, TOKENS))
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The (arguments, options) of every call that a mixer makes of the operation."""
+    record = []
+
+    def spy(function):
+        def called(*args, **options):
+            record.append((args, options))
+            return function(*args, **options)
+
+        return called
+
+    for name in ("decay_attention", "decay_attention_step"):
+        monkeypatch.setattr(mixer, name, spy(getattr(mixer, name)))
+    return record
+
+
+def test_execution_reaches_the_operation(calls):
+    """Form, chunk size, implementation and precision arrive; `exp` gets no form that it lacks."""
+
+    def options_of(pattern, tokens=TOKENS, cached=False, **execution):
+        model = model_of(pattern, **execution)
+        cache = init_cache(model.config, 2, 16) if cached else None
+        jax.eval_shape(functools.partial(model.init_with_output, jax.random.key(0)), tokens, cache=cache)
+        return calls[-1][1]
+
+    chunked = options_of("2mamba", chunk_size=4, implementation="xla", precision="highest")
+    names = ("score", "normalize", "form", "chunk_size", "implementation", "precision")
+    assert [chunked[name] for name in names] == ["squared", True, "chunked", 4, "xla", "highest"]
+    assert options_of("2mamba", form="recurrent")["form"] == "recurrent"
+    assert options_of("softmax", form="recurrent")["form"] is None
+    assert options_of("softmax", form="parallel")["form"] == "parallel"
+    assert options_of("mamba2")["scale"] == 1
+    step = options_of("mamba2", TOKENS[:, :1], cached=True, precision="highest")
+    assert "form" not in step  # a single token on a cache takes the step
+    assert (step["score"], step["normalize"], step["scale"], step["precision"]) == ("linear", False, 1, "highest")
+
+
+def test_missing_implementation_is_refused():
+    model = model_of("2mamba", implementation="mosaic_gpu")
+    with pytest.raises(ValueError, match="does not exist yet"):
+        jax.eval_shape(model.init, jax.random.key(0), TOKENS)
+
+
+def test_bfloat16_keeps_wide_what_must_be(calls):
+    """Parameters, decays, states and logits are float32; the residual stream, q, k, v and the inputs cached are not."""
+    model = model_of(PATTERN, 3, dtype=jnp.bfloat16)
+    cache = init_cache(model.config, 2, 16, dtype=jnp.bfloat16)
+    (logits, after), variables = jax.eval_shape(
+        functools.partial(model.init_with_output, jax.random.key(0)), TOKENS, cache=cache
+    )
+    narrow, wide = {jnp.dtype("bfloat16")}, {jnp.dtype("float32")}
+    assert {logits.dtype} == dtypes(variables) == wide
+    softmax, two, mamba2 = after.layers
+    assert dtypes((softmax.state.keys, softmax.state.values)) == narrow
+    assert dtypes((softmax.state.log_weights, two.state, mamba2.state)) == wide
+    assert dtypes((two.convolution, mamba2.convolution)) == narrow
+    assert len(calls) >= 3
+    for (q, k, v, log_decay), _ in calls:
+        assert dtypes((q, k, v)) == narrow
+        assert log_decay is None or {log_decay.dtype} == wide
+
+    block = Block(model.config, VARIANTS["mamba2"].mixer, model.execution)
+    x = jnp.zeros((2, 13, 32), jnp.bfloat16)
+    (y, _), _ = jax.eval_shape(block.init_with_output, jax.random.key(0), x, None, None, None, None)
+    assert {y.dtype} == narrow
+
+
+def test_parameters_have_the_asked_dtype():
+    model = model_of("mamba2", dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
+    assert dtypes(jax.eval_shape(model.init, jax.random.key(0), TOKENS)) == {jnp.dtype("bfloat16")}
+
+
+@pytest.mark.parametrize(
+    "tokens",
+    [np.zeros(4, np.int32), np.zeros((1, 2, 3), np.int32), np.zeros((1, 4), np.float32), np.zeros((1, 0), np.int32)],
+    ids=lambda tokens: f"{tokens.dtype}{tokens.shape}",
+)
+def test_bad_tokens_are_refused(tokens):
+    with pytest.raises(ValueError, match=r"tokens must be integers \[B, T\] with T >= 1, got") as error:
+        jax.eval_shape(model_of("linear").init, jax.random.key(0), tokens)
+    assert str(tokens.shape) in str(error.value)
+
+
+def test_execution_refuses_what_it_does_not_know():
+    for wrong, message in (
+        ({"form": "fast"}, "form='fast' is unknown: expected None or one of parallel, chunked, recurrent"),
+        ({"implementation": "triton"}, "implementation='triton' is unknown"),
+        ({"precision": "low"}, "precision='low' is unknown: expected None or one of highest"),
+        ({"chunk_size": 0}, "chunk_size=0 must be an integer of at least 1"),
+        ({"chunk_size": 2.5}, "chunk_size=2.5 must be an integer of at least 1"),
+        ({"chunk_size": 4, "form": "parallel"}, "chunk_size=4 needs form='chunked' or None, got form='parallel'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Execution(**wrong)
+    assert dataclasses.replace(Execution(), chunk_size=4, form="chunked").chunk_size == 4

@@ -1,0 +1,211 @@
+"""The mixer against the paper's algorithms in NumPy, and what it starts from."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from twomamba_jax import VARIANTS, Execution, Mixer
+
+T, E, H, G, K = 9, 12, 4, 2, 6  # grouped heads: query head h reads key/value head h // 2
+
+
+def project(p, name, x):
+    """x [T, E] to heads [T, heads, K]; the Z projection alone has a bias."""
+    return np.einsum("te,ehk->thk", x, p[name]["kernel"]) + p[name].get("bias", 0)
+
+
+def convolve(p, name, x):
+    """y_t = bias + sum_i w_i x_{t - (W - 1) + i}: the last tap is the current token."""
+    kernel = p[f"conv_{name}_kernel"]
+    y = np.zeros_like(x) + p[f"conv_{name}_bias"]
+    for t in range(len(x)):
+        for i, tap in enumerate(kernel):
+            if t - (len(kernel) - 1) + i >= 0:
+                y[t] += tap * x[t - (len(kernel) - 1) + i]
+    return y
+
+
+def rotate(x):
+    """RoPE: the pair (2i, 2i + 1) as a complex number, turned by t theta^(-2i / K)."""
+    pairs = x[..., 0::2] + 1j * x[..., 1::2]
+    angles = np.arange(len(x))[:, None] * 10000.0 ** (-np.arange(0, K, 2) / K)
+    turned = pairs * np.exp(1j * angles)[:, None]
+    return np.stack([turned.real, turned.imag], axis=-1).reshape(x.shape)
+
+
+def attend(q, k, v, score, log_decay=None, scale=K**-0.5, normalize=True):
+    """y_i = sum_{j <= i} w_ij v_j, w_ij = score(scale <q_i, k_j>) exp(a_{j+1} + ... + a_i), row by row.
+
+    Normalised by sum_j w_ij, a row without any weight is 0 (numerics contract, point 3).
+    """
+    a = np.zeros((len(q), G)) if log_decay is None else log_decay
+    y = np.zeros((len(q), H, K))
+    for h in range(H):
+        g = h // (H // G)
+        for i in range(len(q)):
+            w = [score(scale * q[i, h] @ k[j, g]) * np.exp(a[j + 1 : i + 1, g].sum()) for j in range(i + 1)]
+            y[i, h] = w @ v[: i + 1, g] / ((np.sum(w) or 1) if normalize else 1)
+    return y
+
+
+def output_norm(p, y):
+    """RMSNorm over all heads together."""
+    return p["norm"]["scale"] * y / np.sqrt(np.mean(y**2, axis=(1, 2), keepdims=True) + 1e-5)
+
+
+def output(p, y):
+    return np.einsum("thk,hke->te", y, p["out"]["kernel"])
+
+
+def silu(x):
+    return x / (1 + np.exp(-x))
+
+
+def softplus(x):
+    return np.log1p(np.exp(x))
+
+
+def of_query_heads(x):
+    return np.stack([x[:, h // (H // G)] for h in range(H)], axis=1)
+
+
+def softmax(p, x):
+    q, k, v = (project(p, name, x) for name in "qkv")
+    return output(p, attend(rotate(q), rotate(k), v, np.exp))
+
+
+def linear(p, x):
+    q, k, v = (project(p, name, x) for name in "qkv")
+    return output(p, attend(np.maximum(q, 0), np.maximum(k, 0), v, lambda s: s))
+
+
+def mamba2(p, x):
+    """Algorithms 2 and 3, whole."""
+    q, k, v = (silu(convolve(p, name, project(p, name, x))) for name in "qkv")
+    residual = p["D"] * of_query_heads(v)
+    dt = softplus(x @ p["dt"]["kernel"] + p["dt_bias"])
+    y = attend(q, k, v * dt[..., None], lambda s: s, -np.exp(p["A_log"]) * dt, scale=1, normalize=False)
+    return output(p, output_norm(p, (y + residual) * silu(project(p, "z", x))))
+
+
+def mamba2s(p, x):
+    """Algorithm 4."""
+    q, k, v = (convolve(p, name, project(p, name, x)) for name in "qkv")
+    dt = softplus(x @ p["dt"]["kernel"])
+    decay = -softplus(x @ p["decay"]["kernel"])
+    return output(p, output_norm(p, attend(q, k, v * dt[..., None], lambda s: s, decay, normalize=False)))
+
+
+def two_mamba(p, x, score=np.square):
+    """Algorithm 5, and with another score 2Mamba-E."""
+    q, k, v = (convolve(p, name, project(p, name, x)) for name in "qkv")
+    return output(p, attend(q, k, v, score, -softplus(x @ p["decay"]["kernel"])))
+
+
+def conv3_silu(p, x):
+    """A row of Table 1: the activation leaves the values alone."""
+    q, k, v = (convolve(p, name, project(p, name, x)) for name in "qkv")
+    return output(p, output_norm(p, attend(silu(q), silu(k), v, lambda s: s, normalize=False)))
+
+
+def decay_original(p, x):
+    """A row of Table 2: dt without a bias, and not on the values."""
+    q, k, v = (project(p, name, x) for name in "qkv")
+    decay = -np.exp(p["A_log"]) * softplus(x @ p["dt"]["kernel"])
+    return output(p, output_norm(p, attend(q, k, v, lambda s: s, decay, normalize=False)))
+
+
+ALGORITHMS = {
+    "softmax": softmax,
+    "linear": linear,
+    "mamba2": mamba2,
+    "mamba2s": mamba2s,
+    "2mamba": two_mamba,
+    "2mamba-e": functools.partial(two_mamba, score=np.exp),
+    "conv3-silu": conv3_silu,
+    "decay-original": decay_original,
+}
+
+
+def mixer_of(name, **execution):
+    return Mixer(VARIANTS[name].mixer, num_heads=H, head_dim=K, num_kv_heads=G, execution=Execution(**execution))
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_mixer_is_the_papers_algorithm(name):
+    """In float64, with parameters drawn anew so that none is at a neutral 1."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(2, T, E))
+    with jax.enable_x64(True):
+        mixer = mixer_of(name, dtype=jnp.float64, param_dtype=jnp.float64)
+        shapes = nn.unbox(jax.eval_shape(mixer.init, jax.random.key(0), x)["params"])
+        params = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape) / 2, shapes)
+        y, cache = jax.jit(mixer.apply)({"params": params}, x)
+        y = np.asarray(y)
+    assert y.dtype == np.float64
+    assert cache is None
+    expected = np.stack([ALGORITHMS[name](params, row) for row in x])
+    np.testing.assert_allclose(y, expected, rtol=0, atol=1e-9 * np.abs(expected).max())
+
+
+def test_rotary_positions_count_by_their_differences():
+    """All shifted is the same, all doubled is not."""
+    mixer, x = mixer_of("softmax"), jax.random.normal(jax.random.key(0), (1, T, E))
+    variables = mixer.init(jax.random.key(1), x)
+    positions = jnp.arange(T)[None]
+    apply = jax.jit(lambda positions: mixer.apply(variables, x, positions=positions)[0])
+    plain, shifted, doubled = (apply(p) for p in (None, positions + 5, 2 * positions))
+    # Angles up to 14 are off by 14 epsilon, which their sine and the score inherit.
+    np.testing.assert_allclose(shifted, plain, rtol=0, atol=14 * np.finfo(np.float32).eps * np.abs(plain).max())
+    assert np.abs(doubled - plain).max() > 1e-3
+
+
+def test_memoryless_sees_the_convolutions_window_alone():
+    """The output at t depends on the inputs t and t - 1, and its derivative by any other is exactly 0."""
+    mixer, x = mixer_of("memoryless"), jax.random.normal(jax.random.key(0), (1, T, E))
+    variables = mixer.init(jax.random.key(1), x)
+    jacobian = jax.jit(jax.jacrev(lambda x: mixer.apply(variables, x)[0].sum(-1)))(x)  # [1, T, 1, T, E]
+    reach = np.abs(jacobian[0, :, 0]).max(axis=-1)
+    within = np.eye(T, dtype=bool) | np.eye(T, k=-1, dtype=bool)
+    np.testing.assert_array_equal(reach[~within], 0)
+    assert (reach[within] > 1e-3).all()
+
+
+def test_initial_values():
+    """Algorithm 2's for the decay; U(-1 / sqrt(fan in), 1 / sqrt(fan in)) for what projects and convolves."""
+    width, heads = 64, 32
+    mixer = Mixer(VARIANTS["mamba2"].mixer, num_heads=heads, head_dim=16)
+    params = nn.unbox(mixer.init(jax.random.key(0), jnp.zeros((1, 2, width)))["params"])
+    decay = nn.unbox(
+        Mixer(VARIANTS["2mamba"].mixer, heads, 16).init(jax.random.key(0), jnp.zeros((1, 2, width)))["params"]["decay"]
+    )
+
+    def spans(x, low, high):
+        """All of x within, and from within a tenth of one end to within a tenth of the other."""
+        margin = (high - low) / 10
+        assert x.min() >= low
+        assert x.max() <= high
+        assert x.min() < low + margin
+        assert x.max() > high - margin
+
+    spans(np.exp(params["A_log"]), 1, 16 * (1 + 1e-6))
+    spans(np.log(softplus(np.float64(params["dt_bias"]))), np.log(1e-3) - 1e-5, np.log(1e-1) + 1e-5)
+    np.testing.assert_array_equal(params["D"], 1)
+    np.testing.assert_array_equal(params["norm"]["scale"], 1)
+    bounds = {
+        **{(name, "kernel"): width**-0.5 for name in ("q", "k", "v", "z", "dt")},
+        ("z", "bias"): width**-0.5,
+        ("out", "kernel"): (heads * 16) ** -0.5,
+    }
+    for (module, name), bound in bounds.items():
+        spans(params[module][name], -bound, bound)
+    spans(decay["kernel"], -(width**-0.5), width**-0.5)
+    for name in "qkv":
+        spans(params[f"conv_{name}_kernel"], -0.5, 0.5)  # a window of 4
+        spans(params[f"conv_{name}_bias"], -0.5, 0.5)
+    draws = [params[f"conv_{name}_kernel"][0, 0, 0] for name in "qkv"] + [params["q"]["kernel"][0, 0, 0]]
+    assert len(set(map(float, draws))) == 4

@@ -1,0 +1,119 @@
+"""Mistakes on the command line: one clear line, exit status 2, no traceback, nothing written."""
+
+import pytest
+
+from train.errors import UserError
+from train.main import parse_arguments
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "--config"),
+        (["--config"], "expected one argument"),
+        (["--config", "c.py", "extra"], "unknown argument 'extra'"),
+        (["--config", "c.py", "--steps=3"], "unknown argument '--steps=3'"),
+        (["--config", "c.py", "--config.steps"], "--config.steps has no value"),
+    ],
+)
+def test_arguments_that_make_no_sense(arguments, message):
+    with pytest.raises(UserError) as error:
+        parse_arguments(arguments)
+    assert message in str(error.value)
+
+
+def test_both_spellings_of_an_override():
+    _, overrides, workdir = parse_arguments(["--config", "c", "--config.a.b=x=1", "--config.c", "-1"])
+    assert overrides == [("a.b", "x=1"), ("c", "-1")]
+    assert workdir is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"stepz": 3}, ["unknown config key 'stepz'", "'steps'"]),
+        ({"steps": "many"}, ["--config.steps takes int, got 'many'"]),
+        ({"steps": 0}, ["steps=0 must be at least 1"]),
+        ({"eval_rows": 0}, ["eval_rows=0"]),
+        ({"optimizer.warmup_steps": -1}, ["optimizer.warmup_steps=-1"]),
+        ({"optimizer.decay_steps": 0}, ["ends at 0, 0"]),
+        ({"sample.temperature": -1}, ["sample.temperature=-1.0"]),
+        ({"sample.tokens": 0}, ["sample.tokens=0"]),
+        ({"variant": "2mambo"}, ["2mambo", "2mamba"]),
+        ({"variant": "softmax,softmax"}, ["softmax"]),
+        ({"execution.form": "diagonal"}, ["diagonal"]),
+        ({"execution.form": "recurrent", "execution.chunk_size": 4}, ["chunk_size=4", "recurrent"]),
+        ({"execution.implementation": "mosaic_gpu"}, ["mosaic_gpu"]),
+        ({"execution.chunk_size": 0}, ["chunk_size"]),
+        ({"execution.dtype": "float31"}, ["unknown execution.dtype 'float31'", "'float32'"]),
+        ({"execution.precision": "lowest"}, ["lowest"]),
+        ({"model.num_heads": 3, "model.num_kv_heads": 2}, ["num_heads=3", "num_kv_heads=2"]),
+        ({"model.vocab_size": 256}, ["model.vocab_size=256 is too small", "up to 256"]),
+        ({"mesh.data": 3}, ["mesh.data=3", "number of devices"]),
+        ({"data.source": "webb"}, ["unknown data.source 'webb'", "corpus"]),
+        ({"data.root": "/nowhere"}, ["data.root '/nowhere' is not a directory"]),
+        ({"data.suffix": ".none"}, ["the corpus is empty"]),
+        ({"data.held_out_percent": 0}, ["the held-out split", "is empty"]),
+        ({"sample.prompt": ""}, ["sample.prompt"]),
+    ],
+)
+def test_bad_values(user_error, tiny, tmp_path, changes, words):
+    workdir = tmp_path / "run"
+    line = user_error(tiny(workdir, **changes))
+    assert all(word in line for word in words), line
+    assert not workdir.exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, ["no configuration file"]),
+        ("x = 1", ["has no function get_config"]),
+        ("import nothing_of_that_name", ["ModuleNotFoundError", "nothing_of_that_name"]),
+        ("def get_config(:", ["SyntaxError"]),
+        ("def get_config():\n    return {}", ["returned dict"]),
+        ("def get_config():\n    return 1 / 0", ["ZeroDivisionError"]),
+    ],
+)
+def test_bad_configuration_files(user_error, tmp_path, content, words):
+    path = tmp_path / "my-config.py"
+    if content is not None:
+        path.write_text(content)
+    line = user_error(["--config", str(path)])
+    assert all(word in line for word in [*words, "my-config.py"]), line
+
+
+def test_sizes(user_error, tmp_path):
+    assert "unknown size 'huge'" in user_error(["--config", "configs/2mamba.py:huge"])
+    path = tmp_path / "c.py"
+    path.write_text("def get_config():\n    pass")
+    assert "takes no size" in user_error(["--config", f"{path}:small"])
+
+
+def test_a_workdir_of_another_run(user_error, tiny, finished):
+    line = user_error(tiny(finished, seed=4))
+    assert "holds another run: seed is 0 there and 4 here" in line
+
+
+def test_a_workdir_of_other_data(user_error, tiny, finished, corpus_root):
+    extra = corpus_root / "extra.py"
+    extra.write_text("x = 1\n")
+    try:
+        assert "was trained on other data" in user_error(tiny(finished))
+    finally:
+        extra.unlink()
+
+
+def test_a_workdir_that_is_a_file(user_error, tiny, tmp_path):
+    path = tmp_path / "file"
+    path.write_text("x")
+    assert "is not a directory" in user_error(tiny(path))
+
+
+def test_the_process_itself_exits_with_2(start, tiny, tmp_path):
+    process = start(tiny(tmp_path, variant="2mambo"))
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 2, errors
+    assert output == ""
+    assert errors.startswith("error: ")
+    assert errors.count("\n") == 1

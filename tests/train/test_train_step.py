@@ -1,0 +1,134 @@
+"""The schedule, the optimiser, the weighted loss and what one step changes."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from train.errors import UserError
+from train.evaluation import evaluate
+from train.sharding import RULES, make_mesh
+from train.step import Sums, make_init, make_optimizer, make_train_step, warmup_linear, weighted_sums
+
+SIZES = {"data": 1, "fsdp": 1, "tensor": 1, "sequence": 1}
+
+
+class Bigram(nn.Module):
+    """Logits of the next token from the current one: small enough to differentiate by hand."""
+
+    @nn.compact
+    def __call__(self, tokens, segment_ids=None):
+        initializer = nn.with_logical_partitioning(nn.initializers.normal(1.0), ("vocab", "embed"))
+        return self.param("table", initializer, (5, 5))[tokens]
+
+
+def batch(seed: int = 0, shape: tuple[int, int] = (3, 4)):
+    random = np.random.default_rng(seed)
+    return {
+        "tokens": random.integers(5, size=shape).astype(np.int32),
+        "targets": random.integers(5, size=shape).astype(np.int32),
+        "segment_ids": np.ones(shape, np.int32),
+        "weights": random.integers(2, size=shape).astype(np.float32),
+    }
+
+
+def test_the_paper_s_schedule():
+    schedule = warmup_linear(1e-4, 10_000, 1_000_000)
+    expected = {0: 0, 5000: 5e-5, 10_000: 1e-4, 100_000: 1e-4 * 90 / 99, 505_000: 5e-5, 1_000_000: 0, 2_000_000: 0}
+    for step, rate in expected.items():
+        assert float(schedule(step)) == pytest.approx(rate, rel=1e-6)
+
+
+def test_no_warmup_starts_at_the_peak():
+    assert float(warmup_linear(2.0, 0, 10)(0)) == 2.0
+
+
+def test_a_run_shorter_than_its_warmup_rises_to_its_end():
+    schedule = warmup_linear(1.0, 100, 20)
+    assert [float(schedule(step)) for step in (0, 10, 20)] == pytest.approx([0, 0.1, 0.2])
+
+
+def test_adamw_decays_every_parameter():
+    params = {"norm": jnp.ones(3), "kernel": jnp.ones((2, 2))}
+    optimizer = make_optimizer(lambda _: 0.1, b1=0.9, b2=0.999, eps=1e-7, weight_decay=0.01, clip_norm=None)
+    gradients = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = optimizer.update(gradients, optimizer.init(params), params)
+    for update in jax.tree.leaves(updates):
+        np.testing.assert_allclose(update, -0.1 * 0.01, rtol=1e-6)
+
+
+def test_loss_is_weighted_by_token():
+    params = {"table": jnp.asarray(np.random.default_rng(1).normal(size=(5, 5)), jnp.float32)}
+    data = batch()
+    sums = weighted_sums(Bigram(), params, data)
+    logits = np.asarray(params["table"], np.float64)[data["tokens"]]
+    nll = np.log(np.exp(logits).sum(-1)) - np.take_along_axis(logits, data["targets"][..., None], -1)[..., 0]
+    assert float(sums.loss) == pytest.approx((nll * data["weights"]).sum(), rel=1e-6)
+    assert float(sums.correct) == ((logits.argmax(-1) == data["targets"]) * data["weights"]).sum()
+    assert float(sums.weight) == data["weights"].sum()
+
+
+def make(clip_norm=None, rate=0.1):
+    mesh = make_mesh(SIZES, batch_size=3)
+    schedule = warmup_linear(rate, 0, 10)
+    optimizer = make_optimizer(schedule, b1=0.9, b2=0.999, eps=1e-7, weight_decay=0.01, clip_norm=clip_norm)
+    with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
+        init, abstract = make_init(Bigram(), optimizer, mesh)
+        return init, abstract, make_train_step(Bigram(), optimizer, schedule, abstract, mesh), optimizer
+
+
+@pytest.mark.parametrize("clip_norm", [None, 0.01])
+def test_a_step_is_the_optimizer_applied_to_the_gradient_of_the_mean(clip_norm):
+    init, abstract, train_step, optimizer = make(clip_norm)
+    state = init(jax.random.key(0))
+    assert jax.tree.map(lambda leaf: leaf.shape, state) == jax.tree.map(lambda leaf: leaf.shape, abstract)
+    params = jax.tree.map(jnp.copy, state.params)
+    data = batch()
+
+    def loss(params):
+        logits = params["table"][data["tokens"]]
+        nll = -jnp.take_along_axis(jax.nn.log_softmax(logits), data["targets"][..., None], -1)[..., 0]
+        return jnp.sum(nll * data["weights"]) / jnp.sum(data["weights"])
+
+    value, gradients = jax.value_and_grad(loss)(params)
+    updates, _ = optimizer.update(gradients, optimizer.init(params), params)
+    expected = optax.apply_updates(params, updates)
+    state, metrics = train_step(state, data)
+    np.testing.assert_allclose(state.params["table"], expected["table"], rtol=1e-5, atol=1e-7)
+    assert int(state.step) == 1
+    assert float(metrics["loss"]) == pytest.approx(float(value), rel=1e-6)
+    assert float(metrics["grad_norm"]) == pytest.approx(float(jnp.linalg.norm(gradients["table"])), rel=1e-5)
+    assert float(metrics["learning_rate"]) == pytest.approx(0.1)
+
+
+def test_the_old_state_is_donated():
+    init, _, train_step, _ = make()
+    old = init(jax.random.key(0))
+    train_step(old, batch())
+    assert old.params["table"].is_deleted()
+
+
+def test_a_batch_without_weights_changes_nothing_but_by_decay():
+    init, _, train_step, _ = make()
+    state = init(jax.random.key(0))
+    before = np.asarray(state.params["table"])
+    state, metrics = train_step(state, {**batch(), "weights": np.zeros((3, 4), np.float32)})
+    assert float(metrics["loss"]) == 0
+    np.testing.assert_allclose(state.params["table"], before * (1 - 0.1 * 0.01), rtol=1e-6)
+
+
+def test_evaluation_weights_by_token_across_batches():
+    sums = {"a": Sums(6.0, 2.0, 3.0), "b": Sums(4.0, 0.0, 1.0)}
+    figures = evaluate(lambda _, name: sums[name], None, ["a", "b"])
+    assert figures == pytest.approx(
+        {
+            "eval/loss": 2.5,
+            "eval/accuracy": 0.5,
+            "eval/perplexity": np.exp(2.5),
+            "eval/bits_per_byte": 2.5 / np.log(2),
+        }
+    )
+    with pytest.raises(UserError, match="no token to predict"):
+        evaluate(lambda *_: Sums(0.0, 0.0, 0.0), None, ["a"])

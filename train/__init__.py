@@ -1,0 +1,1 @@
+"""Training a language model end to end: data, step, loop, checkpoints, evaluation (see train/main.py)."""

@@ -1,0 +1,73 @@
+"""Command line of the training: `python -m train.main --config configs/2mamba.py:nano --config.KEY=VALUE`."""
+
+import argparse
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from rich.console import Console
+
+from train.configuration import apply_overrides, load_config
+from train.errors import UserError
+from train.loop import run
+from train.workdir import default_workdir
+
+DESCRIPTION = """\
+Trains a language model. Giving the same command again resumes the run from its latest checkpoint. Every key of the
+configuration can be set by --config.KEY=VALUE, nested keys with dots: --config.optimizer.learning_rate=1e-3.
+Mistakes in the command or the data are one line on stderr and exit status 2."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports a wrong command line as the rest of the program does: one line, no usage above it."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raises UserError."""
+        raise UserError(f"{message}; see --help")
+
+
+def parse_arguments(arguments: Sequence[str]) -> tuple[str, list[tuple[str, str]], Path | None]:
+    """The configuration's path, its overrides as (dotted key, text), and the workdir. Raises UserError."""
+    parser = Parser("python -m train.main", description=DESCRIPTION, allow_abbrev=False)
+    parser.add_argument("--config", required=True, metavar="PATH[:SIZE]", help="such as configs/2mamba.py:small")
+    parser.add_argument("--workdir", type=Path, metavar="DIR", help="default: runs/NAME-SIZE, and a hash of overrides")
+    known, rest = parser.parse_known_args(arguments)
+    overrides = []
+    while rest:
+        argument = rest.pop(0)
+        key, equals, text = argument.removeprefix("--config.").partition("=")
+        if not argument.startswith("--config.") or not key:
+            raise UserError(f"unknown argument {argument!r}; see --help")
+        if not equals:
+            if not rest:
+                raise UserError(f"{argument} has no value: write {argument}=VALUE")
+            text = rest.pop(0)
+        overrides.append((key, text))
+    return known.config, overrides, known.workdir
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs the command line; returns the exit status: 0, 2 for a mistake of the user, 130 for an interrupt."""
+    resume = ""
+    try:
+        path, overrides, workdir = parse_arguments(arguments)
+        config, defaults = load_config(path), load_config(path)
+        apply_overrides(config, overrides)
+        workdir = default_workdir(config, defaults) if workdir is None else workdir
+        options = [f"--config.{key}={text}" for key, text in overrides]
+        resume = shlex.join(["python", "-m", "train.main", "--config", path, *options, "--workdir", str(workdir)])
+        run(config, workdir, lambda message: print(f"warning: {message}", file=sys.stderr), Console())
+        print(f"to resume or extend: {resume}")
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\ninterrupted; to resume from the latest checkpoint: {resume}", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,99 @@
+"""A recall task: a string of random symbols that comes again after a gap. It shows the mixing at work.
+
+    marker  s_1 ... s_N  filler ... filler  marker  s_1 ... s_N  padding
+
+The N symbols are distinct, the fillers are of an alphabet of their own, the length of the gap is random. The weights
+are 1 on the N targets of the repeat and 0 elsewhere. Each of these is predictable by one rule, the first included,
+since the same marker opens both strings: look up what followed this token before.
+
+Held-out rows have strings of N symbols. With `graded`, training rows have strings and gaps of all lengths up to the
+longest, the short ones more often. A model whose decay starts near 1/2 a token, as 2Mamba's does, sees only a few
+tokens back at first: it learns the rule where it can see it work, and then stretches it.
+
+Chance: with S symbols in all, a model that sees its current token alone is right 1 time in S - 1 at best (1 in S - 2
+with a convolution of width 2): 1.6 % for S = 64. One that knows the set of the N symbols but nothing of their order
+reaches (1 + 1/2 + ... + 1/N) / N: 12.7 % for N = 32.
+"""
+
+import hashlib
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from train.data import Batch
+from train.errors import UserError
+
+SPLITS = {"train": 0, "held_out": 1}
+
+
+@dataclass(frozen=True)
+class RecallRows:
+    """Rows of the task; row i is a function of (seed, split, i). Raises UserError where the sizes do not fit."""
+
+    seed: int
+    split: str
+    length: int
+    num_rows: int
+    symbols: int
+    repeat: int
+    fillers: int
+    gap: tuple[int, int]
+    graded: bool
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.repeat <= self.symbols:
+            raise UserError(f"data.repeat={self.repeat} must be from 1 to data.symbols={self.symbols}, all distinct")
+        if self.fillers < 1:
+            raise UserError(f"data.fillers={self.fillers} must be at least 1")
+        if not 0 <= self.gap[0] <= self.gap[1]:
+            raise UserError(f"data.gap={self.gap} must be a range (shortest, longest)")
+        if self.length < self.longest:
+            raise UserError(
+                f"length={self.length} is too short: the longest row has {self.longest} tokens and a target"
+            )
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row, its last target not counted."""
+        return 2 * self.repeat + 1 + self.gap[1]
+
+    @property
+    def marker(self) -> int:
+        """The token that opens both strings; the symbols and the fillers come before it, the padding after."""
+        return self.symbols + self.fillers
+
+    @property
+    def num_tokens(self) -> int:
+        """How many token values there are."""
+        return self.marker + 2
+
+    def __len__(self) -> int:
+        return self.num_rows
+
+    def __getitem__(self, index: int) -> Batch:
+        random = np.random.default_rng((self.seed, SPLITS[self.split], index))
+        if self.graded:
+            repeat, gap_size = log_uniform(random, self.repeat), log_uniform(random, self.gap[1] + 1) - 1
+        else:
+            repeat, gap_size = self.repeat, random.integers(self.gap[0], self.gap[1] + 1)
+        string = random.permutation(self.symbols)[:repeat]
+        gap = self.symbols + random.integers(self.fillers, size=gap_size)
+        row = np.concatenate([[self.marker], string, gap, [self.marker], string])
+        tokens = np.full(self.length + 1, self.marker + 1, np.int32)
+        tokens[: row.size] = row
+        weights = np.zeros(self.length, np.float32)
+        weights[row.size - 1 - repeat : row.size - 1] = 1
+        # Padding behind the row needs no segment of its own: the model is causal and nothing is weighted there.
+        segment_ids = np.ones(self.length, np.int32)
+        return {"tokens": tokens[:-1], "targets": tokens[1:], "segment_ids": segment_ids, "weights": weights}
+
+    def digest(self, count: int = 64) -> str:
+        """A hash of the first rows: another generator of random numbers, or another task, shows in it."""
+        rows = [self[index] for index in range(min(count, len(self)))]
+        return hashlib.sha256(b"".join(row["tokens"].tobytes() + row["weights"].tobytes() for row in rows)).hexdigest()
+
+
+def log_uniform(random: np.random.Generator, longest: int) -> int:
+    """A length from 1 to `longest`, n with a probability that falls as 1 / n."""
+    return int(math.exp(random.uniform(0, math.log(longest + 1))))

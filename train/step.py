@@ -1,0 +1,134 @@
+"""One training step and one evaluation step: `jax.jit` with shardings over the mesh."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from train.sharding import batch_sharding, tree_shardings
+
+Array = jax.Array
+Batch = dict[str, Array]
+
+
+class TrainState(NamedTuple):
+    """Everything that a step changes: the number of steps made (int32), the parameters and the optimiser's state."""
+
+    step: Array
+    params: Any
+    opt_state: Any
+
+
+class Sums(NamedTuple):
+    """Sums over the targets of a batch, float32 scalars: weighted negative log likelihood, hits, and weight."""
+
+    loss: Array
+    correct: Array
+    weight: Array
+
+
+def warmup_linear(peak: float, warmup_steps: int, decay_steps: int) -> optax.Schedule:
+    """From 0 linearly to `peak` at `warmup_steps`, then linearly to 0 at `decay_steps`, and 0 from there on.
+
+    A run that ends before its warm-up does (a trial of a few steps) rises to its end.
+    """
+
+    def schedule(step: Array) -> Array:
+        step = jnp.asarray(step, jnp.float32)
+        rising = step / max(warmup_steps, 1)
+        falling = jnp.maximum(decay_steps - step, 0) / max(decay_steps - warmup_steps, 1)
+        return peak * jnp.where(step < warmup_steps, rising, falling)
+
+    return schedule
+
+
+def make_optimizer(
+    schedule: optax.Schedule, *, b1: float, b2: float, eps: float, weight_decay: float, clip_norm: float | None
+) -> optax.GradientTransformation:
+    """AdamW that decays every parameter, as the paper's runs did; gradients are clipped to `clip_norm` first."""
+    adamw = optax.adamw(schedule, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
+    return adamw if clip_norm is None else optax.chain(optax.clip_by_global_norm(clip_norm), adamw)
+
+
+def weighted_sums(model: nn.Module, params: Any, batch: Batch) -> Sums:
+    """Runs the model on `batch` (see train/data.py) and sums over the targets by their weights."""
+    logits = model.apply({"params": params}, batch["tokens"], segment_ids=batch["segment_ids"])
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"])
+    hits = (jnp.argmax(logits, axis=-1) == batch["targets"]).astype(jnp.float32)
+    weights = batch["weights"]
+    return Sums(jnp.sum(weights * losses), jnp.sum(weights * hits), jnp.sum(weights))
+
+
+def make_init(
+    model: nn.Module, optimizer: optax.GradientTransformation, mesh: Mesh
+) -> tuple[Callable[[Array], TrainState], TrainState]:
+    """The jitted `init(key) -> state`, and its result as ShapeDtypeStructs that carry their shardings."""
+
+    def boxed_init(key: Array) -> TrainState:
+        # Parameters do not depend on the length of the example; 8 is short and no special case.
+        params = model.init(key, jnp.zeros((1, 8), jnp.int32))["params"]
+        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+    key = jax.random.key(0)
+    shardings = tree_shardings(jax.eval_shape(boxed_init, key), mesh)
+    init = jax.jit(lambda key: nn.unbox(boxed_init(key)), out_shardings=shardings)
+    abstract = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        jax.eval_shape(init, key),
+        shardings,
+    )
+    return init, abstract
+
+
+def make_train_step(
+    model: nn.Module,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    state: TrainState,
+    mesh: Mesh,
+) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
+    """The jitted `step(state, batch) -> (state, metrics)`; the old state is donated.
+
+    `state` gives the shardings (abstract will do). The loss is sum(weight * nll) / sum(weight) over the whole batch.
+    metrics: loss, accuracy, grad_norm (before clipping), learning_rate, float32 scalars.
+    """
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+        def mean_loss(params: Any) -> tuple[Array, Sums]:
+            sums = weighted_sums(model, params, batch)
+            # A batch may hold no weight at all (documents of one byte, say): its loss is 0, not NaN.
+            return sums.loss / jnp.maximum(sums.weight, 1), sums
+
+        (loss, sums), gradients = jax.value_and_grad(mean_loss, has_aux=True)(state.params)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        metrics = {
+            "loss": loss,
+            "accuracy": sums.correct / jnp.maximum(sums.weight, 1),
+            "grad_norm": optax.tree.norm(gradients),
+            "learning_rate": schedule(state.step),
+        }
+        return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state), metrics
+
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+    replicated = NamedSharding(mesh, P())
+    return jax.jit(
+        train_step,
+        in_shardings=(shardings, batch_sharding(mesh)),
+        out_shardings=(shardings, replicated),
+        donate_argnums=0,
+    )
+
+
+def make_eval_step(model: nn.Module, state: TrainState, mesh: Mesh) -> Callable[[Any, Batch], Sums]:
+    """The jitted `step(params, batch) -> Sums`, so that batches add up by their weights."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state.params)
+    return jax.jit(
+        lambda params, batch: weighted_sums(model, params, batch),
+        in_shardings=(shardings, batch_sharding(mesh)),
+        out_shardings=NamedSharding(mesh, P()),
+    )

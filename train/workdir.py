@@ -1,0 +1,99 @@
+"""The working directory: where a run lives by default, and whether a directory belongs to this run.
+
+A run resumes when its command is given again, so a directory must hold one run only. `config.json` is the run's
+configuration and `corpus.json` the digest of its data; both are compared before anything else is read.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from train.configuration import flatten, to_json
+from train.errors import UserError
+
+# These leave the parameters after a given number of steps as they are (a mesh changes only the rounding), so a run
+# may go on under other values: observing it more often, or on another number of devices, makes no other run of it.
+FREE_ON_RESUME = ("log_every", "eval_every", "eval_rows", "checkpoint_every", "checkpoints_kept", "sample.", "mesh.")
+
+
+def free_on_resume(key: str, config: Mapping[str, Any]) -> bool:
+    """Whether a run may be resumed with another value of the dotted `key`; `config` is flat.
+
+    `steps` is free where optimizer.decay_steps is given: then it only says where the run stops. Otherwise the
+    learning rate falls to 0 at `steps`, and another value is another schedule.
+    """
+    if key == "steps":
+        return config["optimizer.decay_steps"] is not None
+    return any(key == free or (free.endswith(".") and key.startswith(free)) for free in FREE_ON_RESUME)
+
+
+def default_workdir(config: ConfigDict, defaults: ConfigDict) -> Path:
+    """`runs/NAME-SIZE`, with a hash of the overrides behind it where some override makes it another run.
+
+    `defaults` is the configuration without overrides. The same command always gives the same directory.
+    """
+    flat, flat_defaults = flatten(config), flatten(defaults)
+    changed = {
+        key: value for key, value in flat.items() if value != flat_defaults[key] and not free_on_resume(key, flat)
+    }
+    name = f"{config.name}-{config.size}"
+    if changed:
+        name += "-" + hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()[:8]
+    return Path("runs") / name
+
+
+def claim(workdir: Path, config: ConfigDict, corpus: Mapping[str, Any]) -> None:
+    """Writes config.json and corpus.json into a new `workdir`; in an old one, checks that they are this run's.
+
+    Raises UserError naming each key that differs with both of its values, or the two digests of the data.
+    """
+    if workdir.exists() and not workdir.is_dir():
+        raise UserError(f"workdir {workdir} is not a directory")
+    mine = json.loads(to_json(config))
+    for name in ("config.json", "corpus.json"):
+        if (workdir / "checkpoints").exists() and not (workdir / name).exists():
+            raise UserError(f"workdir {workdir} holds checkpoints but no {name}; choose another --workdir")
+    if (workdir / "config.json").exists():
+        theirs = _read(workdir / "config.json")
+        flat_mine, flat_theirs = flatten(mine), flatten(theirs)
+        differing = [
+            f"{key} is {flat_theirs.get(key, 'absent')!r} there and {flat_mine.get(key, 'absent')!r} here"
+            for key in sorted(flat_mine.keys() | flat_theirs.keys())
+            if flat_mine.get(key, "absent") != flat_theirs.get(key, "absent") and not free_on_resume(key, flat_mine)
+        ]
+        if differing:
+            raise UserError(f"workdir {workdir} holds another run: {'; '.join(differing)}; choose another --workdir")
+    if (workdir / "corpus.json").exists():
+        digest = _read(workdir / "corpus.json").get("digest")
+        if digest != corpus["digest"]:
+            raise UserError(
+                f"workdir {workdir} was trained on other data: its digest is {digest}, this data's is "
+                f"{corpus['digest']}; bring that data back, or choose another --workdir"
+            )
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        replace(workdir / "corpus.json", json.dumps(dict(corpus), indent=2, sort_keys=True) + "\n")
+        replace(workdir / "config.json", to_json(config))
+    except OSError as error:
+        raise UserError(f"cannot write to workdir {workdir}: {error.strerror}") from error
+
+
+def replace(path: Path, text: str) -> None:
+    """Writes `text` so that a reader, or a run after a kill, finds the old text or the new, never half of it."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not readable JSON ({error}); choose another --workdir") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds no JSON object; choose another --workdir")
+    return content
