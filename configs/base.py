@@ -87,8 +87,8 @@ def get_config(name: str, variant: str, size: str) -> ConfigDict:
 
     if size == "nano":
         config.execution.dtype = "float32"
-        # Without it XLA's scratch memory is four times as large, and two CPU cores spend a third of each step on its page
-        # faults (measured: 186 against 149 microseconds of CPU time a token).
+        # Without it XLA's scratch memory is four times as large, and two CPU cores spend a third of each step on the
+        # page faults of that (measured: 186 against 149 microseconds of CPU time a token).
         config.execution.remat = True
         config.steps = 800
         config.batch_size = 8

@@ -1,12 +1,12 @@
 """A recall task: a string of random symbols that comes again after a gap. It shows the mixing at work.
 
-    marker  s_1 ... s_N  filler ... filler  marker  s_1 ... s_N  padding
+    marker  s_1 ... s_N  filler ... filler  marker  s_1 ... s_N
 
-The N symbols are distinct, the fillers are of an alphabet of their own, the length of the gap is random. The weights
+A row holds such problems, each a segment of its own, until the next does not fit; the rest is padding. The N symbols are distinct, the fillers are of an alphabet of their own, the length of the gap is random. The weights
 are 1 on the N targets of the repeat and 0 elsewhere. Each of these is predictable by one rule, the first included,
 since the same marker opens both strings: look up what followed this token before.
 
-Held-out rows have strings of N symbols. With `graded`, training rows have strings and gaps of all lengths up to the
+Held-out problems have strings of N symbols. With `graded`, training problems have strings and gaps of all lengths up to the
 longest, the short ones more often. A model whose decay starts near 1/2 a token, as 2Mamba's does, sees only a few
 tokens back at first: it learns the rule where it can see it work, and then stretches it.
 
@@ -50,12 +50,12 @@ class RecallRows:
             raise UserError(f"data.gap={self.gap} must be a range (shortest, longest)")
         if self.length < self.longest:
             raise UserError(
-                f"length={self.length} is too short: the longest row has {self.longest} tokens and a target"
+                f"length={self.length} is too short: the longest problem has {self.longest} tokens and a target"
             )
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest row, its last target not counted."""
+        """Tokens of the longest problem, its last target not counted."""
         return 2 * self.repeat + 1 + self.gap[1]
 
     @property
@@ -73,20 +73,32 @@ class RecallRows:
 
     def __getitem__(self, index: int) -> Batch:
         random = np.random.default_rng((self.seed, SPLITS[self.split], index))
+        tokens = np.full(self.length + 1, self.marker + 1, np.int32)
+        segment_ids = np.zeros(self.length + 1, np.int32)
+        weights = np.zeros(self.length + 1, np.float32)
+        start, (problem, repeat) = 0, self._draw(random)
+        while start + problem.size <= self.length + 1:
+            end = start + problem.size
+            tokens[start:end] = problem
+            segment_ids[start:end] = segment_ids.max() + 1
+            weights[end - repeat : end] = 1
+            start, (problem, repeat) = end, self._draw(random)
+        return {
+            "tokens": tokens[:-1],
+            "targets": tokens[1:],
+            "segment_ids": segment_ids[:-1],
+            "weights": weights[1:],
+        }
+
+    def _draw(self, random: np.random.Generator) -> tuple[np.ndarray, int]:
+        """The tokens of one problem, and how many of them, at its end, are the repeat."""
         if self.graded:
             repeat, gap_size = log_uniform(random, self.repeat), log_uniform(random, self.gap[1] + 1) - 1
         else:
             repeat, gap_size = self.repeat, random.integers(self.gap[0], self.gap[1] + 1)
         string = random.permutation(self.symbols)[:repeat]
         gap = self.symbols + random.integers(self.fillers, size=gap_size)
-        row = np.concatenate([[self.marker], string, gap, [self.marker], string])
-        tokens = np.full(self.length + 1, self.marker + 1, np.int32)
-        tokens[: row.size] = row
-        weights = np.zeros(self.length, np.float32)
-        weights[row.size - 1 - repeat : row.size - 1] = 1
-        # Padding behind the row needs no segment of its own: the model is causal and nothing is weighted there.
-        segment_ids = np.ones(self.length, np.int32)
-        return {"tokens": tokens[:-1], "targets": tokens[1:], "segment_ids": segment_ids, "weights": weights}
+        return np.concatenate([[self.marker], string, gap, [self.marker], string]), repeat
 
     def digest(self, count: int = 64) -> str:
         """A hash of the first rows: another generator of random numbers, or another task, shows in it."""

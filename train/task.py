@@ -71,7 +71,7 @@ def recall_task(config: ConfigDict) -> Task:
     train = recall.RecallRows(split="train", num_rows=data.train_rows, graded=data.graded, **sizes)
     held_out = recall.RecallRows(split="held_out", num_rows=data.held_out_rows, graded=False, **sizes)
     example = held_out[0]
-    (repeat,) = np.nonzero(example["weights"])
+    (repeat,) = np.nonzero((example["weights"] > 0) & (example["segment_ids"] == 1))
     return Task(
         train=train,
         held_out=held_out,

@@ -11,7 +11,7 @@ from cases import Case
 
 from twomamba_jax import decay_attention, decay_attention_step, init_state
 from twomamba_jax.ops import stages
-from twomamba_jax.ops.decay import pairwise_log_decay
+from twomamba_jax.ops.decay import pairwise_decay, pairwise_log_decay
 from twomamba_jax.ops.numerics import divide
 from twomamba_jax.ops.operation import Operation
 from twomamba_jax.ops.state import FiniteState
@@ -84,6 +84,10 @@ def test_pairwise_decays_equal_their_sums(size):
     later = np.tril(np.ones((size, size)), -1)  # [t, j]: t > j
     want = np.stack([(wide[: i + 1, None] * later[: i + 1]).sum(0) for i in range(size)])
     assert (np.abs(got - want) <= 16 * EPS * np.abs(want)).all()
+    decay = np.asarray(pairwise_decay(jnp.asarray(a)), np.float64)
+    assert (decay == np.tril(decay)).all()
+    # x e^-x <= 0.37: a relative error of the exponent is a smaller, absolute one of the decay.
+    assert (np.abs(decay - np.tril(np.exp(want))) <= 16 * EPS).all()
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -49,7 +49,7 @@ def suffix_log_decay(log_decay: Float[Array, "... T"]) -> Float[Array, "... T"]:
 
 
 def pairwise_log_decay(log_decay: Float[Array, "... T"]) -> Float[Array, "... T T"]:
-    """a_{j+1} + ... + a_i for j <= i: the decay of token j as token i sees it. Above the diagonal: anything.
+    """a_{j+1} + ... + a_i for j <= i: the log decay of token j as token i sees it. Above the diagonal: not positive.
 
     Pairs of one tile are summed directly; those of two tiles from the rest of j's tile, the tiles between (by the same
     function one level up), and i's tile up to i.
@@ -59,14 +59,50 @@ def pairwise_log_decay(log_decay: Float[Array, "... T"]) -> Float[Array, "... T 
         t = jnp.arange(size)
         between = (t[None, :, None] < t[None, None, :]) & (t[None, None, :] <= t[:, None, None])
         return jnp.einsum("...t,ijt->...ij", log_decay, between.astype(log_decay.dtype), precision="highest")
+    tiles = _tiles(log_decay)
+    return _assemble(
+        prefix_log_decay(tiles)[..., :, :, None, None]
+        + _between_tiles(tiles)[..., :, None, :, None]
+        + suffix_log_decay(tiles)[..., None, None, :, :],
+        pairwise_log_decay(tiles),
+        size,
+    )
 
-    tiles = -(-size // TILE)
-    padding = [(0, 0)] * (log_decay.ndim - 1) + [(0, tiles * TILE - size)]
-    tiled = jnp.pad(log_decay, padding).reshape(*log_decay.shape[:-1], tiles, TILE)
-    prefix, suffix = prefix_log_decay(tiled), suffix_log_decay(tiled)
-    up_to = pairwise_log_decay(prefix[..., -1])
-    between = jnp.concatenate([jnp.zeros_like(up_to[..., :1, :]), up_to[..., :-1, :]], axis=-2)
-    across = prefix[..., :, :, None, None] + between[..., :, None, :, None] + suffix[..., None, None, :, :]
-    own_tile = jnp.eye(tiles, dtype=bool)[:, None, :, None]
-    pairs = jnp.where(own_tile, pairwise_log_decay(tiled)[..., :, :, None, :], across)
-    return pairs.reshape(*log_decay.shape[:-1], tiles * TILE, tiles * TILE)[..., :size, :size]
+
+def pairwise_decay(log_decay: Float[Array, "... T"]) -> Float[Array, "... T T"]:
+    """exp(a_{j+1} + ... + a_i) for j <= i, and 0 for j > i.
+
+    The same sums as `pairwise_log_decay`, exponentiated one by one: pairs of two tiles are then a product of a factor
+    per row, one per pair of tiles and one per column, none above 1, and cost no exponential of their own.
+    """
+    size = log_decay.shape[-1]
+    if size <= TILE:
+        causal = jnp.tril(jnp.ones((size, size), bool))
+        return jnp.exp(jnp.where(causal, pairwise_log_decay(log_decay), -jnp.inf))
+    tiles = _tiles(log_decay)
+    earlier = jnp.tril(jnp.ones((tiles.shape[-2],) * 2, bool), -1)
+    between = jnp.exp(jnp.where(earlier, _between_tiles(tiles), -jnp.inf))
+    rows = jnp.exp(prefix_log_decay(tiles))[..., :, :, None] * between[..., :, None, :]
+    columns = jnp.exp(suffix_log_decay(tiles))
+    return _assemble(rows[..., None] * columns[..., None, None, :, :], pairwise_decay(tiles), size)
+
+
+def _tiles(log_decay):
+    """[..., T] -> [..., N, TILE], padded with no decay."""
+    count = -(-log_decay.shape[-1] // TILE)
+    padding = [(0, 0)] * (log_decay.ndim - 1) + [(0, count * TILE - log_decay.shape[-1])]
+    return jnp.pad(log_decay, padding).reshape(*log_decay.shape[:-1], count, TILE)
+
+
+def _between_tiles(tiles):
+    """The log decay [..., N, N] over all tiles after j and before i."""
+    up_to = pairwise_log_decay(tiles.sum(-1))
+    return jnp.concatenate([jnp.zeros_like(up_to[..., :1, :]), up_to[..., :-1, :]], axis=-2)
+
+
+def _assemble(across, within, size):
+    """Pairs of two tiles [..., N, TILE, N, TILE] and of one [..., N, TILE, TILE] as one matrix [..., size, size]."""
+    count, width = within.shape[-3:-1]
+    own_tile = jnp.eye(count, dtype=bool)[:, None, :, None]
+    pairs = jnp.where(own_tile, within[..., :, :, None, :], across)
+    return pairs.reshape(*within.shape[:-3], count * width, count * width)[..., :size, :size]

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from twomamba_jax.ops.decay import pairwise_log_decay, prefix_log_decay, suffix_log_decay
+from twomamba_jax.ops.decay import pairwise_decay, pairwise_log_decay, prefix_log_decay, suffix_log_decay
 from twomamba_jax.ops.feature_map import features
 from twomamba_jax.ops.numerics import accumulation_dtype, contract, divide, operand_dtype
 from twomamba_jax.ops.operation import Operation
@@ -46,35 +46,28 @@ class Sums(NamedTuple):
 
 
 def causal_mask(run, size: int):
-    """[1 or B, C, C]: True where token i may attend to token j."""
+    """[1 or B, 1, 1, C, C]: True where token i may attend to token j."""
     mask = jnp.tril(jnp.ones((1, size, size), bool))
-    return mask if run is None else mask & same_run(run, run)
-
-
-def log_decay_matrix(log_decay, mask):
-    """A_i - A_j [B, G, C, C], -inf where the mask forbids the pair: masked before any exponential is taken."""
-    return jnp.where(mask[:, None], pairwise_log_decay(log_decay), -jnp.inf)
+    return (mask if run is None else mask & same_run(run, run))[:, None, None]
 
 
 def intra(op: Operation, q, k, v, log_decay, run) -> Sums:
     """The part of each row that comes from the chunk's own tokens: the quadratic form."""
     x = contract("bgrik,bgjk->bgrij", q, k, op.precision) * op.query_scale
     weights = x * x if op.score == "squared" else x
-    mask = causal_mask(run, k.shape[2])
-    if log_decay is None:
-        weights = jnp.where(mask[:, None, None], weights, 0)
-    else:
-        weights = weights * jnp.exp(log_decay_matrix(log_decay, mask))[:, :, None]
+    if log_decay is not None:
+        weights = weights * pairwise_decay(log_decay)[:, :, None]
+    if log_decay is None or run is not None:  # a decay is causal by itself
+        weights = jnp.where(causal_mask(run, k.shape[2]), weights, 0)
     return weighted_sums(op, weights, v)
 
 
 def exponential_logits(op: Operation, q, k, log_decay, run) -> jax.Array:
     """scale <q_i, k_j> + A_i - A_j [B, G, R, C, C] of the chunk's own tokens, -inf where j is out of i's sight."""
     logits = contract("bgrik,bgjk->bgrij", q, k, op.precision) * op.query_scale
-    mask = causal_mask(run, k.shape[2])
-    if log_decay is None:
-        return jnp.where(mask[:, None, None], logits, -jnp.inf)
-    return logits + log_decay_matrix(log_decay, mask)[:, :, None]
+    if log_decay is not None:
+        logits = logits + pairwise_log_decay(log_decay)[:, :, None]
+    return jnp.where(causal_mask(run, k.shape[2]), logits, -jnp.inf)
 
 
 def weighted_sums(op: Operation, weights, v) -> Sums:
