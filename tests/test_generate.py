@@ -116,7 +116,7 @@ def test_one_compilation_serves_every_temperature_key_and_parameter(caches):
     [
         ({"tokens": jnp.zeros((2, 0), jnp.int32)}, "tokens must be prompts [B, T] with T >= 1, got shape (2, 0)"),
         ({"tokens": jnp.zeros(3, jnp.int32)}, "tokens must be prompts [B, T] with T >= 1, got shape (3,)"),
-        ({"max_new_tokens": 0}, "max_new_tokens=0 must be at least 1"),
+        ({"max_new_tokens": 0}, "max_new_tokens=0 must be an integer of at least 1"),
         ({"temperature": -0.5}, "temperature=-0.5 must be at least 0"),
         ({"temperature": 1.0}, "temperature=1.0 samples and needs a random key: pass rng=jax.random.key(seed)"),
     ],

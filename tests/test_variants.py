@@ -93,7 +93,7 @@ SOFTMAX, SQUARED, LINEAR = (VARIANTS[name].mixer for name in ("softmax", "2mamba
         ("2mamba*,softmax*2", [SQUARED, SQUARED, SQUARED, SOFTMAX, SOFTMAX]),
         (" softmax , 2mamba *3,linear ", [SOFTMAX, SQUARED, SQUARED, SQUARED, LINEAR]),
         ("softmax,2mamba,softmax,2mamba,softmax", [SOFTMAX, SQUARED, SOFTMAX, SQUARED, SOFTMAX]),
-        ("softmax*5,2mamba*", [SOFTMAX] * 5),
+        ("softmax * 4, 2mamba *", [SOFTMAX] * 4 + [SQUARED]),
     ],
 )
 def test_pattern(pattern, mixers):
@@ -113,7 +113,9 @@ def test_pattern(pattern, mixers):
         ("softmax*,2mamba*", "pattern 'softmax*,2mamba*' has 2 entries that end in '*': at most one"),
         ("softmax,2mamba", "pattern 'softmax,2mamba' names 2 layers, but the model has 5"),
         ("softmax*6", "pattern 'softmax*6' names 6 layers, but the model has 5"),
-        ("softmax*6,2mamba*", "pattern 'softmax*6,2mamba*' names 6 layers, but the model has 5"),
+        ("softmax*5,2mamba*", "pattern 'softmax*5,2mamba*' names at least 6 layers, but the model has 5"),
+        ("2mamba*1", "pattern '2mamba*1' names 1 layers, but the model has 5"),
+        ("2mamba*0,softmax", "'2mamba*0' is no entry"),
     ],
 )
 def test_pattern_that_does_not_fit_is_refused(pattern, message):

@@ -2,12 +2,13 @@
 
     marker  s_1 ... s_N  filler ... filler  marker  s_1 ... s_N
 
-A row holds such problems, each a segment of its own, until the next does not fit; the rest is padding. The N symbols are distinct, the fillers are of an alphabet of their own, the length of the gap is random. The weights
-are 1 on the N targets of the repeat and 0 elsewhere. Each of these is predictable by one rule, the first included,
-since the same marker opens both strings: look up what followed this token before.
+A row holds such problems, each a segment of its own, until the next does not fit; the rest is padding. The N symbols
+are distinct, the fillers are of an alphabet of their own, the length of the gap is random. The weights are 1 on the N
+targets of the repeat and 0 elsewhere. Each of these is predictable by one rule, the first included, since the same
+marker opens both strings: look up what followed this token before.
 
-Held-out problems have strings of N symbols. With `graded`, training problems have strings and gaps of all lengths up to the
-longest, the short ones more often. A model whose decay starts near 1/2 a token, as 2Mamba's does, sees only a few
+Held-out problems have strings of N symbols. With `graded`, training problems have strings and gaps of all lengths up to
+the longest, the short ones more often. A model whose decay starts near 1/2 a token, as 2Mamba's does, sees only a few
 tokens back at first: it learns the rule where it can see it work, and then stretches it.
 
 Chance: with S symbols in all, a model that sees its current token alone is right 1 time in S - 1 at best (1 in S - 2
@@ -103,7 +104,7 @@ class RecallRows:
     def digest(self, count: int = 64) -> str:
         """A hash of the first rows: another generator of random numbers, or another task, shows in it."""
         rows = [self[index] for index in range(min(count, len(self)))]
-        return hashlib.sha256(b"".join(row["tokens"].tobytes() + row["weights"].tobytes() for row in rows)).hexdigest()
+        return hashlib.sha256(b"".join(row[key].tobytes() for row in rows for key in sorted(row))).hexdigest()
 
 
 def log_uniform(random: np.random.Generator, longest: int) -> int:

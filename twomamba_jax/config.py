@@ -1,6 +1,7 @@
 """What a model computes: frozen, validated descriptions. How it is computed is `layers.Execution`."""
 
 import dataclasses
+import math
 from typing import Literal, get_args
 
 from twomamba_jax.ops.decay import Decay
@@ -60,10 +61,10 @@ class MixerConfig:
                 raise ValueError(
                     f"{name}={getattr(self, name)!r} is unknown: expected one of {_listed(get_args(kind))}"
                 )
-        if self.conv_width not in (1, 2, 3, 4):
+        if type(self.conv_width) is not int or self.conv_width not in (1, 2, 3, 4):
             raise ValueError(f"conv_width={self.conv_width!r} must be 1 (no convolution), 2, 3 or 4")
-        if self.scale is not None and not self.scale > 0:
-            raise ValueError(f"scale={self.scale!r} must be positive, or None for 1 / sqrt(head_dim)")
+        if self.scale is not None and not (isinstance(self.scale, int | float) and 0 < self.scale < math.inf):
+            raise ValueError(f"scale={self.scale!r} must be a positive number, or None for 1 / sqrt(head_dim)")
         if self.score == "exp" and self.norm == "output":
             raise ValueError(
                 "score='exp' with norm='output' is undefined: e^x overflows unnormalised; use norm='softmax'"
@@ -124,8 +125,16 @@ class ModelConfig:
     def __post_init__(self):
         for name in ("vocab_size", "d_model", "num_layers", "num_heads", "head_dim", "mlp_dim", "num_kv_heads"):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
+            optional = name == "num_kv_heads" and value is None
+            if not optional and (type(value) is not int or value < 1):
                 raise ValueError(f"{name}={value!r} must be an integer of at least 1")
+        if not isinstance(self.mixers, MixerConfig):
+            object.__setattr__(self, "mixers", tuple(self.mixers))  # hashable, whatever sequence was given
+            if not all(isinstance(mixer, MixerConfig) for mixer in self.mixers):
+                raise ValueError(
+                    f"mixers={self.mixers!r} must be a MixerConfig or one a layer: VARIANTS[name].mixer, or "
+                    "parse_pattern(pattern, num_layers)"
+                )
         if self.num_heads % self.kv_heads:
             raise ValueError(f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}")
         if len(self.layer_mixers) != self.num_layers:
@@ -145,7 +154,7 @@ class ModelConfig:
     @property
     def layer_mixers(self) -> tuple[MixerConfig, ...]:
         """The mixer of each layer."""
-        return (self.mixers,) * self.num_layers if isinstance(self.mixers, MixerConfig) else tuple(self.mixers)
+        return (self.mixers,) * self.num_layers if isinstance(self.mixers, MixerConfig) else self.mixers
 
     @property
     def runs(self) -> tuple[tuple[MixerConfig, int], ...]:

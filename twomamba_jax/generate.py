@@ -37,11 +37,12 @@ def generate(
     Raises:
       ValueError: an empty prompt, `max_new_tokens` below 1, a negative temperature, or one above 0 without `rng`.
     """
+    tokens = jnp.asarray(tokens)
     if tokens.ndim != 2 or tokens.shape[1] < 1:
         raise ValueError(f"tokens must be prompts [B, T] with T >= 1, got shape {tokens.shape}")
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
-    if temperature < 0:
+    if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens={max_new_tokens} must be an integer of at least 1")
+    if not temperature >= 0:
         raise ValueError(f"temperature={temperature} must be at least 0")
     if temperature > 0 and rng is None:
         raise ValueError(f"temperature={temperature} samples and needs a random key: pass rng=jax.random.key(seed)")

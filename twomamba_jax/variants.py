@@ -117,20 +117,21 @@ def parse_pattern(pattern: str, num_layers: int) -> tuple[MixerConfig, ...]:
     """The mixer of each layer, from one line.
 
     `"2mamba"` is every layer. `"softmax,2mamba*,softmax"` is softmax first and last and 2mamba between: entries are
-    separated by commas, `name*3` stands for three layers and `name*`, at most once, for all that are left.
+    separated by commas, `name*3` stands for three layers and `name*`, at most once, for all that are left, one or more.
 
     Raises:
       ValueError: an unknown variant (naming the nearest), a malformed entry, or a total that is not `num_layers`.
     """
-    entries = [_parse_entry(entry.strip(), pattern) for entry in pattern.split(",")]
-    if len(entries) == 1 and entries[0][1] == 1:
-        entries = [(entries[0][0], None)]
+    if pattern in VARIANTS:
+        pattern += "*"
+    entries = [_parse_entry(entry, pattern) for entry in pattern.split(",")]
     fixed = sum(count for _, count in entries if count is not None)
     fills = sum(count is None for _, count in entries)
     if fills > 1:
         raise ValueError(f"pattern {pattern!r} has {fills} entries that end in '*': at most one can take what is left")
-    if fixed > num_layers or (not fills and fixed != num_layers):
-        raise ValueError(f"pattern {pattern!r} names {fixed} layers, but the model has {num_layers}")
+    if fixed + fills > num_layers or (not fills and fixed != num_layers):
+        least = "at least " if fills else ""
+        raise ValueError(f"pattern {pattern!r} names {least}{fixed + fills} layers, but the model has {num_layers}")
     mixers: list[MixerConfig] = []
     for mixer, count in entries:
         mixers.extend([mixer] * (num_layers - fixed if count is None else count))
@@ -139,11 +140,11 @@ def parse_pattern(pattern: str, num_layers: int) -> tuple[MixerConfig, ...]:
 
 def _parse_entry(entry: str, pattern: str) -> tuple[MixerConfig, int | None]:
     """(mixer, count) of `name`, `name*3` or `name*` (None)."""
-    match = re.fullmatch(r"([^*]*?)(?:\*(\d*))?", entry)
+    match = re.fullmatch(r"\s*([^*]*?)\s*(\*\s*([1-9]\d*)?)?\s*", entry)
     if match is None:
         raise ValueError(f"pattern {pattern!r}: {entry!r} is no entry; expected name, name*COUNT or name*")
-    name, count = match.group(1).strip(), match.group(2)
+    name, star, count = match.groups()
     if name not in VARIANTS:
         near = difflib.get_close_matches(name, VARIANTS, n=1, cutoff=0)
         raise ValueError(f"unknown variant {name!r}: did you mean {near[0]!r}? All: {', '.join(VARIANTS)}")
-    return VARIANTS[name].mixer, 1 if count is None else int(count) if count else None
+    return VARIANTS[name].mixer, int(count) if count else None if star else 1

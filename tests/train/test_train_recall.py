@@ -63,7 +63,7 @@ def test_batches_resume_at_their_position():
         ({"repeat": 21}, "data.repeat=21 must be from 1 to data.symbols=20"),
         ({"fillers": 0}, "data.fillers=0"),
         ({"gap": (5, 4)}, r"data.gap=\(5, 4\)"),
-        ({"length": 29}, "length=29 is too short: the longest row has 30 tokens"),
+        ({"length": 29}, "length=29 is too short: the longest problem has 30 tokens"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(changes, message):
@@ -72,18 +72,30 @@ def test_sizes_that_do_not_fit_are_refused(changes, message):
     assert make(length=30)[0]["tokens"].shape == (30,)
 
 
-def test_graded_rows_have_all_lengths_and_short_ones_more_often():
+def test_graded_rows_are_full_of_problems_of_all_lengths_short_ones_more_often():
     rows = make(graded=True)
-    strings, gaps = [], []
+    first_strings, first_gaps, problems = [], [], []
     for index in range(1000):
         row = rows[index]
-        (second,) = np.nonzero(row["tokens"][1:] == rows.marker)
-        repeat = int(row["weights"].sum())
-        assert np.array_equal(row["targets"][row["weights"] == 1], row["tokens"][1 : repeat + 1])
-        strings.append(repeat)
-        gaps.append(int(second[0]) - repeat)
-    assert set(strings) == set(range(1, 11))
-    assert set(gaps) == set(range(10))
+        tokens = np.append(row["tokens"], row["targets"][-1])
+        weights = np.append(0, row["weights"])
+        # The last token's segment is not in the row: it is the last problem's, or padding.
+        segment_ids = np.append(row["segment_ids"], row["segment_ids"][-1] * (tokens[-1] != rows.marker + 1))
+        assert (tokens[segment_ids == 0] == rows.marker + 1).all()
+        assert np.all(np.diff(segment_ids[segment_ids > 0]) >= 0)
+        problems.append(segment_ids.max())
+        for number in range(1, segment_ids.max() + 1):
+            problem, marks = tokens[segment_ids == number], weights[segment_ids == number]
+            repeat = int(marks.sum())
+            assert problem[0] == problem[-repeat - 1] == rows.marker
+            assert np.array_equal(problem[-repeat:], problem[1 : repeat + 1])
+            assert marks.tolist() == [0] * (problem.size - repeat) + [1] * repeat
+            if number == 1:
+                first_strings.append(repeat)
+                first_gaps.append(problem.size - 2 * repeat - 2)
+    assert max(problems) > 3
+    assert set(first_strings) == set(range(1, 11))
+    assert set(first_gaps) == set(range(10))
     # P(1) = log 2 / log 11
-    assert np.mean(np.array(strings) == 1) == pytest.approx(np.log(2) / np.log(11), abs=0.05)
-    assert np.mean(np.array(gaps) == 0) == pytest.approx(np.log(2) / np.log(11), abs=0.05)
+    assert np.mean(np.array(first_strings) == 1) == pytest.approx(np.log(2) / np.log(11), abs=0.05)
+    assert np.mean(np.array(first_gaps) == 0) == pytest.approx(np.log(2) / np.log(11), abs=0.05)

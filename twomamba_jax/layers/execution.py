@@ -22,7 +22,8 @@ class Execution:
       precision: as in `decay_attention`.
 
     Raises:
-      ValueError: an unknown form, implementation or precision, a chunk size below 1 or without the chunked form.
+      ValueError: a dtype that is not floating, an unknown form, implementation or precision, a chunk size below 1 or
+        without the chunked form.
     """
 
     dtype: Any = jnp.float32
@@ -34,6 +35,11 @@ class Execution:
     precision: str | None = None
 
     def __post_init__(self):
+        for name in ("dtype", "param_dtype"):
+            # One spelling, so that equal executions compile once: jnp.bfloat16 and "bfloat16" hash differently.
+            object.__setattr__(self, name, jnp.dtype(getattr(self, name)))
+            if not jnp.issubdtype(getattr(self, name), jnp.floating):
+                raise ValueError(f"{name}={getattr(self, name)} must be a floating point dtype")
         for name, known in (
             ("form", FORMS),
             ("implementation", IMPLEMENTATIONS),

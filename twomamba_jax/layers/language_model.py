@@ -10,6 +10,7 @@ from twomamba_jax.layers.execution import Execution
 from twomamba_jax.layers.mixer import Mixer
 from twomamba_jax.layers.mlp import PROJECTION_INIT, SwiGLU
 from twomamba_jax.layers.norm import RMSNorm
+from twomamba_jax.ops.checks import check_rows
 from twomamba_jax.ops.numerics import accumulation_dtype
 from twomamba_jax.shapes import Array, Float, Lengths, SegmentIds, Tokens
 
@@ -79,21 +80,23 @@ class LanguageModel(nn.Module):
         """Logits of the token after each one, float32 or wider.
 
         Args:
-          tokens: [B, T] integers below `vocab_size`, any T >= 1.
+          tokens: [B, T] integers from 0 to `vocab_size` - 1 (values are not checked), any T >= 1.
           cache: from `init_cache` or an earlier call. A whole prompt, a piece of it and a single token are the same
             call. Key/value caches must have room for T more tokens; rows that overflow are NaN.
           segment_ids: [B, T]; a maximal run of equal ids is a document, and nothing crosses its edge.
-          lengths: [B], the tokens that count in right-padded rows; the others enter no cache.
+          lengths: [B], at most T: the tokens that count in right-padded rows; the others enter no cache.
 
         Returns:
           logits [B, T, vocab]; with `cache`, (logits, cache).
 
         Raises:
-          ValueError: tokens that are not [B, T] integers.
+          ValueError: tokens, segment_ids or lengths that are not integers of these shapes; a cache of another model.
         """
         config, execution = self.config, self.execution
         if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer) or tokens.shape[1] < 1:
             raise ValueError(f"tokens must be integers [B, T] with T >= 1, got {tokens.dtype} {tokens.shape}")
+
+        check_rows(tokens, segment_ids, lengths)
 
         start = jnp.zeros(tokens.shape[:1], jnp.int32) if cache is None else cache.position
         positions = start[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)

@@ -73,6 +73,10 @@ class Mixer(nn.Module):
         v = self._project("v", x, kv_heads, "kv_heads")
 
         convolution = None
+        if cache is not None and (cache.convolution is None) != (config.conv_width == 1):
+            raise ValueError(
+                f"the cache is of a mixer {'without' if cache.convolution is None else 'with'} a convolution"
+            )
         if config.conv_width > 1:
             before = ConvolutionInputs(None, None, None) if cache is None else cache.convolution
             rows = {"segment_ids": segment_ids, "lengths": lengths}
@@ -113,6 +117,7 @@ class Mixer(nn.Module):
             "score": config.score,
             "normalize": config.normalize,
             "scale": config.scale,
+            "implementation": execution.implementation,
             "precision": execution.precision,
         }
         if state is not None and q.shape[1] == 1 and segment_ids is None and lengths is None:
@@ -122,7 +127,7 @@ class Mixer(nn.Module):
         form, chunk_size = execution.form, execution.chunk_size
         if form == "recurrent" and config.score not in FINITE_SCORES:
             form = None  # a hybrid's softmax layers have no recurrent form
-        if chunk_size is not None:
+        elif form is None and chunk_size is not None:
             form = "chunked"
         out = decay_attention(
             q,
@@ -135,7 +140,6 @@ class Mixer(nn.Module):
             return_final_state=state is not None,
             form=form,
             chunk_size=chunk_size,
-            implementation=execution.implementation,
             **common,
         )
         return out if state is not None else (out, None)

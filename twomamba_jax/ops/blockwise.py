@@ -56,22 +56,23 @@ def blockwise(op: Operation, q, k, v, log_decay, run, state: KeyValueCache | Non
         own = _take(blocks, index)
         prefix = prefix_log_decay(own.log_decay)
 
-        def visit(carry, distance):
-            return jax.lax.cond(distance <= index, lambda: absorb_block(carry, index - distance), lambda: carry), None
+        def visit(carry, other):
+            position, block = other
+            return jax.lax.cond(position < index, lambda: absorb_block(carry, block), lambda: carry), None
 
-        def absorb_block(carry, other):
+        def absorb_block(carry, block):
             partial, passed = carry
-            block = _take(blocks, other)
             logits = contract("bgrik,bgjk->bgrij", q, block.k, op.precision) * op.query_scale
             decay = (prefix + passed[..., None])[..., None] + suffix_log_decay(block.log_decay)[..., None, :]
+            logits = logits + decay[:, :, None]
             if run is not None:
-                decay = jnp.where(same_run(own.run, block.run)[:, None], decay, -jnp.inf)
-            partial = _absorb(op, partial, logits + decay[:, :, None], block.v)
+                logits = jnp.where(same_run(own.run, block.run)[:, None, None], logits, -jnp.inf)
+            partial = _absorb(op, partial, logits, block.v)
             return partial, passed + block.log_decay.sum(-1)
 
         partial = _absorb(op, None, stages.exponential_logits(op, q, own.k, own.log_decay, own.run), own.v)
         carry = partial, jnp.zeros(prefix.shape[:-1], prefix.dtype)
-        (partial, passed), _ = jax.lax.scan(visit, carry, jnp.arange(1, blocks.k.shape[0]))
+        (partial, passed), _ = jax.lax.scan(visit, carry, (jnp.arange(blocks.k.shape[0]), blocks), reverse=True)
         if state is not None:
             visible = None if run is None else own.run == 0
             logits = cache.logits(op, q, prefix + passed[..., None], visible, state)

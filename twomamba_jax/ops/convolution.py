@@ -29,7 +29,8 @@ def causal_convolution(
       initial_inputs: the W - 1 inputs before token 0, which continue its segment; None: zeros.
 
     Returns:
-      y like x, and the W - 1 inputs that the next call takes: the last of the row's last segment (zeros before it).
+      y like x, and the W - 1 inputs that the next call takes, in the dtype of `initial_inputs`: the last of the row's
+      last segment (zeros before it).
 
     Raises:
       ValueError: a kernel whose channels are not those of x, or initial inputs of another shape.
@@ -44,6 +45,7 @@ def causal_convolution(
         raise ValueError(f"initial_inputs must have shape {carried}, got {initial_inputs.shape}")
 
     size = x.shape[1]
+    carried_dtype = initial_inputs.dtype
     extended = jnp.concatenate([initial_inputs.astype(x.dtype), x], axis=1)
     run = None if segment_ids is None else segment_runs(segment_ids, lengths)
     # The inputs before token 0 are in its segment, which is run 0.
@@ -64,4 +66,4 @@ def causal_convolution(
     final = jnp.take_along_axis(extended, broadcast(last), axis=1)
     if run is not None:
         final = jnp.where(broadcast(jnp.take_along_axis(extended_run, last, axis=1) == run[:, -1:]), final, 0)
-    return y, final
+    return y, final.astype(carried_dtype)

@@ -61,5 +61,5 @@ def _divide_jvp(floor, primals, tangents):
 
 
 def _masked_quotient(numerator, denominator, floor):
-    live = denominator >= floor
-    return jnp.where(live[..., None], numerator / jnp.where(live, denominator, 1)[..., None], 0)
+    dead = denominator < floor  # False for NaN, which goes through
+    return jnp.where(dead[..., None], 0, numerator / jnp.where(dead, 1, denominator)[..., None])
