@@ -2,8 +2,9 @@
 
 Table row: none, the task is not the paper's. It shows the mixing at work, which the default corpus hardly does.
 Size:      0.36 M parameters, 2 layers of 2 heads of 64.
-Hardware:  two CPU cores, minutes.
-Expected:  held-out accuracy above 95 % for 2mamba and softmax; 1.6 % is chance, where variant memoryless stays.
+Hardware:  two CPU cores, 1 min 30 s.
+Expected:  held-out accuracy 2mamba 100.0 %, mamba2s 99.9 %, softmax 99.7 %, linear 41 %, and memoryless (2mamba with
+           its mixing cut) 1.5 %, which is chance.
 Command:   python -m train.main --config configs/2mamba_recall.py
            python -m train.main --config configs/2mamba_recall.py --config.variant=softmax
 """

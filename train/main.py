@@ -3,6 +3,7 @@
 import argparse
 import shlex
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -28,12 +29,13 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see --help")
 
 
-def parse_arguments(arguments: Sequence[str]) -> tuple[str, list[tuple[str, str]], Path | None]:
-    """The configuration's path, its overrides as (dotted key, text), and the workdir. Raises UserError."""
+def parse_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[tuple[str, str]]]:
+    """The options `config`, `workdir` and `debug`, and the overrides as (dotted key, text). Raises UserError."""
     parser = Parser("python -m train.main", description=DESCRIPTION, allow_abbrev=False)
     parser.add_argument("--config", required=True, metavar="PATH[:SIZE]", help="such as configs/2mamba.py:small")
     parser.add_argument("--workdir", type=Path, metavar="DIR", help="default: runs/NAME-SIZE, and a hash of overrides")
-    known, rest = parser.parse_known_args(arguments)
+    parser.add_argument("--debug", action="store_true", help="show where in the code a mistake was noticed")
+    options, rest = parser.parse_known_args(arguments)
     overrides = []
     while rest:
         argument = rest.pop(0)
@@ -45,22 +47,26 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[str, list[tuple[str, str]
                 raise UserError(f"{argument} has no value: write {argument}=VALUE")
             text = rest.pop(0)
         overrides.append((key, text))
-    return known.config, overrides, known.workdir
+    return options, overrides
 
 
 def main(arguments: Sequence[str]) -> int:
     """Runs the command line; returns the exit status: 0, 2 for a mistake of the user, 130 for an interrupt."""
-    resume = ""
+    resume, debug = "", False
     try:
-        path, overrides, workdir = parse_arguments(arguments)
-        config, defaults = load_config(path), load_config(path)
+        options, overrides = parse_arguments(arguments)
+        debug = options.debug
+        config, defaults = load_config(options.config), load_config(options.config)
         apply_overrides(config, overrides)
-        workdir = default_workdir(config, defaults) if workdir is None else workdir
-        options = [f"--config.{key}={text}" for key, text in overrides]
-        resume = shlex.join(["python", "-m", "train.main", "--config", path, *options, "--workdir", str(workdir)])
+        workdir = default_workdir(config, defaults) if options.workdir is None else options.workdir
+        settings = [f"--config.{key}={text}" for key, text in overrides]
+        command = ["python", "-m", "train.main", "--config", options.config, *settings, "--workdir", str(workdir)]
+        resume = shlex.join(command)
         run(config, workdir, lambda message: print(f"warning: {message}", file=sys.stderr), Console())
         print(f"to resume or extend: {resume}")
     except UserError as error:
+        if debug:  # The library's refusals are ValueErrors, and so are mistakes in a layer that somebody is writing.
+            traceback.print_exc()
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -1,9 +1,14 @@
 """Mistakes on the command line: one clear line, exit status 2, no traceback, nothing written."""
 
+from pathlib import Path
+
 import pytest
 
+import train
 from train.errors import UserError
-from train.main import parse_arguments
+from train.main import main, parse_arguments
+
+ROOT = Path(train.__file__).parents[1]
 
 
 @pytest.mark.parametrize(
@@ -23,9 +28,16 @@ def test_arguments_that_make_no_sense(arguments, message):
 
 
 def test_both_spellings_of_an_override():
-    _, overrides, workdir = parse_arguments(["--config", "c", "--config.a.b=x=1", "--config.c", "-1"])
+    options, overrides = parse_arguments(["--config", "c", "--config.a.b=x=1", "--config.c", "-1"])
     assert overrides == [("a.b", "x=1"), ("c", "-1")]
-    assert workdir is None
+    assert (options.config, options.workdir, options.debug) == ("c", None, False)
+
+
+def test_debug_shows_where_a_mistake_was_noticed(capsys):
+    assert main(["--config", str(ROOT / "configs/2mamba.py"), "--config.variant=2mambo", "--debug"]) == 2
+    errors = capsys.readouterr().err
+    assert "in parse_pattern" in errors
+    assert errors.splitlines()[-1].startswith("error: unknown variant '2mambo'")
 
 
 @pytest.mark.parametrize(
@@ -84,7 +96,7 @@ def test_bad_configuration_files(user_error, tmp_path, content, words):
 
 
 def test_sizes(user_error, tmp_path):
-    assert "unknown size 'huge'" in user_error(["--config", "configs/2mamba.py:huge"])
+    assert "unknown size 'huge'" in user_error(["--config", str(ROOT / "configs/2mamba.py:huge")])
     path = tmp_path / "c.py"
     path.write_text("def get_config():\n    pass")
     assert "takes no size" in user_error(["--config", f"{path}:small"])

@@ -12,9 +12,12 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+import train
 from train.checkpoint import checkpoint_steps
 from train.main import main
 from train.metrics import read_metrics
+
+ROOT = Path(train.__file__).parents[1]
 
 
 def arrays_of(workdir: Path, step: int):
@@ -150,7 +153,7 @@ def assert_same_end(workdir: Path, reference: Path, step: int) -> None:
 
 def test_the_recall_task_runs_and_shows_prediction_and_truth(tiny, tmp_path, capsys):
     arguments = [
-        *("--config", "configs/2mamba_recall.py", "--workdir", str(tmp_path)),
+        *("--config", str(ROOT / "configs/2mamba_recall.py"), "--workdir", str(tmp_path)),
         *("--config.steps=4", "--config.optimizer.warmup_steps=1", "--config.model.d_model=16", "--config.length=24"),
         *("--config.data.repeat=8", "--config.data.gap=2,5", "--config.eval_rows=4", "--config.batch_size=4"),
     ]

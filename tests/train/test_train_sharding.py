@@ -57,6 +57,8 @@ from train.data import training_batches
 from train.loop import build
 from train.sharding import RULES, make_mesh
 
+jax.config.update("jax_disable_most_optimizations", True)  # compilation is nearly all that this costs
+
 def two_steps(**mesh_sizes):
     config = load_config("configs/2mamba.py")
     values = json.loads(sys.argv[1]) | {f"mesh.{axis}": size for axis, size in mesh_sizes.items()}
