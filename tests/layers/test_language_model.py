@@ -61,7 +61,7 @@ def test_hybrid_is_its_blocks_in_order():
             (None, None, None, jnp.broadcast_to(jnp.arange(13), (2, 13))),
         )
         for run, layer, name in ((0, 0, "softmax"), (1, 0, "2mamba"), (1, 1, "2mamba"), (2, 0, "mamba2")):
-            block = jax.tree.map(lambda leaf: leaf[layer], params[f"layers_{run}"])  # noqa: B023
+            block = jax.tree.map(lambda leaf, layer=layer: leaf[layer], params[f"layers_{run}"])
             x, _ = Block(config, VARIANTS[name].mixer, Execution()).apply({"params": block}, x, *rest)
         return RMSNorm().apply({"params": params["norm"]}, x) @ params["head"]
 
