@@ -120,13 +120,16 @@ def test_remat_changes_memory_alone():
 
 
 @pytest.mark.parametrize(
-    "execution",
-    [{"form": "chunked", "chunk_size": 4}, {"form": "recurrent"}, {"precision": "highest"}],
+    ("pattern", "execution"),
+    [
+        ("softmax,2mamba", {"chunk_size": 4}),
+        ("mamba2s,2mamba", {"form": "recurrent"}),
+        ("softmax,2mamba", {"precision": "highest"}),
+    ],
     ids=str,
 )
-def test_execution_changes_no_logits(execution):
-    """A hybrid: the softmax layer has no recurrent form and keeps its own."""
-    plain, other = model_of("softmax,2mamba", 2), model_of("softmax,2mamba", 2, **execution)
+def test_execution_changes_no_logits(pattern, execution):
+    plain, other = model_of(pattern, 2), model_of(pattern, 2, **execution)
     params = init(plain)
     assert_close(logits_of(other, params, TOKENS), logits_of(plain, params, TOKENS))
 
@@ -149,7 +152,7 @@ def calls(monkeypatch):
 
 
 def test_execution_reaches_the_operation(calls):
-    """Form, chunk size, implementation and precision arrive; `exp` gets no form that it lacks."""
+    """Form, chunk size, implementation and precision arrive; a form that a score lacks is refused, not replaced."""
 
     def options_of(pattern, tokens=TOKENS, cached=False, **execution):
         model = model_of(pattern, **execution)
@@ -159,9 +162,10 @@ def test_execution_reaches_the_operation(calls):
 
     chunked = options_of("2mamba", chunk_size=4, implementation="xla", precision="highest")
     names = ("score", "normalize", "form", "chunk_size", "implementation", "precision")
-    assert [chunked[name] for name in names] == ["squared", True, "chunked", 4, "xla", "highest"]
+    assert [chunked[name] for name in names] == ["squared", True, None, 4, "xla", "highest"]
     assert options_of("2mamba", form="recurrent")["form"] == "recurrent"
-    assert options_of("softmax", form="recurrent")["form"] is None
+    with pytest.raises(ValueError, match="score='exp' has none"):
+        options_of("softmax", form="recurrent")
     assert options_of("softmax", form="parallel")["form"] == "parallel"
     assert options_of("mamba2")["scale"] == 1
     step = options_of("mamba2", TOKENS[:, :1], cached=True, precision="highest")

@@ -122,7 +122,13 @@ def test_chooses_the_cheaper_form(score, monkeypatch):
     for tokens in (128, 8192):
         q = jax.ShapeDtypeStruct((1, tokens, 1, 64), jnp.float32)
         jax.eval_shape(lambda q: decay_attention(q, q, q, score=score), q)
-    assert chosen == ["parallel", "blockwise" if score == "exp" else "chunked"]
+    chunked = "blockwise" if score == "exp" else "chunked"
+    assert chosen == ["parallel", chunked]
+    jax.eval_shape(
+        lambda q: decay_attention(q, q, q, score=score, chunk_size=64),
+        jax.ShapeDtypeStruct((1, 128, 1, 64), jnp.float32),
+    )
+    assert chosen[-1] == chunked
 
 
 real = {form: getattr(module, form) for form in ("parallel", "chunked", "blockwise")}

@@ -16,8 +16,8 @@ class Execution:
       dtype: of activations and matrix products. Norms, decays, states and logits are float32 or wider all the same.
       param_dtype: of the parameters.
       remat: recompute each block's activations in the backward pass instead of keeping them.
-      form: of the operation, as in `decay_attention`; it is passed on to finite scores, and to `exp` where that has it.
-      chunk_size: of the chunked form.
+      form: as in `decay_attention`.
+      chunk_size: as in `decay_attention`.
       implementation: as in `decay_attention`.
       precision: as in `decay_attention`.
 

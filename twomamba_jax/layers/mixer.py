@@ -14,7 +14,6 @@ from twomamba_jax.layers.projection import Projection, uniform
 from twomamba_jax.ops.convolution import causal_convolution
 from twomamba_jax.ops.decay import STRONGEST_LOG_DECAY, discretized_decay, softplus_decay, step_size
 from twomamba_jax.ops.decay_attention import decay_attention, decay_attention_step
-from twomamba_jax.ops.feature_map import FINITE_SCORES
 from twomamba_jax.ops.numerics import accumulation_dtype
 from twomamba_jax.ops.rope import apply_rope
 from twomamba_jax.shapes import Array, Float, Int, Lengths, SegmentIds
@@ -124,11 +123,6 @@ class Mixer(nn.Module):
             token = (None if x is None else x[:, 0] for x in (q, k, v, log_decay))
             y, state = decay_attention_step(*token, state, **common)
             return y[:, None], state
-        form, chunk_size = execution.form, execution.chunk_size
-        if form == "recurrent" and config.score not in FINITE_SCORES:
-            form = None  # a hybrid's softmax layers have no recurrent form
-        elif form is None and chunk_size is not None:
-            form = "chunked"
         out = decay_attention(
             q,
             k,
@@ -138,8 +132,8 @@ class Mixer(nn.Module):
             lengths=lengths,
             initial_state=state,
             return_final_state=state is not None,
-            form=form,
-            chunk_size=chunk_size,
+            form=execution.form,
+            chunk_size=execution.chunk_size,
             **common,
         )
         return out if state is not None else (out, None)

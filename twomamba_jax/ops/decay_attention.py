@@ -77,7 +77,7 @@ def decay_attention(
         without an initial state it is a cache of capacity T.
       form: `parallel` is quadratic in T. `chunked` is linear in T (for `exp`: quadratic in time, linear in memory).
         `recurrent` holds T states, for small T and K; `exp` has none. None chooses by T, K, V and score.
-      chunk_size: tokens per chunk of the chunked form, which alone takes it; None chooses.
+      chunk_size: tokens per chunk, of the chunked form, which it asks for where `form` is None; None chooses.
       implementation: `xla`, or `mosaic_gpu`, which does not exist yet and raises. None: the fastest that supports the
         call.
       precision: None uses weights and features in q's dtype (float16 in float32) and JAX's default product precision;
@@ -96,7 +96,8 @@ def decay_attention(
     checks.check_rows(q, segment_ids, lengths)
     checks.check_state(op, q, k, v, initial_state, lengths)
     checks.check_form(op, form, chunk_size)
-    form = form or _choose_form(op, q, v)
+    if form is None:
+        form = _choose_form(op, q, v) if chunk_size is None else "chunked"
     if chunk_size is None:
         chunk_size = default_chunk_size(score)
     _choose_implementation(implementation, form)
