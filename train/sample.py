@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
-from twomamba_jax.generate import generate
 
 from train.task import Task
+from twomamba_jax.generate import generate
 from twomamba_jax.layers import LanguageModel
 
 
