@@ -96,7 +96,7 @@ def build(config: ConfigDict, workdir: Path, mesh: Mesh) -> Run:
         init, abstract = make_init(model, optimizer, mesh)
         eval_step = make_eval_step(model, abstract, mesh)
         jax.eval_shape(eval_step, abstract.params, rows)
-    except (ValueError, NotImplementedError) as error:
+    except ValueError as error:
         # Tracing is where the library says that a form or an implementation cannot run this model.
         raise UserError(one_line(error)) from error
     train_step = make_train_step(model, optimizer, schedule, abstract, mesh)

@@ -9,18 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from models import model_of
 
-from twomamba_jax import VARIANTS, Execution, LanguageModel, ModelConfig, RMSNorm, init_cache, parse_pattern
+from twomamba_jax import VARIANTS, Execution, RMSNorm, init_cache
 from twomamba_jax.layers import Block, mixer
 
-SIZES = {"vocab_size": 23, "d_model": 32, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "mlp_dim": 48}
 PATTERN = "softmax,2mamba*,mamba2"
 TOKENS = jax.random.randint(jax.random.key(0), (2, 13), 0, 23)
-
-
-def model_of(pattern, num_layers=1, **execution):
-    config = ModelConfig(mixers=parse_pattern(pattern, num_layers), num_layers=num_layers, **SIZES)
-    return LanguageModel(config, Execution(**execution))
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -7,30 +7,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from models import model_of
 
 from twomamba_jax import (
     VARIANTS,
-    Execution,
     FiniteState,
     KeyValueCache,
-    LanguageModel,
     Mixer,
-    ModelConfig,
     decay_attention,
     init_cache,
     init_state,
-    parse_pattern,
     state_bytes,
 )
 from twomamba_jax.layers.cache import init_mixer_cache
 
-SIZES = {"vocab_size": 23, "d_model": 32, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "mlp_dim": 48}
 TOKENS = jax.random.randint(jax.random.key(0), (3, 11), 0, 23)
-
-
-def model_of(pattern, num_layers=1, **execution):
-    config = ModelConfig(mixers=parse_pattern(pattern, num_layers), num_layers=num_layers, **SIZES)
-    return LanguageModel(config, Execution(**execution))
 
 
 @functools.partial(jax.jit, static_argnums=0)
