@@ -40,7 +40,11 @@ REFUSED = [
     ({}, {"chunk_size": 0}, "chunk_size=0 must be an integer of at least 1"),
     ({}, {"chunk_size": 4, "form": "parallel"}, "form='parallel', which has no chunks"),
     ({}, {"implementation": "cuda"}, "implementation='cuda' is unknown"),
-    ({}, {"implementation": "mosaic_gpu"}, "implementation='mosaic_gpu' does not exist yet"),
+    (
+        {},
+        {"implementation": "mosaic_gpu"},
+        "implementation='mosaic_gpu' cannot compute this call: it needs a Hopper GPU",
+    ),
     ({}, {"initial_state": init_state("exp", 3, 2, 4, 3, capacity=9)}, "continues a FiniteState, got KeyValueCache"),
     ({}, {"initial_state": init_state("squared", 3, 2, 5, 3)}, r"state's kv must have shape \(3, 2, 10, 3\)"),
     (

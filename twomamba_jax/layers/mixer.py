@@ -134,6 +134,7 @@ class Mixer(nn.Module):
             return_final_state=state is not None,
             form=execution.form,
             chunk_size=execution.chunk_size,
+            partition=nn.logical_to_mesh_axes(("batch", "length", "heads", "head_dim")),
             **common,
         )
         return out if state is not None else (out, None)

@@ -6,8 +6,9 @@ import math
 from typing import Literal
 
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
-from twomamba_jax.ops import cache, checks, recurrent
+from twomamba_jax.ops import cache, checks, kernels, recurrent
 from twomamba_jax.ops.blockwise import blockwise
 from twomamba_jax.ops.chunked import chunked
 from twomamba_jax.ops.decay import STRONGEST_LOG_DECAY
@@ -46,6 +47,7 @@ def decay_attention(
     chunk_size: int | None = None,
     implementation: Implementation | None = None,
     precision: Precision = None,
+    partition: PartitionSpec | None = None,
 ) -> Outputs | tuple[Outputs, State]:
     """Causal attention with a decay, for any of the paper's scores.
 
@@ -78,10 +80,12 @@ def decay_attention(
       form: `parallel` is quadratic in T. `chunked` is linear in T (for `exp`: quadratic in time, linear in memory).
         `recurrent` holds T states, for small T and K; `exp` has none. None chooses by T, K, V and score.
       chunk_size: tokens per chunk, of the chunked form, which it asks for where `form` is None; None chooses.
-      implementation: `xla`, or `mosaic_gpu`, which does not exist yet and raises. None: the fastest that supports the
-        call.
+      implementation: `xla`, or `mosaic_gpu`: kernels for Hopper GPUs, of the parallel form, for bfloat16 and head dims
+        of 64 and 128. None: the kernels where they support the call, and XLA elsewhere; said once in the log.
       precision: None uses weights and features in q's dtype (float16 in float32) and JAX's default product precision;
         `highest` computes everything in float32 or wider. Denominators and states are always float32 or wider.
+      partition: the mesh axes over which q [B, T, H, K] is spread, and so k, v and the result, where a mesh is set
+        (`jax.set_mesh`). XLA needs no such hint; a kernel runs on each device's batch entries and heads.
 
     Returns:
       y [B, T, H, V] in q's dtype; with `return_final_state`, also the state.
@@ -96,11 +100,12 @@ def decay_attention(
     checks.check_rows(q, segment_ids, lengths)
     checks.check_state(op, q, k, v, initial_state, lengths)
     checks.check_form(op, form, chunk_size)
+    unsupported = functools.partial(kernels.unsupported, op, q, k, v, initial_state, partition)
     if form is None:
-        form = _choose_form(op, q, v) if chunk_size is None else "chunked"
+        form = "chunked" if chunk_size else _choose_form(op, q, v, implementation, unsupported)
     if chunk_size is None:
         chunk_size = default_chunk_size(score)
-    _choose_implementation(implementation, form)
+    implementation = _choose_implementation(implementation, form, unsupported)
 
     batch, size = q.shape[:2]
     run = None if segment_ids is None else segment_runs(segment_ids, lengths)
@@ -113,8 +118,13 @@ def decay_attention(
         v = jnp.where(valid[..., None, None], v, 0)
         log_decay = None if log_decay is None else jnp.where(valid[..., None], log_decay, 0)
 
-    y, state = _run(op, form, chunk_size, _heads_first(q, k, v, log_decay), run, counts, initial_state)
-    y = jnp.moveaxis(y, 3, 1).reshape(*q.shape[:-1], v.shape[-1]).astype(q.dtype)
+    arrays = _heads_first(q, k, v, log_decay)
+    if implementation == kernels.MOSAIC_GPU:
+        y = kernels.parallel(op, q, k, v, log_decay, run, partition)
+        state = functools.partial(_state_after, op, arrays, run, counts, None)
+    else:
+        y, state = _run(op, form, chunk_size, arrays, run, counts, initial_state)
+        y = jnp.moveaxis(y, 3, 1).reshape(*q.shape[:-1], v.shape[-1]).astype(q.dtype)
     if lengths is not None:
         y = jnp.where(valid[..., None, None], y, 0)
     if isinstance(initial_state, KeyValueCache):
@@ -154,7 +164,7 @@ def decay_attention_step(
     checks.check_arrays(q, k, v, log_decay)
     op = _operation(q, score, normalize, scale, precision)
     checks.check_state(op, q, k, v, state, None)
-    _choose_implementation(implementation, "step")
+    _choose_implementation(implementation, "step", functools.partial(kernels.unsupported, op, q, k, v, state, None))
     y, new_state = recurrent.step(op, *_heads_first(q, k, v, _clamp(log_decay, q.dtype)), state)
     y = y.reshape(*q.shape[:1], *q.shape[2:3], v.shape[-1]).astype(q.dtype)
     if isinstance(state, KeyValueCache):
@@ -169,7 +179,6 @@ def default_chunk_size(score: Score) -> int:
 
 def _run(op, form, chunk_size, arrays, run, counts, state):
     """y heads-first, and a function that makes the final state (called only where it is wanted)."""
-    _, k, v, log_decay = arrays
     if op.is_finite and form != "parallel":
         if form == "chunked":
             y, final = chunked(op, *arrays, run, state, chunk_size)
@@ -177,15 +186,17 @@ def _run(op, form, chunk_size, arrays, run, counts, state):
             y, final = recurrent.recurrent(op, *arrays, run, state)
         return y, lambda: final
     y = parallel(op, *arrays, run, state) if form == "parallel" else blockwise(op, *arrays, run, state, chunk_size)
+    return y, functools.partial(_state_after, op, arrays, run, counts, state)
+
+
+def _state_after(op, arrays, run, counts, state):
+    """The state after the last token, for a form that does not compute it on the way."""
+    _, k, v, log_decay = arrays
     if op.is_finite:
-        return y, lambda: final_state(op, k, v, log_decay, run, state)
-
-    def appended():
-        empty = functools.partial(init_state, "exp", k.shape[0], k.shape[1], k.shape[3], v.shape[3])
-        into = state if state is not None else empty(capacity=k.shape[2], dtype=k.dtype)
-        return cache.append(k, v, log_decay, run, counts, into)
-
-    return y, appended
+        return final_state(op, k, v, log_decay, run, state)
+    if state is None:
+        state = init_state("exp", k.shape[0], k.shape[1], k.shape[3], v.shape[3], capacity=k.shape[2], dtype=k.dtype)
+    return cache.append(k, v, log_decay, run, counts, state)
 
 
 def _heads_first(q, k, v, log_decay):
@@ -219,8 +230,13 @@ def _operation(q, score, normalize, scale, precision) -> Operation:
     return Operation(score, bool(normalize), 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale), precision)
 
 
-def _choose_form(op: Operation, q, v) -> Form:
-    """Arithmetic: the parallel form costs 2 T (K + V) flops per token and head, the chunked 2 C (K + V) + 4 D V."""
+def _choose_form(op: Operation, q, v, implementation, unsupported) -> Form:
+    """The kernels' where they are the fastest there is; otherwise the form of fewer flops.
+
+    The parallel form costs 2 T (K + V) flops per token and head, the chunked 2 C (K + V) + 4 D V.
+    """
+    if implementation != "xla" and q.shape[1] <= kernels.LONGEST[op.score] and not unsupported("parallel"):
+        return "parallel"
     size, head_dim, value_dim = q.shape[1], q.shape[-1], v.shape[-1]
     if not op.is_finite:
         return "parallel" if size <= LONGEST_PARALLEL_SOFTMAX else "chunked"
@@ -229,20 +245,24 @@ def _choose_form(op: Operation, q, v) -> Form:
     return "parallel" if size <= crossover else "chunked"
 
 
-def _choose_implementation(implementation, form) -> None:
+def _choose_implementation(implementation, form, unsupported) -> Implementation:
     if implementation is not None and implementation not in checks.IMPLEMENTATIONS:
         raise ValueError(
             f"implementation={implementation!r} is unknown: expected None or one of {', '.join(checks.IMPLEMENTATIONS)}"
         )
-    if implementation == "mosaic_gpu":
-        raise ValueError(
-            "implementation='mosaic_gpu' does not exist yet in this version: use implementation='xla', or None"
-        )
-    if implementation is None:
-        _log_choice(form)
+    if implementation == "xla":
+        return implementation
+    reason = unsupported(form)
+    if implementation == kernels.MOSAIC_GPU:
+        if reason:
+            raise ValueError(f"implementation='mosaic_gpu' cannot compute this call: {reason}; use 'xla', or None")
+        return implementation
+    _log_choice(form, "xla" if reason else kernels.MOSAIC_GPU, reason)
+    return "xla" if reason else kernels.MOSAIC_GPU
 
 
 @functools.cache
-def _log_choice(form) -> None:
-    """Says once per form what None chose."""
-    _log.info("decay_attention: form=%s, implementation=xla (the only one so far)", form)
+def _log_choice(form, implementation, reason) -> None:
+    """Says once what None chose, for each form and reason."""
+    why = f" (mosaic_gpu: {reason})" if reason else ""
+    _log.info("decay_attention: form=%s, implementation=%s%s", form, implementation, why)

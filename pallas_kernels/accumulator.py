@@ -1,0 +1,134 @@
+"""Accumulators of matrix products in registers, and their stand-in under the Pallas interpreter.
+
+On the GPU an accumulator is a `wgmma` accumulator: products are added to it asynchronously, its left operand may lie in
+registers, and it can be scaled in place. The interpreter knows neither register operands nor assignment to
+accumulators; there an accumulator is a float32 buffer in shared memory, and left operands go through another one.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+TILE = plgpu.Layout.WGMMA
+ROW = TILE.reduce(1)  # one value per row of a tile
+COLUMN = TILE.reduce(0)  # one value per column
+
+
+def rows(vector, shape):
+    """A value per row, for every element of a tile."""
+    return lax.broadcast_in_dim(vector, shape, (0,))
+
+
+def columns(vector, shape):
+    """A value per column, for every element of a tile."""
+    return lax.broadcast_in_dim(vector, shape, (1,))
+
+
+def operand(shape, depth: int = 64):
+    """A shared memory buffer of bfloat16 that holds operands of matrix products in its last two dimensions.
+
+    depth: what the summed dimension of a product must be a multiple of, 64 or 32; equal for both operands.
+    """
+    transforms = (plgpu.TilingTransform((8, depth)), plgpu.SwizzleTransform(2 * depth))
+    return plgpu.SMEM(shape, jnp.bfloat16, transforms=transforms)
+
+
+@dataclasses.dataclass(frozen=True)
+class Scratch:
+    """Where accumulators and left operands live: registers, or under the interpreter the buffers of one warpgroup.
+
+    Attributes:
+      accumulators: buffers [64, N] float32, taken in order of use, or None on the GPU.
+      left: a buffer [64, N] for left operands, or None on the GPU.
+    """
+
+    accumulators: tuple[Any, ...] | None = None
+    left: Any = None
+
+    @staticmethod
+    def types(interpret: bool, warpgroups: int, accumulators: tuple[tuple[int, int], ...], left: int, depth: int = 64):
+        """The scratch of a kernel, for `Scratch.of`: nothing unless interpreting."""
+        if not interpret:
+            return ()
+        buffers = [plgpu.SMEM((warpgroups, *shape), jnp.float32) for shape in accumulators]
+        return (tuple(buffers), operand((warpgroups, 64, left), depth))
+
+    @staticmethod
+    def of(buffers, warpgroup) -> "Scratch":
+        """The part of one warpgroup."""
+        if not buffers:
+            return Scratch()
+        accumulators, left = buffers
+        return Scratch(tuple(buffer.at[warpgroup] for buffer in accumulators), left.at[warpgroup])
+
+    def accumulate(self, body: Callable, *shapes: tuple[int, int]):
+        """`body(*accumulators)` with zeroed accumulators of these shapes."""
+        if self.accumulators is None:
+            return pl.run_scoped(body, *(plgpu.ACC(shape, jnp.float32) for shape in shapes))
+        buffers = self.accumulators[: len(shapes)]
+        for buffer, shape in zip(buffers, shapes, strict=True):
+            buffer[...] = jnp.zeros(shape, jnp.float32)
+        return body(*buffers)
+
+    def products(self, *terms):
+        """start + a @ b for every term (a, b, start), awaited together with every product before them.
+
+        start: what the sum begins with; None is 0.
+        """
+        zero = [jnp.zeros((a.shape[0], b.shape[1]), jnp.float32) for a, b, _ in terms]
+        starts = [z if start is None else start for z, (_, _, start) in zip(zero, terms, strict=True)]
+
+        def multiply(accumulators):
+            for acc, (a, b, _) in zip(accumulators, terms, strict=True):
+                plgpu.wgmma(acc, self._stored(a), b)
+
+        if self.accumulators is None:
+            starts = [plgpu.layout_cast(start, TILE) for start in starts]
+            return lax.optimization_barrier(pl.run_state(multiply)([plgpu.ACC.init(start) for start in starts]))
+
+        def product(*accumulators):
+            multiply(accumulators)
+            return [acc[...] for acc in accumulators]
+
+        values = pl.run_scoped(product, *(plgpu.ACC(z.shape, jnp.float32) for z in zero))
+        return [start + value for start, value in zip(starts, values, strict=True)]
+
+    def add_product(self, acc, a, b) -> None:
+        """acc += a @ b, not awaited."""
+        if self.accumulators is None:
+            plgpu.wgmma(acc, a, b)
+        else:
+            acc[...] += self.products((a, b, None))[0]
+
+    def _stored(self, a):
+        if self.accumulators is None or not isinstance(a, jax.Array):
+            return a
+        left = self.left.at[:, pl.ds(0, a.shape[1])]
+        left[...] = a
+        plgpu.commit_smem()
+        return left
+
+
+def read(acc):
+    """The accumulator's value, after every product in flight.
+
+    The barrier keeps the compiler from moving arithmetic on the value above the wait.
+    """
+    return lax.optimization_barrier(acc[...])
+
+
+def load_rows(ref, start: int, size: int):
+    """`size` entries of a vector from device memory, as tuples of 64 in layout ROW."""
+    return tuple(plgpu.load(ref.at[pl.ds(start + at, 64)], layout=ROW, optimized=False) for at in range(0, size, 64))
+
+
+def store_rows(ref, vectors) -> None:
+    """Stores such vectors in shared memory."""
+    for i, vector in enumerate(vectors):
+        ref[pl.ds(i * 64, 64)] = vector

@@ -1,0 +1,190 @@
+"""Quadratic attention as kernels, with gradients: what the kernels support, and what they are given."""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.device import device_kind
+from pallas_kernels.interpreter import interpreting
+from pallas_kernels.quadratic.backward_keys import backward_keys
+from pallas_kernels.quadratic.backward_queries import backward_queries
+from pallas_kernels.quadratic.decay_gradient import decay_gradient
+from pallas_kernels.quadratic.forward import forward
+from pallas_kernels.quadratic.operands import LOG2E, Decay, Problem
+from pallas_kernels.quadratic.tuning import Tuning, tuning
+
+HEAD_DIMS = (64, 128)
+SCORES = ("linear", "squared", "exp")
+
+
+@dataclasses.dataclass(frozen=True)
+class Attention:
+    """What to compute, apart from the arrays and their sizes.
+
+    Attributes:
+      score: `linear`, `squared` or `exp`.
+      normalize: divide each row by the sum of its weights.
+      scale: factor on <q, k>.
+      floor: rows whose weights sum to less are 0.
+      tuning: tile sizes; None takes them from the table.
+    """
+
+    score: str
+    normalize: bool
+    scale: float
+    floor: float
+    tuning: Tuning | None = None
+
+    def problem(self, q, k) -> Problem:
+        """The kernels' view of a call."""
+        exponential = self.score == "exp"
+        # A power of two multiplies bfloat16 exactly; what is left of the scale is for the sums, in float32.
+        power = 1.0
+        if not exponential and self.scale:
+            power = math.copysign(2.0 ** math.floor(math.log2(abs(self.scale))), self.scale)
+        rest = self.scale / power
+        rest = rest * rest if self.score == "squared" else rest
+        return Problem(
+            batch=q.shape[0],
+            tokens=q.shape[1],
+            heads=q.shape[2],
+            kv_heads=k.shape[2],
+            head_dim=q.shape[3],
+            score=self.score,
+            normalize=self.normalize,
+            query_power=power,
+            logit_scale=rest * LOG2E if exponential else 1.0,
+            output_scale=1.0 if exponential or self.normalize else rest,
+            floor=0.0 if exponential else self.floor / rest if rest else math.inf,
+            interpret=interpreting(),
+        )
+
+    def tiles(self, q) -> Tuning:
+        """The tile sizes of a call."""
+        return self.tuning or tuning(device_kind(), self.score, q.shape[3], q.shape[1])
+
+
+def unsupported(q, k, v, *, score: str, precision: str | None) -> str | None:
+    """Why the kernels cannot compute a call, on a device that they are written for, or None if they can."""
+    if score not in SCORES:
+        return f"score={score!r} is none of {', '.join(SCORES)}"
+    if q.dtype != jnp.bfloat16:
+        return f"it takes bfloat16 q, k and v, got {q.dtype}"
+    if precision is not None:
+        return f"precision={precision!r} needs products of float32, and it has those of bfloat16"
+    if q.shape[-1] not in HEAD_DIMS or v.shape[-1] != k.shape[-1]:
+        return f"it has head dims K = V of 64 or 128, got K={k.shape[-1]} and V={v.shape[-1]}"
+    return None
+
+
+def attention(attention: Attention, q, k, v, log_decay, run):
+    """y [B, T, H, V] bfloat16; differentiable in q, k, v and log_decay.
+
+    Args:
+      attention: what to compute.
+      q: [B, T, H, K] bfloat16; k, v: [B, T, G, K] bfloat16, with H a multiple of G and K 64 or 128.
+      log_decay: [B, T, G] float32, not positive and not below -128; None: no decay.
+      run: [B, T] int32, the number of each token's segment in its row, ascending; None: one segment.
+    """
+    tokens = q.shape[1]
+    if padding := -tokens % 8:  # what the copies of tiles need of memory
+
+        def pad(x, mode="constant"):
+            return None if x is None else jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2), mode=mode)
+
+        q, k, v, log_decay, run = pad(q), pad(k), pad(v), pad(log_decay), pad(run, "edge")
+    return _attention(attention, q, k, v, log_decay, run)[:, :tokens]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention(attention: Attention, q, k, v, log_decay, run):
+    return _forward(attention, q, k, v, log_decay, run, save_norm=False)[0]
+
+
+def _attention_forward(attention: Attention, q, k, v, log_decay, run):
+    y, *norm = _forward(attention, q, k, v, log_decay, run, save_norm=attention.normalize)
+    norm = norm[0][..., : q.shape[1]] if norm else None
+    return y, (q, k, v, log_decay, run, y, norm)
+
+
+def _attention_backward(attention: Attention, saved, dy):
+    q, k, v, log_decay, run, y, norm = saved
+    problem, tuning = attention.problem(q, k), attention.tiles(q)
+    (batch, tokens, heads, _), kv_heads = q.shape, k.shape[2]
+    delta = None
+    if attention.normalize:
+        delta = jnp.einsum("bthv,bthv->bht", dy, y, preferred_element_type=jnp.float32)
+
+    own = tuning.queries.own
+    dq, *row_sums = backward_queries(
+        problem,
+        tuning.queries,
+        tuning.programs,
+        *(q, k, v, dy),
+        _pad(norm, own),
+        _pad(delta, own),
+        None if log_decay is None else Decay.make(log_decay, own),
+        None if run is None else _pad(first_visible(run), own, "edge"),
+    )
+
+    own = tuning.keys.own
+    decay = None if log_decay is None else Decay.make(log_decay, own)
+    logit = None if norm is None else -_pad(norm, own)
+    if decay is not None:
+        prefix = jnp.repeat(decay.prefix, heads // kv_heads, axis=1)
+        logit = prefix if logit is None else prefix + logit
+    dk, dv, *column_sums = backward_keys(
+        problem,
+        tuning.keys,
+        tuning.programs,
+        *(q, k, v, dy),
+        logit,
+        _pad(delta, own),
+        decay,
+        None if run is None else _pad(last_visible(run), own, "edge"),
+    )
+
+    dlog_decay = None
+    if log_decay is not None:
+        row_sums = row_sums[0][..., :tokens].reshape(batch, kv_heads, -1, tokens).sum(2)
+        dlog_decay = decay_gradient(row_sums, column_sums[0][..., :tokens], run)
+    return dq, dk, dv, dlog_decay, None
+
+
+_attention.defvjp(_attention_forward, _attention_backward)
+
+
+def _forward(attention: Attention, q, k, v, log_decay, run, save_norm: bool):
+    tuning = attention.tiles(q)
+    own = tuning.forward.own
+    return forward(
+        attention.problem(q, k),
+        tuning.forward,
+        tuning.programs,
+        *(q, k, v),
+        None if log_decay is None else Decay.make(log_decay, own),
+        None if run is None else _pad(first_visible(run), own, "edge"),
+        save_norm=save_norm,
+    )
+
+
+def first_visible(run):
+    """[B, T] int32: the first token of each token's segment."""
+    token = jnp.arange(run.shape[1], dtype=jnp.int32)
+    starts = jnp.pad(run[:, 1:] != run[:, :-1], ((0, 0), (1, 0)))
+    return jax.lax.cummax(jnp.where(starts, token, 0), axis=1)
+
+
+def last_visible(run):
+    """[B, T] int32: the last token of each token's segment."""
+    token = jnp.arange(run.shape[1], dtype=jnp.int32)
+    ends = jnp.pad(run[:, 1:] != run[:, :-1], ((0, 0), (0, 1)))
+    return jax.lax.cummin(jnp.where(ends, token, run.shape[1] - 1), axis=1, reverse=True)
+
+
+def _pad(x, block: int, mode="constant"):
+    """Pads the last axis to a multiple of `block`."""
+    return None if x is None else jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % block)], mode=mode)

@@ -1,0 +1,178 @@
+"""The forward kernel of quadratic attention: outputs, and the logarithms of the row sums if a gradient needs them."""
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.accumulator import ROW, TILE, Scratch, operand, read, rows
+from pallas_kernels.quadratic.keys import ROWS, KeyBuffers, Keys
+from pallas_kernels.quadratic.operands import Decay, Problem
+from pallas_kernels.quadratic.tuning import Tiles
+from pallas_kernels.schedule import Schedule
+
+LOWEST = -1e30  # below every logit, and finite: differences of it are no NaN
+
+
+def forward(
+    problem: Problem, tiles: Tiles, programs: int, q, k, v, decay: Decay | None, first_visible, *, save_norm: bool
+):
+    """y [B, T, H, V] and, if `save_norm`, log2 of the row sums [B, H, T padded to block_q] (+inf where the row is 0).
+
+    A program takes tiles of block_q query rows, 64 to each consumer warpgroup, past the keys that they see, which the
+    producer warpgroup loads. A row's sum adds weights in float32; where few keys may be in sight (in masked tiles) it
+    adds them as the product with the values sees them, rounded to bfloat16, so that a row with one key is its value.
+    """
+    p, block_q = problem, tiles.own
+    consumers, producer = tiles.consumers, tiles.consumers
+    score, normalize = p.score, p.normalize
+    running_max = score == "exp" and normalize
+    schedule = Schedule.make(p.batch * p.heads, p.tiles(block_q), 4 * p.tokens * p.head_dim, programs, ascending=True)
+
+    def body(q_ref, k_ref, v_ref, *refs):
+        refs = list(refs)
+        decay_ref = Decay(*(refs.pop(0) for _ in Decay._fields)) if decay is not None else None
+        first_ref = refs.pop(0) if first_visible is not None else None
+        y_ref = refs.pop(0)
+        norm_ref = refs.pop(0) if save_norm else None
+        q_s, y_s, buffers, q_full, q_empty, done, scratch_buffers = refs
+        keys = Keys(p, block_q, tiles.streamed, tiles.stages, k_ref, v_ref, decay_ref, first_ref, buffers)
+        program, warpgroup = lax.axis_index("program"), lax.axis_index("warpgroup")
+        work = schedule.count(program)
+
+        def tile_of(i):
+            """Batch entry, head, key/value head and first row of the program's i-th tile."""
+            head, tile = schedule.tile(program, i)
+            b, h = lax.div(head, p.heads), lax.rem(head, p.heads)
+            return b, h, lax.div(h, p.heads // p.kv_heads), tile * block_q
+
+        @pl.when(warpgroup == producer)
+        def _load():
+            plgpu.set_max_registers(tiles.producer_registers, action="decrease")
+
+            def load_tile(i, step):
+                b, h, g, start = tile_of(i)
+                for w in range(consumers):
+                    pl.when(i > 0)(lambda w=w: plgpu.barrier_wait(q_empty.at[w]))
+                    own = pl.ds(start + w * ROWS, ROWS)
+                    plgpu.copy_gmem_to_smem(q_ref.at[b, own, h], q_s.at[w], q_full.at[w])
+                return keys.load(step, b, g, start)
+
+            keys.ring.drain(lax.fori_loop(0, work, load_tile, jnp.int32(0)))
+            for w in range(consumers):
+                plgpu.barrier_wait(q_empty.at[w])
+
+        @pl.when(warpgroup < producer)
+        def _attend():
+            plgpu.set_max_registers(tiles.consumer_registers, action="increase")
+            scratch = Scratch.of(scratch_buffers, warpgroup)
+
+            def attend_tile(i, step):
+                b, h, g, start = tile_of(i)
+                first_row = start + warpgroup * ROWS
+                own = pl.ds(first_row, ROWS)
+                plgpu.barrier_wait(q_full.at[warpgroup])
+                query = plgpu.load(q_s.at[warpgroup], layout=TILE) * p.query_power
+                plgpu.commit_smem()
+                plgpu.barrier_arrive(q_empty.at[warpgroup])
+                prefix = None
+                if decay is not None:
+                    prefix = plgpu.load(decay_ref.prefix.at[b, g, own], layout=ROW, optimized=False)
+
+                def attend(acc):
+                    def tile(slot, release, column, seen, beside, carry):
+                        total, largest = carry
+                        (s,) = scratch.products((query, buffers.k.at[slot].T, None))
+                        release()
+                        if column is not None and beside:
+                            column = column + rows(prefix, s.shape)
+                        if score == "exp":
+                            logits = s * p.logit_scale if column is None else s * p.logit_scale + column
+                            logits = logits if seen is None else jnp.where(seen, logits, -jnp.inf)
+                            if running_max:
+                                new = jnp.maximum(largest, logits.max(axis=1))
+                                shrink = jnp.exp2(largest - new)
+                                total, largest = total * shrink, new
+                                acc[...] = read(acc) * rows(shrink, acc.shape)
+                                logits = logits - rows(new, s.shape)
+                            weights = jnp.exp2(logits)
+                        else:
+                            if column is not None and beside:
+                                column = jnp.exp2(jnp.where(seen, column, -jnp.inf))
+                            weights = s if column is None else s * column
+                            weights = weights * s if score == "squared" else weights
+                            if seen is not None and not (column is not None and beside):
+                                weights = jnp.where(seen, weights, 0.0)
+                        rounded = weights.astype(jnp.bfloat16)
+                        if normalize:
+                            summands = weights if seen is None else rounded.astype(jnp.float32)
+                            total = total + summands.sum(axis=1)
+                        scratch.add_product(acc, rounded, buffers.v.at[slot])
+                        return total, largest
+
+                    def turn(carry):
+                        """From here on weights count from the row itself, no longer from the start of its tile."""
+                        total, largest = carry
+                        if decay is None:
+                            return carry
+                        if running_max:
+                            return total, largest + prefix
+                        factor = jnp.exp2(prefix)
+                        acc[...] = read(acc) * rows(factor, acc.shape)
+                        return total * factor, largest
+
+                    zero = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), ROW)
+                    step_and_carry = keys.walk(step, b, start, first_row, tile, turn, (zero, zero + LOWEST))
+                    return step_and_carry, read(acc)
+
+                (step, (total, largest)), y = scratch.accumulate(attend, (ROWS, p.head_dim))
+                keys.ring.release(step - 1)
+                if normalize:
+                    dead = total < p.floor
+                    y = y * rows(jnp.where(dead, 0.0, 1.0 / total), y.shape)
+                    if save_norm:
+                        norm = jnp.log2(total)
+                        norm_ref[b, h, own] = jnp.where(dead, jnp.inf, norm + largest if running_max else norm)
+                elif p.output_scale != 1:
+                    y = y * p.output_scale
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                y_s[warpgroup] = y.astype(jnp.bfloat16)
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(y_s.at[warpgroup], y_ref.at[b, own, h])
+                return step
+
+            lax.fori_loop(0, work, attend_tile, jnp.int32(0))
+            plgpu.wait_smem_to_gmem(0)
+
+        # A warpgroup that leaves while another one multiplies can fault.
+        plgpu.barrier_arrive(done)
+        plgpu.barrier_wait(done)
+
+    dim = p.head_dim
+    scratch_types = [
+        operand((consumers, ROWS, dim)),
+        operand((consumers, ROWS, dim)),
+        KeyBuffers.types(p, tiles.streamed, tiles.stages, decay is not None, consumers),
+        plgpu.Barrier(num_barriers=consumers),
+        plgpu.Barrier(num_barriers=consumers),
+        plgpu.Barrier(num_arrivals=consumers + 1),
+        Scratch.types(p.interpret, consumers, ((ROWS, dim),), max(tiles.streamed, dim)),
+    ]
+    outputs = [jax.ShapeDtypeStruct(q.shape, q.dtype)]
+    if save_norm:
+        padded = p.tiles(block_q) * block_q
+        outputs.append(jax.ShapeDtypeStruct((p.batch, p.heads, padded), jnp.float32))
+    kernel = plgpu.kernel(
+        body,
+        out_type=tuple(outputs),
+        scratch_types=scratch_types,
+        grid=(schedule.programs,),
+        grid_names=("program",),
+        num_threads=consumers + 1,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
+        kernel_name=f"{score}_forward",
+    )
+    extra = (() if decay is None else tuple(decay)) + (() if first_visible is None else (first_visible,))
+    return kernel(q, k, v, *extra)

@@ -1,0 +1,83 @@
+"""What the quadratic kernels are told of a call: its sizes and constants, its decays and its segments."""
+
+import dataclasses
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+LOG2E = math.log2(math.e)
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """One call, apart from its arrays.
+
+    The query is multiplied by `query_power`, a power of two and so exact in bfloat16, before its product with the
+    keys; the rest of the scale is `logit_scale` (exp) or `output_scale` (the other scores, where they are not
+    normalised).
+    """
+
+    batch: int
+    tokens: int  # a multiple of 8
+    heads: int
+    kv_heads: int
+    head_dim: int
+    score: str
+    normalize: bool
+    query_power: float
+    logit_scale: float  # of <q, k> query_power, in units of log 2
+    output_scale: float
+    floor: float  # row sums below it count as 0
+    interpret: bool
+
+    def tiles(self, block: int) -> int:
+        """Tiles of `block` rows per head."""
+        return -(-self.tokens // block)
+
+    @property
+    def gradient_scale(self) -> float:
+        """The factor between what the kernels sum and dq, and dk."""
+        if self.score == "exp":
+            return self.query_power * self.logit_scale / LOG2E
+        return self.query_power * self.output_scale * (2 if self.score == "squared" else 1)
+
+
+def derivatives(score: str, s, factor, t):
+    """The weights w = score(s) factor, and dL/ds up to the constant `gradient_scale`, for t = dL/dw / factor.
+
+    For `exp` the factor is the whole weight, e^s with everything that multiplies it. The share of a pair in the
+    gradient of the log decays between its two tokens, W = w t, is s times the second result (exp: the second result).
+    """
+    if score == "exp":
+        return factor, factor * t
+    if score == "linear":
+        return (s, t) if factor is None else (s * factor, factor * t)
+    scaled = s if factor is None else s * factor
+    return scaled * s, scaled * t
+
+
+class Decay(NamedTuple):
+    """Sums of log2 decays within chunks of equal size, float32.
+
+    prefix: [B, G, T padded], up to and with a token; suffix: the same shape, after it, to the chunk's end; total:
+    [B, G, chunks], of a chunk.
+    """
+
+    prefix: jax.Array
+    suffix: jax.Array
+    total: jax.Array
+
+    @staticmethod
+    def make(log_decay, chunk: int) -> "Decay":
+        """From log_decay [B, T, G], padded with no decay. Only terms of one sign are added: nothing cancels."""
+        batch, tokens, heads = log_decay.shape
+        chunks = -(-tokens // chunk)
+        x = jnp.moveaxis(log_decay, 1, 2) * LOG2E
+        x = jnp.pad(x, ((0, 0), (0, 0), (0, chunks * chunk - tokens))).reshape(batch, heads, chunks, chunk)
+        up_to = jnp.arange(chunk)[:, None] <= jnp.arange(chunk)
+        prefix = jnp.einsum("bgcs,st->bgct", x, up_to.astype(x.dtype), precision="highest")
+        suffix = jnp.einsum("bgcs,st->bgct", x, 1 - up_to.astype(x.dtype), precision="highest")
+        flat = (batch, heads, chunks * chunk)
+        return Decay(prefix.reshape(flat), suffix.reshape(flat), prefix[..., -1])

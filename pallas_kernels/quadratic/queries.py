@@ -1,0 +1,229 @@
+"""Queries on their way past a tile of keys: the transpose of `keys`, for the gradients of the keys and values.
+
+A tile of block_kv keys is first seen by the queries after it, nearest first, whose decay is a factor per query times a
+factor per key; then by the queries at its own positions ("beside"), whose decay is computed for each pair. With
+grouped heads the queries of all R heads pass, one head after the other.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.accumulator import COLUMN, ROW, columns, load_rows, operand, rows, store_rows
+from pallas_kernels.quadratic.operands import Problem
+from pallas_kernels.ring import Ring
+
+ROWS = 64  # keys of one warpgroup
+
+
+class QueryTiles(NamedTuple):
+    """Numbers of query tiles that see a key tile.
+
+    after: after the key tile; beside: at its own positions.
+    """
+
+    after: jax.Array
+    beside: jax.Array
+
+
+class QueryBuffers(NamedTuple):
+    """Shared memory of the ring: queries, dy, the logit and delta of each query, and the ring's barriers."""
+
+    q: Any
+    dy: Any
+    logit: Any
+    delta: Any
+    barriers: Any
+
+    @staticmethod
+    def types(problem: Problem, block_q: int, stages: int, has_logit: bool, users: int, depth: int) -> "QueryBuffers":
+        """What to allocate."""
+        tile, vector = operand((stages, block_q, problem.head_dim), depth), plgpu.SMEM((stages, block_q), jnp.float32)
+        barriers = Ring.barriers(stages, arrivals=2 + problem.normalize + has_logit, users=users)
+        return QueryBuffers(tile, tile, vector, vector, barriers)
+
+
+@dataclasses.dataclass(frozen=True)
+class Queries:
+    """The queries of a call and what comes with them, as seen from key tiles of block_kv keys.
+
+    Attributes:
+      problem: the call.
+      block_q: rows of a query tile; divides block_kv.
+      block_kv: keys of a key tile, and tokens of a chunk of the decays.
+      q, dy: [B, T, H, K] in device memory.
+      logit: [B, H, T padded], what the logarithm of a weight has of the query: its prefix, less log2 of its row's sum.
+        None where it has neither.
+      delta: [B, H, T padded]; None where nothing is normalised.
+      total: [B, G, chunks] decays; None without.
+      last_visible: [B, T padded] int32, the last query that sees each key; None without segments.
+      buffers: the ring's shared memory.
+    """
+
+    problem: Problem
+    block_q: int
+    block_kv: int
+    stages: int
+    q: Any
+    dy: Any
+    logit: Any
+    delta: Any
+    total: Any
+    last_visible: Any
+    buffers: QueryBuffers
+
+    @property
+    def ring(self) -> Ring:
+        """The ring of buffers."""
+        return Ring(self.stages, *self.buffers.barriers)
+
+    @property
+    def repeats(self) -> int:
+        """Query heads per key/value head."""
+        return self.problem.heads // self.problem.kv_heads
+
+    def seeing(self, b, start) -> QueryTiles:
+        """How many query tiles of one head see the key tile from `start` of batch entry b."""
+        tokens, after = self.problem.tokens, start + self.block_kv
+        beside = self._tiles(lax.min(after, tokens) - start)
+        if self.last_visible is None:
+            count = self._tiles(lax.max(tokens - after, 0))
+            return QueryTiles(count, beside)
+        last = self.last_visible[b, after - 1]
+        return QueryTiles(self._tiles(lax.max(last + 1 - after, 0)), beside)
+
+    def _tiles(self, tokens):
+        return lax.div(tokens + self.block_q - 1, self.block_q)
+
+    def load(self, step, b, g, start):
+        """Fills the ring with all queries that see the key tile; the next step."""
+        seeing = self.seeing(b, start)
+
+        def after(r, step):
+            h = g * self.repeats + r
+            return self._load(step, b, g, h, start + self.block_kv, seeing.after, beside=False)
+
+        def beside(r, step):
+            return self._load(step, b, g, g * self.repeats + r, start, seeing.beside, beside=True)
+
+        return lax.fori_loop(0, self.repeats, beside, lax.fori_loop(0, self.repeats, after, step))
+
+    def _load(self, step, b, g, h, begin, count, beside):
+        def place(n):
+            return begin + n * self.block_q
+
+        if self.logit is None:
+
+            def copy(n, step):
+                self._fill(step, b, h, place(n), None)
+                return step + 1
+
+            return lax.fori_loop(0, count, copy, step)
+
+        has_between = self.total is not None and not beside
+
+        def load(n):
+            """The logits of a tile's queries, of some tile at least."""
+            at = lax.min(place(n), self.logit.shape[-1] - self.block_q)
+            return load_rows(self.logit.at[b, h], at, self.block_q)
+
+        def tile(n, carry):
+            step, between, passed, logit = carry
+            upcoming = load(n + 1)  # on their way while this tile waits for its buffer
+            if has_between:
+                # `passed` is the total of the chunk of the tile before this one, if that was another chunk.
+                between = between + passed
+                logit = tuple(x + between for x in logit)
+                leaves_chunk = lax.rem(place(n) + self.block_q, self.block_kv) == 0
+                passed = jnp.where(leaves_chunk, self.total[b, g, lax.div(place(n), self.block_kv)], 0.0)
+            if self.problem.score != "exp" and not (beside and self.total is not None):
+                logit = tuple(jnp.exp2(x) for x in logit)
+            self._fill(step, b, h, place(n), logit)
+            return step + 1, between, passed, upcoming
+
+        return lax.fori_loop(0, count, tile, (step, jnp.float32(0), jnp.float32(0), load(0)))[0]
+
+    def _fill(self, step, b, h, at, logit) -> None:
+        slot, tile = self.ring.claim(step), pl.ds(at, self.block_q)
+        full = self.ring.full.at[slot]
+        plgpu.copy_gmem_to_smem(self.q.at[b, tile, h], self.buffers.q.at[slot], full)
+        plgpu.copy_gmem_to_smem(self.dy.at[b, tile, h], self.buffers.dy.at[slot], full)
+        if self.delta is not None:
+            plgpu.copy_gmem_to_smem(self.delta.at[b, h, tile], self.buffers.delta.at[slot], full)
+        if logit is not None:
+            store_rows(self.buffers.logit.at[slot], logit)
+            plgpu.commit_smem()
+            plgpu.barrier_arrive(full)
+
+    def walk(self, step, b, start, first_row, tile, turn, carry):
+        """Takes 64 keys from `first_row` past the queries that see their key tile.
+
+        Args:
+          step: of the ring.
+          b: batch entry.
+          start: first key of the key tile.
+          first_row: of this warpgroup.
+          tile: `tile(slot, release, columns_of, beside, carry) -> carry` for each query tile. `columns_of(part, size)`
+            are the logits, the deltas and the mask of a slice of its queries, spread over 64 rows, or None: a logit is
+            a factor after the key tile (exp: its logarithm), and its logarithm beside it if there is a decay.
+            `release()` is called once every product of the tile before has been awaited.
+          turn: `turn(carry) -> carry`, between the queries after and those beside.
+          carry: a tuple.
+
+        Returns:
+          The next step, and the carry. The last buffer is still to be released.
+        """
+        seeing = self.seeing(b, start)
+
+        def visit(n, carry, beside, segments):
+            this, inner = carry
+            slot = self.ring.receive(this)
+            at = start + n * self.block_q + (0 if beside else self.block_kv)
+
+            def release():
+                @pl.when(this > step)
+                def _():
+                    self.ring.release(this - 1)
+
+            def columns_of(part, size):
+                def vector(ref):
+                    return columns(plgpu.load(ref.at[slot, part], layout=COLUMN, optimized=False), (ROWS, size))
+
+                logit = None if self.logit is None else vector(self.buffers.logit)
+                delta = None if self.delta is None else vector(self.buffers.delta)
+                masked = beside or segments
+                mask = self._mask(b, at + part.start, size, first_row, segments) if masked else None
+                return logit, delta, mask
+
+            return this + 1, tile(slot, release, columns_of, beside, inner)
+
+        def loop(begin, end, carry, **kind):
+            return lax.fori_loop(begin, end, lambda n, carry: visit(n, carry, **kind), carry)
+
+        segments = self.last_visible is not None
+
+        carry = self._each_head(
+            lambda _, carry: loop(0, seeing.after, carry, beside=False, segments=segments), (step, carry)
+        )
+        carry = (carry[0], turn(carry[1]))
+        return self._each_head(lambda _, carry: loop(0, seeing.beside, carry, beside=True, segments=segments), carry)
+
+    def _each_head(self, body, carry):
+        return body(0, carry) if self.repeats == 1 else lax.fori_loop(0, self.repeats, body, carry)
+
+    def _mask(self, b, at, size, first_row, segments):
+        """Which queries from `at` on see the keys: 0 <= query - key, and with segments <= last_visible - key."""
+        shape = (ROWS, size)
+        row = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=ROW) + first_row
+        query = plgpu.broadcasted_iota(jnp.int32, (size,), 0, layout=COLUMN)
+        distance = columns(query, shape) - rows(row - at, shape)
+        if not segments:
+            return distance >= 0
+        last = plgpu.load(self.last_visible.at[b, pl.ds(first_row, ROWS)], layout=ROW, optimized=False)
+        # As unsigned numbers, negative distances are the largest.
+        return distance.astype(jnp.uint32) <= rows((last - row).astype(jnp.uint32), shape)

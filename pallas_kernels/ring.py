@@ -1,0 +1,67 @@
+"""A ring of shared memory buffers between the warpgroup that fills them and those that use them."""
+
+import dataclasses
+from typing import Any
+
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+from jax import lax
+
+
+@dataclasses.dataclass(frozen=True)
+class Ring:
+    """`stages` buffers, used in turn: step i takes buffer i % stages.
+
+    Attributes:
+      stages: how many buffers.
+      full: barriers that the arrivals of a buffer's contents complete.
+      empty: barriers that the release of a buffer by every user completes.
+    """
+
+    stages: int
+    full: Any
+    empty: Any
+
+    @staticmethod
+    def barriers(stages: int, arrivals: int, users: int):
+        """The types of `full` and `empty`: `arrivals` copies fill a buffer, `users` warpgroups release it."""
+        return (
+            plgpu.Barrier(num_barriers=stages, num_arrivals=arrivals),
+            plgpu.Barrier(num_barriers=stages, num_arrivals=users),
+        )
+
+    def slot(self, step):
+        """The buffer of a step."""
+        return lax.rem(step, self.stages)
+
+    def claim(self, step):
+        """Waits, in the filling warpgroup, until the step's buffer is free, and returns its number."""
+        slot = self.slot(step)
+
+        @pl.when(step >= self.stages)
+        def _():
+            plgpu.barrier_wait(self.empty.at[slot])
+
+        return slot
+
+    def receive(self, step):
+        """Waits, in a using warpgroup, until the step's buffer is filled, and returns its number."""
+        slot = self.slot(step)
+        plgpu.barrier_wait(self.full.at[slot])
+        return slot
+
+    def release(self, step) -> None:
+        """Says that this warpgroup is done with the step's buffer."""
+        plgpu.barrier_arrive(self.empty.at[self.slot(step)])
+
+    def drain(self, steps) -> None:
+        """Waits, in the filling warpgroup, until all buffers are free after `steps` steps.
+
+        Every completion of a barrier must be observed by the thread that waits on it.
+        """
+        lax.fori_loop(
+            lax.max(steps - self.stages, 0),
+            steps,
+            lambda step, _: plgpu.barrier_wait(self.empty.at[self.slot(step)]),
+            None,
+        )

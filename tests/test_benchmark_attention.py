@@ -1,0 +1,217 @@
+"""`benchmarks/attention.py` on the CPU at tiny sizes: what it selects, checks, refuses, derives and writes."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+
+PATH = Path(__file__).parents[1] / "benchmarks" / "attention.py"
+SIZES = ["--tokens", "20", "40", "--xla_tokens", "40", "--total", "80", "--heads", "4", "--kv_heads", "2"]
+SMALL = [*SIZES, "--head_dim", "8", "--scores", "squared", "--implementations", "xla", "--seed", "7"]
+CEILINGS = {"tflops": 500.0, "terabytes_per_second": 3.0}
+
+
+@pytest.fixture
+def attention(monkeypatch):
+    """The script as a module whose ceilings, prior checks and rounds are small."""
+    spec = importlib.util.spec_from_file_location("benchmark_attention", PATH)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)
+    spec.loader.exec_module(module)
+    for name, value in (("SHORT_TOKENS", 15), ("CEILING_SIZE", 16), ("ROUND_SECONDS", 0.0)):
+        monkeypatch.setattr(module, name, value)
+    return module
+
+
+def row_of(attention, direction, score="squared", **changes):
+    sizes = {"tokens": 150, "batch": 2, "heads": 4, "kv_heads": 2, "head_dim": 16, "decay": -0.02}
+    return attention.Row("xla", score, direction, **(sizes | changes))
+
+
+def prepared(attention, row, **changes):
+    return attention.prepare(row, seed=3, limit=2**30, **changes)[0]
+
+
+def test_selects_every_length_and_direction_and_xla_where_asked(attention, tmp_path):
+    options = attention.parse(["--out", str(tmp_path / "a")])
+    rows = list(attention.rows_of(options))
+    assert len(rows) == 6 * 2 * 4 + 2 * 2 * 3
+    assert {row.tokens * row.batch for row in rows} == {65536}
+    assert {row.tokens for row in rows if row.implementation == "xla"} == {2048, 8192}
+    assert {(row.score, row.decay) for row in rows if row.implementation == "cudnn"} == {("exp", None)}
+    assert {row.decay for row in rows if row.implementation != "cudnn"} == {-2e-3}
+    assert [attention.label_of(row) for row in rows[:2]] == ["cuDNN softmax", "squared, mosaic_gpu"]
+
+    options = attention.parse(
+        [*SMALL, "--total", "30", "--no_decay", "--directions", "both", "--out", str(tmp_path / "a")]
+    )
+    (row,) = attention.rows_of(options)
+    assert row == attention.Row("xla", "squared", "forward+backward", 40, 1, 4, 2, 8, None)
+
+
+def test_writes_a_table_the_figures_and_a_plot(attention, tmp_path, capsys):
+    """cuDNN does not run on a CPU: its rows say why, and the others are there all the same."""
+    out = tmp_path / "new" / "figure"
+    arguments = [*SMALL, "--implementations", "cudnn", "xla", "--out", str(out)]
+    assert attention.run(attention.parse(arguments), ["python", "x.py", *arguments]) == 0
+
+    report = json.loads(Path(f"{out}.json").read_text())
+    assert report["command"].startswith("python x.py --tokens 20 40 ")
+    assert report["seed"] == 7
+    assert report["device"]
+    assert report["versions"].keys() >= {"jax", "jaxlib", "twomamba-jax"}
+    assert min(report["ceilings"].values()) > 0
+    rows = report["rows"]
+    directions = ("forward", "forward+backward")
+    peers = [(t, d, "cuDNN softmax") for t in (20, 40) for d in directions]
+    assert [(r["tokens"], r["direction"], r["label"]) for r in rows if r["note"]] == peers
+    timed = [r for r in rows if not r["note"]]
+    assert [(r["tokens"], r["direction"], r["label"]) for r in timed] == [(40, d, "squared, xla") for d in directions]
+    for row in timed:
+        assert (row["batch"], row["heads"], row["kv_heads"], row["head_dim"]) == (2, 4, 2, 8)
+        assert row["milliseconds"] > 0
+        assert row["runs"] == attention.ROUNDS
+        assert row["clock"] in ("cupti", "wall")
+        assert 0 < row["error_over_bound"] <= 1
+        assert row["temporary_bytes"] > 0
+
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith(report["device"])
+    assert lines[2].startswith("| T | B | direction | attention | ms | TFLOP/s | of ceiling | over cuDNN | error |")
+    assert len(lines) == 4 + len(rows)
+    assert lines[-1].startswith("| 40 | 2 | forward+backward | squared, xla | ")
+    assert len({line.count("|") for line in lines[2:]}) == 1
+    assert Path(f"{out}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_derives_flops_and_ratios(attention):
+    def row(implementation, direction, milliseconds):
+        return attention.Row(implementation, "exp", direction, 8192, 8, 16, 16, 64, None, milliseconds)
+
+    rows = [row("cudnn", "forward", 2.0), row("xla", "forward", 1.0), row("xla", "forward+backward", 7.0)]
+    rows.append(row("mosaic_gpu", "forward", None))
+    cudnn, forward, both, untimed = attention.records_of(rows, CEILINGS)
+    flops = 2 * 8 * 16 * 8192**2 * 64  # forward: 2 B H T^2 K; with the backward's five products 3.5 times that
+    assert forward["tflops"] == pytest.approx(flops / 1e-3 / 1e12)
+    assert both["tflops"] == pytest.approx(3.5 * flops / 7e-3 / 1e12)
+    assert forward["of_ceiling"] == pytest.approx(forward["tflops"] / 500)
+    assert (cudnn["over_cudnn"], forward["over_cudnn"]) == (1, 0.5)
+    assert "over_cudnn" not in both
+    assert "tflops" not in untimed
+
+
+@pytest.mark.parametrize("score", ["linear", "squared", "exp"])
+@pytest.mark.parametrize("decay", [True, False])
+def test_its_definition_is_the_oracles(attention, score, decay):
+    random = np.random.default_rng(0)
+    q, k, v, dy = random.normal(size=(4, 30, 8))
+    q, k = (abs(q), abs(k)) if score == "linear" else (q, k)
+    log_decay = -random.uniform(0, 0.3, size=30) * decay
+    rows = np.array([0, 7, 29])
+    found = attention.definition(score, q, k, v, log_decay, dy, rows)
+
+    arrays = [x[None, :, None] for x in (q, k, v, log_decay)]
+    cotangent = np.zeros_like(dy)
+    cotangent[rows] = dy[rows]
+    y, _ = oracle.forward(*arrays, score=score, normalize=True)
+    gradients = oracle.gradients(cotangent[None, :, None], None, *arrays, score=score, normalize=True)
+    want = [y[0, rows, 0], gradients["q"][0, rows, 0], *(gradients[name][0, :, 0] for name in ("k", "v", "log_decay"))]
+    for (value, bound), expected in zip(found, want):
+        np.testing.assert_allclose(value, expected, rtol=1e-10, atol=1e-12)
+        assert (bound > 0).all()
+
+
+@pytest.mark.parametrize("score", ["linear", "squared", "exp"])
+def test_outputs_and_gradients_in_bf16_pass_the_check(attention, score):
+    """More rows than are sampled, and all of them."""
+    row = row_of(attention, attention.BOTH, score)
+    for every_row in (False, True):
+        checked = prepared(attention, row, every_row=every_row)
+        assert not checked.note
+        assert 0.1 < checked.error_over_bound <= 1
+
+
+def _changed(index, change):
+    """The arguments with one of them changed."""
+    return lambda right: lambda *x, **options: right(*x[:index], change(x[index]), *x[index + 1 :], **options)
+
+
+@pytest.mark.parametrize(
+    ("direction", "wrong"),
+    [
+        ("forward", _changed(1, lambda k: k.at[:, 75].set(0))),
+        ("forward", _changed(2, lambda v: v.at[0, 3].set(jnp.nan))),
+        ("forward", lambda right: lambda *x, **options: right(*x, **options).at[:, -1].multiply(0.9)),
+        ("forward+backward", _changed(3, lambda a: 0.8 * a + 0.2 * jax.lax.stop_gradient(a))),
+        ("forward+backward", _changed(1, lambda k: k.at[:, 75].set(jax.lax.stop_gradient(k[:, 75])))),
+    ],
+)
+def test_refuses_what_is_wrong(attention, monkeypatch, direction, wrong):
+    monkeypatch.setattr(attention, "decay_attention", wrong(attention.decay_attention))
+    row = row_of(attention, direction)
+    checked, program = attention.prepare(row, seed=3, limit=2**30, every_row=True)
+    assert checked.note.startswith("fails its check: ")
+    assert program is None
+    assert attention.refusal(row, 3, 2**30) == f"{checked.note} (T = 150)"
+
+
+def test_does_not_time_what_fails_at_short_lengths(attention, monkeypatch, tmp_path, capsys):
+    """Which is a failure of the program: the exit status is 1."""
+    right = attention.decay_attention
+    monkeypatch.setattr(
+        attention, "decay_attention", lambda *x, **options: (1 + (x[0].shape[1] == 15)) * right(*x, **options)
+    )
+    options = attention.parse([*SMALL, "--directions", "forward", "--out", str(tmp_path / "a")])
+    assert attention.run(options, []) == 1
+    assert "times the bound (T = 15) |" in capsys.readouterr().out
+
+
+def test_tells_runs_that_differ_in_a_bit(attention):
+    x = jnp.array([0.0, 1.0, 2.0], jnp.bfloat16)
+    assert attention.same_bits([x, None, jnp.ones(3)], [x, None, jnp.ones(3)])
+    assert not attention.same_bits([x], [x.at[2].set(2.015625)])
+    assert not attention.same_bits([x], [x.at[0].set(-0.0)])
+
+
+def test_refuses_runs_that_differ(attention, monkeypatch):
+    monkeypatch.setattr(attention, "same_bits", lambda first, second: False)
+    assert prepared(attention, row_of(attention, "forward")).note == "fails its check: two runs differ"
+
+
+def test_does_not_run_what_does_not_fit(attention):
+    row, program = attention.prepare(row_of(attention, "forward"), seed=3, limit=0)
+    assert row.note == "does not fit: 0.0 GiB"
+    assert row.temporary_bytes > 0
+    assert program is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--tokens", "0"], "must be at least 1"),
+        (["--heads", "0"], "must be at least 1"),
+        (["--heads", "4", "--kv_heads", "3"], "--heads 4 must be a multiple of --kv_heads 3"),
+        (["--decay", "0.1"], "--decay 0.1 must not be above 0"),
+        (["--scores", "cubic"], "--scores"),
+        (["--out", "/dev/null/attention"], "--out /dev/null/attention: "),
+    ],
+)
+def test_says_what_is_wrong_with_the_command_line(attention, capsys, arguments, message):
+    with pytest.raises(SystemExit) as exit_:
+        attention.parse(arguments)
+    assert exit_.value.code == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_without_a_gpu_it_says_so(attention, monkeypatch, capsys, tmp_path):
+    cpu = SimpleNamespace(platform="cpu", device_kind="cpu", memory_stats=lambda: None)
+    monkeypatch.setattr(attention.jax, "devices", lambda: [cpu])
+    assert attention.main(["--out", str(tmp_path / "a")]) == 2
+    assert capsys.readouterr().err == "needs a GPU, and JAX found cpu alone\n"
