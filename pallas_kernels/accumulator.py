@@ -76,35 +76,43 @@ class Scratch:
             buffer[...] = jnp.zeros(shape, jnp.float32)
         return body(*buffers)
 
-    def products(self, *terms):
-        """start + a @ b for every term (a, b, start), awaited together with every product before them.
+    def multiply(self, body: Callable, *terms):
+        """`body(products)` with start + a @ b on its way for every term (a, b, start); start None is 0.
 
-        start: what the sum begins with; None is 0.
+        Products that were in flight before are awaited between the first term and the second: the registers of their
+        operands may serve as the second's accumulator.
         """
-        zero = [jnp.zeros((a.shape[0], b.shape[1]), jnp.float32) for a, b, _ in terms]
-        starts = [z if start is None else start for z, (_, _, start) in zip(zero, terms, strict=True)]
+        accumulators, starts = [], []
 
-        def multiply(accumulators):
-            for acc, (a, b, _) in zip(accumulators, terms, strict=True):
-                plgpu.wgmma(acc, self._stored(a), b)
+        def issue(acc):
+            a, b, start = terms[len(accumulators)]
+            if start is not None and self.accumulators is None:
+                acc[...], start = start, None
+            plgpu.wgmma(acc, self._stored(a), b)
+            accumulators.append(acc)
+            starts.append(start)
+            if len(accumulators) < len(terms):
+                return issue_next()
+            return body(Products(self, accumulators, starts))
 
-        if self.accumulators is None:
-            starts = [plgpu.layout_cast(start, TILE) for start in starts]
-            return lax.optimization_barrier(pl.run_state(multiply)([plgpu.ACC.init(start) for start in starts]))
+        def issue_next():
+            if accumulators:
+                plgpu.wgmma_wait(len(accumulators))
+            a, b, _ = terms[len(accumulators)]
+            return pl.run_scoped(issue, plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32))
 
-        def product(*accumulators):
-            multiply(accumulators)
-            return [acc[...] for acc in accumulators]
+        return issue_next()
 
-        values = pl.run_scoped(product, *(plgpu.ACC(z.shape, jnp.float32) for z in zero))
-        return [start + value for start, value in zip(starts, values, strict=True)]
-
-    def add_product(self, acc, a, b) -> None:
-        """acc += a @ b, not awaited."""
+    def add(self, acc, a, b) -> None:
+        """acc += a @ b, to an accumulator of `accumulate`; not awaited."""
         if self.accumulators is None:
             plgpu.wgmma(acc, a, b)
         else:
-            acc[...] += self.products((a, b, None))[0]
+            acc[...] += self.product(a, b)
+
+    def product(self, a, b):
+        """a @ b, awaited."""
+        return self.multiply(lambda products: products.take(0), (a, b, None))
 
     def _stored(self, a):
         if self.accumulators is None or not isinstance(a, jax.Array):
@@ -113,6 +121,30 @@ class Scratch:
         left[...] = a
         plgpu.commit_smem()
         return left
+
+
+class Products:
+    """Matrix products in flight, in the order in which they were issued."""
+
+    def __init__(self, scratch: Scratch, accumulators, starts):
+        """Products of `scratch` into these accumulators; what the interpreter has to add to them."""
+        self._scratch, self._accumulators, self._starts = scratch, accumulators, starts
+        self._issued = len(accumulators)
+
+    def take(self, i: int):
+        """The i-th product, after it and all that were issued before it are done.
+
+        The barrier keeps the compiler from moving arithmetic on the value above the wait.
+        """
+        acc, start = self._accumulators[i], self._starts[i]
+        if self._scratch.accumulators is not None:
+            return acc[...] if start is None else acc[...] + start
+        return lax.optimization_barrier(plgpu.wgmma_accumulator_load(acc, wait_n=self._issued - 1 - i))
+
+    def add(self, acc, a, b) -> None:
+        """`Scratch.add`, in turn with these products."""
+        self._issued += 1
+        self._scratch.add(acc, a, b)
 
 
 def read(acc):

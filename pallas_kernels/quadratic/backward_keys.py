@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.accumulator import ROW, TILE, Scratch, operand, read, rows
-from pallas_kernels.quadratic.operands import Decay, Problem, derivatives
+from pallas_kernels.quadratic.operands import Decay, Problem, slope_of
 from pallas_kernels.quadratic.queries import ROWS, Queries, QueryBuffers
 from pallas_kernels.quadratic.tuning import Tiles
 from pallas_kernels.schedule import Schedule
@@ -19,7 +19,7 @@ from pallas_kernels.schedule import Schedule
 def backward_keys(
     problem: Problem, tiles: Tiles, programs: int, q, k, v, dy, logit, delta, decay: Decay | None, last_visible
 ):
-    """dk [B, T, G, K], dv and, with a decay, sum_i W_ij [B, G, T padded to block_kv]; W as in `operands.derivatives`.
+    """dk [B, T, G, K], dv and, with a decay, sum_i W_ij [B, G, T padded to block_kv]; W as in `operands.slope_of`.
 
     Everything is transposed: a program takes tiles of block_kv keys, 64 to each consumer warpgroup, past the queries
     that see them. logit and delta are as in `Queries`.
@@ -28,6 +28,8 @@ def backward_keys(
     consumers, producer = tiles.consumers, tiles.consumers
     score = p.score
     repeats = p.heads // p.kv_heads
+    # Where registers are scarce no product is on its way while weights are computed.
+    lean = tiles.part is not None
     schedule = Schedule.make(
         p.batch * p.kv_heads,
         p.tiles(block_kv),
@@ -108,6 +110,8 @@ def backward_keys(
                     """Loaded where it is used, not kept: registers are scarce in the loop."""
                     return plgpu.load(ref.at[b, g, own], layout=ROW, optimized=False)
 
+                suffix = load_rows(decay_ref.suffix) if decay is not None and score == "exp" else None
+
                 def factor_from(s, logit, row, seen):
                     """What multiplies the score of each pair; for `exp` the whole weight."""
                     terms = [s * p.logit_scale] if score == "exp" else []
@@ -120,31 +124,49 @@ def backward_keys(
 
                 def differentiate(dk, dv):
                     def tile(slot, release, columns_of, beside, carry):
-                        (sums,) = carry
-                        # The registers of the products in flight are about to be written again.
-                        plgpu.wgmma_wait(0)
-                        release()
                         for begin in range(0, tiles.streamed, tiles.columns):
                             part = pl.ds(begin, tiles.columns)
-                            logit, delta, seen = columns_of(part, tiles.columns)
-                            s, t = scratch.products(
-                                (key, buffers.q.at[slot, part].T, None),
-                                (value, buffers.dy.at[slot, part].T, None if delta is None else -delta),
-                            )
+                            released = release if begin == 0 else lambda: None
+                            carry = differentiate_part(slot, part, released, columns_of, beside, carry)
+                        return carry
+
+                    def differentiate_part(slot, part, release, columns_of, beside, carry):
+                        early = None if lean else columns_of(part, tiles.columns)
+
+                        def weigh(products):
+                            s = products.take(0)
+                            release()
+                            t = products.take(1) if lean else None
+                            logit, delta, seen = early or columns_of(part, tiles.columns)
+                            t = t - delta if lean and delta is not None else t
                             factor = logit
                             if beside and decay is not None:
                                 factor = factor_from(s, logit, -load_rows(decay_ref.prefix), seen)
                             elif score == "exp":
-                                suffix = None if decay is None else load_rows(decay_ref.suffix)
                                 factor = factor_from(s, logit, suffix, seen)
-                            w, d = derivatives(score, s, factor, t)
+                            slope = slope_of(score, s, factor)
+                            weights = factor if score == "exp" else s if slope is None else slope * s
                             if seen is not None and factor is logit:
-                                w, d = jnp.where(seen, w, 0.0), jnp.where(seen, d, 0.0)
-                            if decay is not None:
-                                sums = sums + (d if score == "exp" else d * s).sum(axis=1)
-                            scratch.add_product(dv, w.astype(jnp.bfloat16), buffers.dy.at[slot, part])
-                            scratch.add_product(dk, d.astype(jnp.bfloat16), buffers.q.at[slot, part])
-                        return (sums,)
+                                weights = jnp.where(seen, weights, 0.0)
+                            if not lean:
+                                products.add(dv, weights.astype(jnp.bfloat16), buffers.dy.at[slot, part])
+                                t = products.take(1)
+                            ds = t if slope is None else slope * t
+                            if seen is not None and factor is logit:
+                                ds = jnp.where(seen, ds, 0.0)
+                            if lean:
+                                products.add(dv, weights.astype(jnp.bfloat16), buffers.dy.at[slot, part])
+                            products.add(dk, ds.astype(jnp.bfloat16), buffers.q.at[slot, part])
+                            if decay is None:
+                                return carry
+                            return (carry[0] + (ds if score == "exp" else ds * s).sum(axis=1),)
+
+                        start = None if lean or early[1] is None else -early[1]
+                        return scratch.multiply(
+                            weigh,
+                            (key, buffers.q.at[slot, part].T, None),
+                            (value, buffers.dy.at[slot, part].T, start),
+                        )
 
                     def turn(carry):
                         """From here on weights count from the key itself, no longer from the end of its tile."""
@@ -160,7 +182,6 @@ def backward_keys(
                     return step_and_carry, read(dk), read(dv)
 
                 (step, (sums,)), dk, dv = scratch.accumulate(differentiate, (ROWS, p.head_dim), (ROWS, p.head_dim))
-                queries.ring.release(step - 1)
                 if not tiles.resident:
                     plgpu.barrier_arrive(k_empty.at[warpgroup])
                 if decay is not None:
@@ -173,7 +194,7 @@ def backward_keys(
                 plgpu.copy_smem_to_gmem(dv_s.at[warpgroup], dv_ref.at[b, own, g])
                 return step
 
-            lax.fori_loop(0, work, differentiate_tile, jnp.int32(0))
+            queries.ring.release(lax.fori_loop(0, work, differentiate_tile, jnp.int32(0)) - 1)
             plgpu.wait_smem_to_gmem(0)
 
         # A warpgroup that leaves while another one multiplies can fault.

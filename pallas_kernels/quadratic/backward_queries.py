@@ -8,7 +8,7 @@ from jax import lax
 
 from pallas_kernels.accumulator import ROW, TILE, Scratch, operand, read, rows
 from pallas_kernels.quadratic.keys import ROWS, KeyBuffers, Keys
-from pallas_kernels.quadratic.operands import Decay, Problem, derivatives
+from pallas_kernels.quadratic.operands import Decay, Problem, slope_of
 from pallas_kernels.quadratic.tuning import Tiles
 from pallas_kernels.schedule import Schedule
 
@@ -16,7 +16,7 @@ from pallas_kernels.schedule import Schedule
 def backward_queries(
     problem: Problem, tiles: Tiles, programs: int, q, k, v, dy, norm, delta, decay: Decay | None, first_visible
 ):
-    """dq [B, T, H, K] and, with a decay, sum_j W_ij [B, H, T padded to block_q]; W as in `operands.derivatives`.
+    """dq [B, T, H, K] and, with a decay, sum_j W_ij [B, H, T padded to block_q]; W as in `operands.slope_of`.
 
     The traversal is that of the forward kernel. norm is log2 of the row sums and delta <dy, y>, both [B, H, T padded to
     block_q]; None where nothing is normalised.
@@ -24,6 +24,7 @@ def backward_queries(
     p, block_q = problem, tiles.own
     consumers, producer = tiles.consumers, tiles.consumers
     score, normalize = p.score, p.normalize
+    needs_scores = score != "linear" or decay is not None  # the slope of a linear score is 1
     schedule = Schedule.make(p.batch * p.heads, p.tiles(block_q), 4 * p.tokens * p.head_dim, programs, ascending=True)
     extra = tuple(x for x in (norm, delta, *(decay or ()), first_visible) if x is not None)
 
@@ -93,27 +94,39 @@ def backward_queries(
                 row_logit = row_logit if prefix is None else prefix if norm is None else prefix - norm
 
                 def differentiate(acc):
-                    def tile(slot, release, column, seen, beside, carry):
-                        (sums,) = carry
+                    def tile(slot, release, decays_of, mask_of, beside, carry):
+                        everything = pl.ds(0, tiles.streamed), tiles.streamed
+                        column = decays_of(*everything)
                         start = rows(-delta, (ROWS, tiles.streamed)) if normalize else None
-                        s, t = scratch.products((query, buffers.k.at[slot].T, None), (dy, buffers.v.at[slot].T, start))
-                        release()
-                        factor, pairwise = column, score == "exp"
-                        if score == "exp":
-                            factor = s * p.logit_scale
-                            factor = factor if column is None else factor + column
-                            factor = factor if row_logit is None else factor + rows(row_logit, s.shape)
-                        elif column is not None and beside:
-                            factor, pairwise = column + rows(prefix, s.shape), True
-                        if pairwise:
-                            factor = jnp.exp2(factor if seen is None else jnp.where(seen, factor, -jnp.inf))
-                        _, ds = derivatives(score, s, factor, t)
-                        if seen is not None and not pairwise:
-                            ds = jnp.where(seen, ds, 0.0)
-                        if decay is not None:
-                            sums = sums + (ds if score == "exp" else ds * s).sum(axis=1)
-                        scratch.add_product(acc, ds.astype(jnp.bfloat16), buffers.k.at[slot])
-                        return (sums,)
+
+                        def weigh(products):
+                            s = products.take(0) if needs_scores else None
+                            if needs_scores:
+                                release()
+                            seen = None if mask_of is None else mask_of(*everything)
+                            factor, pairwise = column, score == "exp"
+                            if score == "exp":
+                                factor = s * p.logit_scale
+                                factor = factor if column is None else factor + column
+                                factor = factor if row_logit is None else factor + rows(row_logit, s.shape)
+                            elif column is not None and beside:
+                                factor, pairwise = column + rows(prefix, s.shape), True
+                            if pairwise:
+                                factor = jnp.exp2(factor if seen is None else jnp.where(seen, factor, -jnp.inf))
+                            slope = slope_of(score, s, factor)
+                            ds = products.take(1 if needs_scores else 0)
+                            if not needs_scores:
+                                release()
+                            ds = ds if slope is None else slope * ds
+                            if seen is not None and not pairwise:
+                                ds = jnp.where(seen, ds, 0.0)
+                            products.add(acc, ds.astype(jnp.bfloat16), buffers.k.at[slot])
+                            if decay is None:
+                                return carry
+                            return (carry[0] + (ds if score == "exp" else ds * s).sum(axis=1),)
+
+                        scores = ((query, buffers.k.at[slot].T, None),) if needs_scores else ()
+                        return scratch.multiply(weigh, *scores, (dy, buffers.v.at[slot].T, start))
 
                     def turn(carry):
                         """From here on weights count from the row itself, no longer from the start of its tile."""
@@ -128,7 +141,6 @@ def backward_queries(
                     return step_and_carry, read(acc)
 
                 (step, (sums,)), dq = scratch.accumulate(differentiate, (ROWS, p.head_dim))
-                keys.ring.release(step - 1)
                 if not tiles.resident:
                     plgpu.barrier_arrive(q_empty.at[warpgroup])
                 if normalize and score != "exp":
@@ -142,7 +154,7 @@ def backward_queries(
                 plgpu.copy_smem_to_gmem(dq_s.at[warpgroup], dq_ref.at[b, own, h])
                 return step
 
-            lax.fori_loop(0, work, differentiate_tile, jnp.int32(0))
+            keys.ring.release(lax.fori_loop(0, work, differentiate_tile, jnp.int32(0)) - 1)
             plgpu.wait_smem_to_gmem(0)
 
         # A warpgroup that leaves while another one multiplies can fault.

@@ -74,42 +74,76 @@ def forward(
                 own = pl.ds(first_row, ROWS)
                 plgpu.barrier_wait(q_full.at[warpgroup])
                 query = plgpu.load(q_s.at[warpgroup], layout=TILE) * p.query_power
-                plgpu.commit_smem()
-                plgpu.barrier_arrive(q_empty.at[warpgroup])
+                if tiles.resident:
+                    plgpu.commit_smem()
+                    plgpu.barrier_arrive(q_empty.at[warpgroup])
+                else:
+                    q_s[warpgroup] = query
+                    plgpu.commit_smem()
+                    query = q_s.at[warpgroup]
                 prefix = None
                 if decay is not None:
                     prefix = plgpu.load(decay_ref.prefix.at[b, g, own], layout=ROW, optimized=False)
 
                 def attend(acc):
-                    def tile(slot, release, column, seen, beside, carry):
+                    def exponential_tile(slot, release, decays_of, mask_of, beside, carry):
                         total, largest = carry
-                        (s,) = scratch.products((query, buffers.k.at[slot].T, None))
+                        everything = pl.ds(0, tiles.streamed), tiles.streamed
+                        column = seen = None
+                        if mask_of is None:
+                            column = decays_of(*everything)  # while the product is on its way
+                        s = scratch.product(query, buffers.k.at[slot].T)
                         release()
-                        if column is not None and beside:
-                            column = column + rows(prefix, s.shape)
-                        if score == "exp":
-                            logits = s * p.logit_scale if column is None else s * p.logit_scale + column
-                            logits = logits if seen is None else jnp.where(seen, logits, -jnp.inf)
-                            if running_max:
-                                new = jnp.maximum(largest, logits.max(axis=1))
-                                shrink = jnp.exp2(largest - new)
-                                total, largest = total * shrink, new
-                                acc[...] = read(acc) * rows(shrink, acc.shape)
-                                logits = logits - rows(new, s.shape)
-                            weights = jnp.exp2(logits)
-                        else:
-                            if column is not None and beside:
-                                column = jnp.exp2(jnp.where(seen, column, -jnp.inf))
-                            weights = s if column is None else s * column
-                            weights = weights * s if score == "squared" else weights
-                            if seen is not None and not (column is not None and beside):
-                                weights = jnp.where(seen, weights, 0.0)
-                        rounded = weights.astype(jnp.bfloat16)
+                        if mask_of is not None:
+                            column, seen = decays_of(*everything), mask_of(*everything)  # registers are scarce
+                        logits = s * p.logit_scale
+                        if column is not None:
+                            logits = logits + column
+                            logits = logits + rows(prefix, s.shape) if beside else logits
+                        logits = logits if seen is None else jnp.where(seen, logits, -jnp.inf)
                         if normalize:
-                            summands = weights if seen is None else rounded.astype(jnp.float32)
-                            total = total + summands.sum(axis=1)
-                        scratch.add_product(acc, rounded, buffers.v.at[slot])
+                            new = jnp.maximum(largest, logits.max(axis=1))
+                            shrink = jnp.exp2(largest - new)
+                            total, largest = total * shrink, new
+                            acc[...] = read(acc) * rows(shrink, acc.shape)
+                            logits = logits - rows(new, s.shape)
+                        weights = jnp.exp2(logits)
+                        rounded = weights.astype(jnp.bfloat16)
+                        total = add_to(total, weights, rounded, seen)
+                        scratch.add(acc, rounded, buffers.v.at[slot])
                         return total, largest
+
+                    def power_tile(slot, release, decays_of, mask_of, beside, carry):
+                        # A mask and a decay for each pair take registers that a whole tile does not leave.
+                        size = tiles.columns if mask_of is None or decay is None else ROWS
+                        parts = [pl.ds(begin, size) for begin in range(0, tiles.streamed, size)]
+                        factors = [decays_of(part, size) for part in parts]
+
+                        def weigh(products):
+                            total, largest = carry
+                            for i, (part, factor) in enumerate(zip(parts, factors, strict=True)):
+                                s = products.take(i)
+                                if i == 0:
+                                    release()
+                                seen = None if mask_of is None else mask_of(part, size)
+                                pairwise = factor is not None and beside
+                                if pairwise:
+                                    factor = jnp.exp2(jnp.where(seen, factor + rows(prefix, s.shape), -jnp.inf))
+                                weights = s if factor is None else s * factor
+                                weights = weights * s if score == "squared" else weights
+                                if seen is not None and not pairwise:
+                                    weights = jnp.where(seen, weights, 0.0)
+                                rounded = weights.astype(jnp.bfloat16)
+                                products.add(acc, rounded, buffers.v.at[slot, part])
+                                total = add_to(total, weights, rounded, seen)
+                            return total, largest
+
+                        return scratch.multiply(weigh, *((query, buffers.k.at[slot, part].T, None) for part in parts))
+
+                    def add_to(total, weights, rounded, seen):
+                        if not normalize:
+                            return total
+                        return total + (weights if seen is None else rounded.astype(jnp.float32)).sum(axis=1)
 
                     def turn(carry):
                         """From here on weights count from the row itself, no longer from the start of its tile."""
@@ -123,11 +157,13 @@ def forward(
                         return total * factor, largest
 
                     zero = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), ROW)
+                    tile = exponential_tile if score == "exp" else power_tile
                     step_and_carry = keys.walk(step, b, start, first_row, tile, turn, (zero, zero + LOWEST))
                     return step_and_carry, read(acc)
 
                 (step, (total, largest)), y = scratch.accumulate(attend, (ROWS, p.head_dim))
-                keys.ring.release(step - 1)
+                if not tiles.resident:
+                    plgpu.barrier_arrive(q_empty.at[warpgroup])
                 if normalize:
                     dead = total < p.floor
                     y = y * rows(jnp.where(dead, 0.0, 1.0 / total), y.shape)
@@ -142,7 +178,7 @@ def forward(
                 plgpu.copy_smem_to_gmem(y_s.at[warpgroup], y_ref.at[b, own, h])
                 return step
 
-            lax.fori_loop(0, work, attend_tile, jnp.int32(0))
+            keys.ring.release(lax.fori_loop(0, work, attend_tile, jnp.int32(0)) - 1)
             plgpu.wait_smem_to_gmem(0)
 
         # A warpgroup that leaves while another one multiplies can fault.

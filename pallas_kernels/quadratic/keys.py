@@ -116,17 +116,18 @@ class Keys:
             return load_rows(self.decay.suffix.at[b, g], lax.max(before(n), 0), self.block_kv)
 
         def tile_before(n, carry):
-            step, between, passed, suffix = carry
-            upcoming = load_suffix(n + 1)  # on their way while this tile waits for its buffer
-            # `passed` is the total of the chunk of the tile before this one, if that was another chunk.
-            between = between + passed
+            step, between, total, suffix = carry
+            # What is loaded here is used in the next turn: a load that is waited for would hold up the copies.
+            upcoming = load_suffix(n + 1)
+            at = before(n)
+            entered_chunk = (n > 0) & (lax.rem(at + self.block_kv, self.block_q) == 0)
+            between = between + jnp.where(entered_chunk, total, 0.0)
+            total = self.decay.total[b, g, lax.div(at, self.block_q)]
             decay = tuple(x + between for x in suffix)
             if self.problem.score != "exp":
                 decay = tuple(jnp.exp2(x) for x in decay)
-            leaves_chunk = lax.rem(before(n), self.block_q) == 0
-            passed = jnp.where(leaves_chunk, self.decay.total[b, g, lax.div(before(n), self.block_q)], 0.0)
-            self._fill(step, b, g, before(n), decay)
-            return step + 1, between, passed, upcoming
+            self._fill(step, b, g, at, decay)
+            return step + 1, between, total, upcoming
 
         def tile_beside(n, step):
             prefix = load_rows(self.decay.prefix.at[b, g], beside(n), self.block_kv)
@@ -155,16 +156,17 @@ class Keys:
           b: batch entry.
           start: first row of the query tile.
           first_row: of this warpgroup.
-          tile: `tile(slot, release, decay, seen, beside, carry) -> carry` for each key tile: decay is a column's factor
-            (exp: its logarithm) before the query tile, minus its prefix beside it; seen is a mask or None. It calls
-            `release()` once every product of the tile before has been awaited.
+          tile: `tile(slot, release, decays_of, mask_of, beside, carry) -> carry` for each key tile, of whose keys
+            `decays_of(part, size)` and `mask_of(part, size)` give a slice, spread over 64 rows. A decay is a factor
+            before the query tile (exp: its logarithm), and minus its prefix beside it; None without. mask_of is None
+            where the rows see all. `release()` is called once every product of the tile before has been awaited.
           turn: `turn(carry) -> carry`, between the keys before and those beside.
           carry: a tuple.
 
         Returns:
-          The next step, and the carry. The last buffer is still to be released.
+          The next step, and the carry. The last buffer is released in the next walk; the very last is for the caller.
         """
-        seen, shape = self.seen(b, start), (ROWS, self.block_kv)
+        seen = self.seen(b, start)
 
         def visit(n, carry, beside, segments):
             this, inner = carry
@@ -172,15 +174,21 @@ class Keys:
             at = start + n * self.block_kv if beside else start - (n + 1) * self.block_kv
 
             def release():
-                @pl.when(this > step)
+                @pl.when(this > 0)
                 def _():
                     self.ring.release(this - 1)
 
-            decay = None
-            if self.decay is not None:
-                decay = columns(plgpu.load(self.buffers.decay.at[slot], layout=COLUMN, optimized=False), shape)
-            mask = self._mask(b, at, first_row, segments) if beside or segments else None
-            return this + 1, tile(slot, release, decay, mask, beside, inner)
+            def decays_of(part, size):
+                if self.decay is None:
+                    return None
+                decay = plgpu.load(self.buffers.decay.at[slot, part], layout=COLUMN, optimized=False)
+                return columns(decay, (ROWS, size))
+
+            def mask_of(part, size):
+                return self._mask(b, at + part.start, size, first_row, segments)
+
+            masked = beside or segments
+            return this + 1, tile(slot, release, decays_of, mask_of if masked else None, beside, inner)
 
         def loop(begin, end, carry, **kind):
             return lax.fori_loop(begin, end, lambda n, carry: visit(n, carry, **kind), carry)
@@ -192,14 +200,14 @@ class Keys:
         carry = (carry[0], turn(carry[1]))
         return loop(0, seen.beside, carry, beside=True, segments=segments)
 
-    def _mask(self, b, at, first_row, segments):
+    def _mask(self, b, at, size, first_row, segments):
         """Which keys from `at` on the rows see: 0 <= row - key, and with segments <= row - first_visible."""
-        shape = (ROWS, self.block_kv)
+        shape = (ROWS, size)
         row = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=ROW) + first_row
-        key = plgpu.broadcasted_iota(jnp.int32, (self.block_kv,), 0, layout=COLUMN)
-        distance = rows(row - at, shape) - columns(key, shape)
+        key = plgpu.broadcasted_iota(jnp.int32, (size,), 0, layout=COLUMN)
+        row_at, key = rows(row - at, shape), columns(key, shape)
         if not segments:
-            return distance >= 0
+            return row_at >= key
         first = plgpu.load(self.first_visible.at[b, pl.ds(first_row, ROWS)], layout=ROW, optimized=False)
         # As unsigned numbers, negative distances are the largest.
-        return distance.astype(jnp.uint32) <= rows((row - first).astype(jnp.uint32), shape)
+        return (row_at - key).astype(jnp.uint32) <= rows((row - first).astype(jnp.uint32), shape)

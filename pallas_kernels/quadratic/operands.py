@@ -44,18 +44,15 @@ class Problem:
         return self.query_power * self.output_scale * (2 if self.score == "squared" else 1)
 
 
-def derivatives(score: str, s, factor, t):
-    """The weights w = score(s) factor, and dL/ds up to the constant `gradient_scale`, for t = dL/dw / factor.
+def slope_of(score: str, s, factor):
+    """d weight / d s up to the constant `gradient_scale`, for the weight score(s) factor; None is 1.
 
-    For `exp` the factor is the whole weight, e^s with everything that multiplies it. The share of a pair in the
-    gradient of the log decays between its two tokens, W = w t, is s times the second result (exp: the second result).
+    For `exp` the factor is the whole weight, e^s with everything that multiplies it. With ds = slope dL/dweight, the
+    share of a pair in the gradient of the log decays between its two tokens is W = s ds (exp: ds).
     """
-    if score == "exp":
-        return factor, factor * t
-    if score == "linear":
-        return (s, t) if factor is None else (s * factor, factor * t)
-    scaled = s if factor is None else s * factor
-    return scaled * s, scaled * t
+    if score == "squared":
+        return s if factor is None else s * factor
+    return factor
 
 
 class Decay(NamedTuple):

@@ -133,18 +133,19 @@ class Queries:
             return load_rows(self.logit.at[b, h], at, self.block_q)
 
         def tile(n, carry):
-            step, between, passed, logit = carry
-            upcoming = load(n + 1)  # on their way while this tile waits for its buffer
+            step, between, total, logit = carry
+            # What is loaded here is used in the next turn: a load that is waited for would hold up the copies.
+            upcoming = load(n + 1)
+            at = place(n)
             if has_between:
-                # `passed` is the total of the chunk of the tile before this one, if that was another chunk.
-                between = between + passed
+                entered_chunk = (n > 0) & (lax.rem(at, self.block_kv) == 0)
+                between = between + jnp.where(entered_chunk, total, 0.0)
+                total = self.total[b, g, lax.div(at, self.block_kv)]
                 logit = tuple(x + between for x in logit)
-                leaves_chunk = lax.rem(place(n) + self.block_q, self.block_kv) == 0
-                passed = jnp.where(leaves_chunk, self.total[b, g, lax.div(place(n), self.block_kv)], 0.0)
             if self.problem.score != "exp" and not (beside and self.total is not None):
                 logit = tuple(jnp.exp2(x) for x in logit)
-            self._fill(step, b, h, place(n), logit)
-            return step + 1, between, passed, upcoming
+            self._fill(step, b, h, at, logit)
+            return step + 1, between, total, upcoming
 
         return lax.fori_loop(0, count, tile, (step, jnp.float32(0), jnp.float32(0), load(0)))[0]
 
@@ -176,7 +177,7 @@ class Queries:
           carry: a tuple.
 
         Returns:
-          The next step, and the carry. The last buffer is still to be released.
+          The next step, and the carry. The last buffer is released in the next walk; the very last is for the caller.
         """
         seeing = self.seeing(b, start)
 
@@ -186,7 +187,7 @@ class Queries:
             at = start + n * self.block_q + (0 if beside else self.block_kv)
 
             def release():
-                @pl.when(this > step)
+                @pl.when(this > 0)
                 def _():
                     self.ring.release(this - 1)
 
@@ -221,9 +222,9 @@ class Queries:
         shape = (ROWS, size)
         row = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=ROW) + first_row
         query = plgpu.broadcasted_iota(jnp.int32, (size,), 0, layout=COLUMN)
-        distance = columns(query, shape) - rows(row - at, shape)
+        row_at, query = rows(row - at, shape), columns(query, shape)
         if not segments:
-            return distance >= 0
+            return query >= row_at
         last = plgpu.load(self.last_visible.at[b, pl.ds(first_row, ROWS)], layout=ROW, optimized=False)
         # As unsigned numbers, negative distances are the largest.
-        return distance.astype(jnp.uint32) <= rows((last - row).astype(jnp.uint32), shape)
+        return (query - row_at).astype(jnp.uint32) <= rows((last - row).astype(jnp.uint32), shape)

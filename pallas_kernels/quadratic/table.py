@@ -3,25 +3,35 @@
 Written by `benchmarks/tune.py`.
 """
 
-_SCORES = ("linear", "squared", "exp")
-_64 = (
-    {"own": 128, "streamed": 128, "stages": 3},
-    {"own": 128, "streamed": 64, "stages": 4},
-    {"own": 128, "streamed": 64, "stages": 3},
-)
-_128 = (
-    {"own": 128, "streamed": 64, "stages": 3},
-    {"own": 128, "streamed": 64, "stages": 3, "resident": False},
-    {
-        "own": 128,
-        "streamed": 64,
-        "stages": 2,
-        "consumer_registers": 240,
-        "producer_registers": 24,
-        "resident": False,
-        "part": 32,
-    },
-)
-
-TABLE = {("NVIDIA H200", score, 64, 8192): _64 for score in _SCORES}
-TABLE |= {("NVIDIA H200", score, 128, 8192): _128 for score in _SCORES}
+TABLE = {
+    ("NVIDIA H200", "squared", 64, 8192): (
+        {"own": 128, "streamed": 128, "stages": 3},
+        {"own": 128, "streamed": 64, "stages": 4},
+        {"own": 128, "streamed": 64, "resident": False, "stages": 3},
+    ),
+    ("NVIDIA H200", "exp", 64, 8192): (
+        {"own": 128, "streamed": 128, "resident": False, "stages": 3},
+        {"own": 128, "streamed": 64, "stages": 4},
+        {"own": 128, "streamed": 64, "resident": False, "stages": 3},
+    ),
+    ("NVIDIA H200", "linear", 64, 8192): (
+        {"own": 128, "streamed": 128, "stages": 3},
+        {"own": 128, "streamed": 64, "stages": 4},
+        {"own": 128, "streamed": 64, "resident": False, "stages": 3},
+    ),
+} | {
+    ("NVIDIA H200", score, 128, 8192): (
+        {"own": 128, "streamed": 64, "stages": 3},
+        {"own": 128, "streamed": 64, "resident": False, "stages": 3},
+        {
+            "own": 128,
+            "streamed": 64,
+            "resident": False,
+            "consumer_registers": 240,
+            "producer_registers": 24,
+            "part": 32,
+            "stages": 2,
+        },
+    )
+    for score in ("squared", "exp", "linear")
+}

@@ -17,7 +17,7 @@ class Tiles:
       stages: tiles that are in shared memory at a time.
       consumer_registers, producer_registers: per thread of a consumer, and of the producer warpgroup.
       resident: whether a warpgroup keeps its own operands in registers, or reads them from shared memory.
-      part: columns of the weights that the keys' kernel computes at a time, 32 or 64; None is 64.
+      part: columns of a tile of weights that are computed at a time, 32 (in the keys' kernel) or 64; None is all.
     """
 
     own: int
@@ -52,7 +52,7 @@ class Tiles:
     @property
     def columns(self) -> int:
         """Columns of the weights that are computed at a time."""
-        return self.part or 64
+        return self.part or self.streamed
 
 
 @dataclasses.dataclass(frozen=True)
