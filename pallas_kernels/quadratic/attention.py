@@ -99,6 +99,17 @@ def attention(attention: Attention, q, k, v, log_decay, run):
     return _attention(attention, q, k, v, log_decay, run)[:, :tokens]
 
 
+def _in_32_bits(function):
+    """The function with JAX's 64-bit types off: the kernels count in 32 bits."""
+
+    @functools.wraps(function)
+    def wrapped(*args, **kwargs):
+        with jax.enable_x64(False):
+            return function(*args, **kwargs)
+
+    return wrapped
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attention(attention: Attention, q, k, v, log_decay, run):
     return _forward(attention, q, k, v, log_decay, run, save_norm=False)[0]
@@ -110,6 +121,7 @@ def _attention_forward(attention: Attention, q, k, v, log_decay, run):
     return y, (q, k, v, log_decay, run, y, norm)
 
 
+@_in_32_bits
 def _attention_backward(attention: Attention, saved, dy):
     q, k, v, log_decay, run, y, norm = saved
     problem, tuning = attention.problem(q, k), attention.tiles(q)
@@ -157,6 +169,7 @@ def _attention_backward(attention: Attention, saved, dy):
 _attention.defvjp(_attention_forward, _attention_backward)
 
 
+@_in_32_bits
 def _forward(attention: Attention, q, k, v, log_decay, run, save_norm: bool):
     tuning = attention.tiles(q)
     own = tuning.forward.own

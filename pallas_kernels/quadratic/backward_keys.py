@@ -120,6 +120,8 @@ def backward_keys(
                     if not terms:
                         return None
                     total = functools.reduce(operator.add, terms)
+                    if score == "exp" and p.normalize:
+                        total = jnp.minimum(total, 0.0)  # logits of 2^60 differ by more than they are apart
                     return jnp.exp2(total if seen is None else jnp.where(seen, total, -jnp.inf))
 
                 def differentiate(dk, dv):

@@ -111,6 +111,8 @@ def backward_queries(
                                 factor = factor if row_logit is None else factor + rows(row_logit, s.shape)
                             elif column is not None and beside:
                                 factor, pairwise = column + rows(prefix, s.shape), True
+                            if score == "exp" and normalize:
+                                factor = jnp.minimum(factor, 0.0)  # logits of 2^60 differ by more than they are apart
                             if pairwise:
                                 factor = jnp.exp2(factor if seen is None else jnp.where(seen, factor, -jnp.inf))
                             slope = slope_of(score, s, factor)

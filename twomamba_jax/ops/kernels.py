@@ -43,7 +43,7 @@ def parallel(op: Operation, q, k, v, log_decay, run, partition: PartitionSpec | 
     from pallas_kernels.quadratic.attention import Attention, attention
 
     spec = Attention(op.score, op.normalize, op.query_scale, op.denominator_floor)
-    call = functools.partial(_without_x64, functools.partial(attention, spec))
+    call = functools.partial(attention, spec)
     if log_decay is not None:
         log_decay = log_decay.astype(jnp.float32)
     if partition is None or jax.sharding.get_abstract_mesh().empty:
@@ -52,12 +52,6 @@ def parallel(op: Operation, q, k, v, log_decay, run, partition: PartitionSpec | 
     array, decay, rows = PartitionSpec(batch, None, heads), PartitionSpec(batch, None, heads), PartitionSpec(batch)
     specs = (array, array, array, None if log_decay is None else decay, None if run is None else rows)
     return jax.shard_map(call, in_specs=specs, out_specs=array, check_vma=False)(q, k, v, log_decay, run)
-
-
-def _without_x64(call, *arrays):
-    """The kernels count in 32 bits."""
-    with jax.enable_x64(False):
-        return call(*arrays)
 
 
 def _size(axes) -> int:

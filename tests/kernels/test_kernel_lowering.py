@@ -1,0 +1,120 @@
+"""Everything lowers for CUDA, without a GPU: every program of the tuning table, and kernels inside transformations.
+
+Lowering generates a kernel's code and checks layouts, tile sizes and shared memory; the compilers that remain are those
+of `benchmarks/compile_kernels.py`.
+"""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AbstractMesh, AxisType, PartitionSpec
+
+from pallas_kernels.quadratic.programs import programs
+from twomamba_jax import decay_attention
+from twomamba_jax.ops import kernels
+
+FORWARD, QUERIES, KEYS = (f"squared_{kernel}" for kernel in ("forward", "backward_queries", "backward_keys"))
+PROGRAMS = list(programs())
+
+
+def lower(function, *arguments) -> list[tuple[str, tuple[int, ...]]]:
+    """The kernels in the lowered program, in its order, each with the shape of its first operand."""
+    text = jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+    calls = [line for line in text.splitlines() if "custom_call @mosaic_gpu" in line]
+    names = [re.search(r"\\00(\w+_(?:forward|queries|keys))_mosaic_gpu\\00", line)[1] for line in calls]
+    shapes = [re.search(r": \(tensor<([\dx]+)xbf16>", line)[1] for line in calls]
+    return [(name, tuple(map(int, shape.split("x")))) for name, shape in zip(names, shapes)]
+
+
+def names(function, *arguments) -> list[str]:
+    return [name for name, _ in lower(function, *arguments)]
+
+
+@pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.name)
+def test_every_program_lowers(program):
+    (score,) = {score for score in ("linear", "squared", "exp") if f"-{score}-" in program.name}
+    want = [f"{score}_{kernel}" for kernel in ("forward", "backward_queries", "backward_keys")]
+    assert names(program.function, *program.arguments) == want
+
+
+@pytest.fixture(autouse=True)
+def pretend_hopper(monkeypatch):
+    monkeypatch.setattr(kernels, "unsupported_device", lambda: None)
+
+
+B, T, H, G, K = 2, 256, 4, 2, 64
+Q = jax.ShapeDtypeStruct((B, T, H, K), jnp.bfloat16)
+KV = jax.ShapeDtypeStruct((B, T, G, K), jnp.bfloat16)
+DECAY = jax.ShapeDtypeStruct((B, T, G), jnp.float32)
+
+attend = functools.partial(decay_attention, form="parallel", implementation="mosaic_gpu")
+
+
+def loss(q, k, v, log_decay, **options):
+    return attend(q, k, v, log_decay, **options).astype(jnp.float32).sum()
+
+
+def gradients(function):
+    return jax.value_and_grad(function, argnums=(0, 1, 2, 3))
+
+
+def stacked(x, axis=0):
+    return jax.ShapeDtypeStruct((*x.shape[:axis], 3, *x.shape[axis:]), x.dtype)
+
+
+def test_without_gradients():
+    assert lower(attend, Q, KV, KV, DECAY) == [(FORWARD, Q.shape)]
+
+
+def test_vmap():
+    """The mapped axis is an operand's axis: no kernel is repeated."""
+    arguments = [stacked(x, axis=1) for x in (Q, KV, KV, DECAY)]
+    found = lower(jax.vmap(gradients(loss), in_axes=1), *arguments)
+    assert [name for name, _ in found] == [FORWARD, QUERIES, KEYS]
+    assert all(sorted(shape) == sorted((3, B, T, H, K)) for _, shape in found)
+
+
+def test_checkpoint_computes_the_forward_kernel_again():
+    assert names(gradients(jax.checkpoint(loss)), Q, KV, KV, DECAY) == [FORWARD, FORWARD, QUERIES, KEYS]
+    assert names(gradients(loss), Q, KV, KV, DECAY) == [FORWARD, QUERIES, KEYS]
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_scan_over_layers(remat):
+    """A kernel for all layers, with rematerialisation as in a model."""
+
+    def layer(x, log_decay):
+        return attend(x, x, x, log_decay)
+
+    layer = jax.checkpoint(layer) if remat else layer
+
+    def layers(x, decays):
+        return jax.lax.scan(lambda x, decay: (layer(x, decay), None), x, decays)[0].astype(jnp.float32).sum()
+
+    found = names(jax.value_and_grad(layers, argnums=(0, 1)), KV, stacked(DECAY))
+    assert found == ([FORWARD, FORWARD, QUERIES, KEYS] if remat else [FORWARD, QUERIES, KEYS])
+
+
+@pytest.mark.parametrize(
+    ("sizes", "partition", "local"),
+    [
+        ((2, 1), PartitionSpec("data", None, "tensor"), (1, T, 4, K)),
+        ((1, 2), PartitionSpec("data", None, "tensor"), (2, T, 2, K)),
+        ((2, 1), PartitionSpec(("data", "tensor")), (1, T, 4, K)),
+        ((2, 1), PartitionSpec(None, None, "data"), (2, T, 2, K)),
+    ],
+)
+def test_each_device_computes_its_part(sizes, partition, local):
+    """On meshes that lowering needs no devices for."""
+    mesh = AbstractMesh(sizes, ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+    rows = jax.ShapeDtypeStruct((B, T), jnp.int32)
+
+    def split(q, k, v, log_decay, rows):
+        return loss(q, k, v, log_decay, segment_ids=rows, partition=partition)
+
+    with jax.sharding.use_abstract_mesh(mesh):
+        found = lower(gradients(split), Q, KV, KV, DECAY, rows)
+    assert found == [(name, local) for name in (FORWARD, QUERIES, KEYS)]

@@ -1,0 +1,173 @@
+"""What the kernels refuse and why, what is chosen in their place, and the table of tile sizes."""
+
+import logging
+import sys
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AbstractMesh, AxisType, PartitionSpec
+from kernel_cases import Case
+
+from pallas_kernels import device
+from pallas_kernels.interpreter import interpreted
+from pallas_kernels.quadratic import tuning as tuning_module
+from pallas_kernels.quadratic.tuning import Tiles, tuning
+from twomamba_jax import decay_attention, decay_attention_step, init_state
+
+operation = sys.modules[decay_attention.__module__]
+CALL = Case(tokens=9).call()  # a head dim of 64, two query heads to one of keys
+
+
+def cast(dtype):
+    return [x if x is None else x.astype(dtype) for x in (CALL.q, CALL.k, CALL.v)]
+
+
+def narrow(q=64, v=64):
+    return [CALL.q[..., :q], CALL.k[..., :q], CALL.v[..., :v]]
+
+
+REFUSED = [
+    (cast(jnp.float32), {}, "it takes bfloat16 q, k and v, got float32"),
+    (cast(jnp.float16), {}, "it takes bfloat16 q, k and v, got float16"),
+    (narrow(q=32, v=32), {}, "it has head dims K = V of 64 or 128, got K=32 and V=32"),
+    (narrow(v=32), {}, "it has head dims K = V of 64 or 128, got K=64 and V=32"),
+    (narrow(), {"precision": "highest"}, "precision='highest' needs products of float32"),
+    (narrow(), {"form": "chunked"}, "it has the parallel form only, and this is form='chunked'"),
+    (narrow(), {"form": "recurrent"}, "it has the parallel form only, and this is form='recurrent'"),
+    (narrow(), {"initial_state": init_state("squared", 1, 1, 64, 64)}, "it takes no initial_state"),
+]
+
+
+@pytest.mark.parametrize(("arrays", "options", "reason"), REFUSED, ids=lambda x: x if isinstance(x, str) else "")
+def test_refuses_with_the_reason_and_none_takes_xla(arrays, options, reason):
+    options = {"form": "parallel"} | options
+    with interpreted():
+        with pytest.raises(ValueError, match="implementation='mosaic_gpu' cannot compute this call: ") as error:
+            decay_attention(*arrays, implementation="mosaic_gpu", **options)
+        assert reason in str(error.value)
+        chosen = decay_attention(*arrays, **options)
+    np.testing.assert_array_equal(chosen, decay_attention(*arrays, implementation="xla", **options))
+
+
+def test_refuses_float64():
+    with jax.enable_x64(True), interpreted():
+        wide = [jnp.asarray(np.asarray(x, np.float64)) for x in cast(jnp.float32)]
+        with pytest.raises(ValueError, match="it takes bfloat16 q, k and v, got float64"):
+            decay_attention(*wide, form="parallel", implementation="mosaic_gpu")
+
+
+def test_refuses_a_step():
+    state = init_state("squared", 1, 1, 64, 64)
+    token = (CALL.q[:, 0], CALL.k[:, 0], CALL.v[:, 0], None, state)
+    with interpreted(), pytest.raises(ValueError, match="the parallel form only, and this is form='step'"):
+        decay_attention_step(*token, score="squared", normalize=True, implementation="mosaic_gpu")
+
+
+def test_refuses_tokens_that_are_spread():
+    mesh = AbstractMesh((1, 2), ("data", "sequence"), axis_types=(AxisType.Auto,) * 2)
+    arrays = [jax.ShapeDtypeStruct((2, *x.shape[1:]), x.dtype) for x in narrow()]
+
+    def shape(*axes):
+        def attend(*arrays):
+            return decay_attention(*arrays, implementation="mosaic_gpu", partition=PartitionSpec(*axes))
+
+        return jax.eval_shape(attend, *arrays).shape
+
+    with jax.sharding.use_abstract_mesh(mesh), interpreted():
+        assert shape("sequence", "data") == arrays[0].shape  # tokens on the only device of an axis
+        with pytest.raises(ValueError, match="all tokens of a sequence on one device, and partition="):
+            shape("data", "sequence")
+
+
+@pytest.mark.parametrize(
+    ("backend", "capability", "reason"),
+    [
+        ("cpu", None, "it needs a Hopper GPU, and the default backend is 'cpu'"),
+        ("gpu", "8.0", r"it needs a Hopper GPU \(compute capability 9.0\), and NVIDIA A100 has 8.0"),
+        ("gpu", "9.0", None),
+    ],
+)
+def test_needs_a_hopper_gpu(monkeypatch, backend, capability, reason):
+    found = types.SimpleNamespace(compute_capability=capability, device_kind="NVIDIA A100")
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    monkeypatch.setattr(jax, "devices", lambda: [found])
+    if reason is None:
+        assert device.unsupported_device() is None
+        return
+    with pytest.raises(ValueError, match=reason):
+        decay_attention(*narrow(), implementation="mosaic_gpu")
+
+
+def test_none_takes_the_kernels_where_it_can_and_says_so_once(caplog):
+    operation._log_choice.cache_clear()
+    with interpreted(), caplog.at_level(logging.INFO, logger="twomamba_jax"):
+        chosen = [decay_attention(*narrow()) for _ in range(2)]
+        decay_attention(*narrow(), form="chunked")
+        want = decay_attention(*narrow(), implementation="mosaic_gpu")
+    np.testing.assert_array_equal(chosen, [want, want])
+    assert [record.message for record in caplog.records] == [
+        "decay_attention: form=parallel, implementation=mosaic_gpu",
+        "decay_attention: form=chunked, implementation=xla (mosaic_gpu: it has the parallel form only, and this is "
+        "form='chunked')",
+    ]
+
+
+TILES = {"own": 128, "streamed": 64, "stages": 2}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"own": 96}, "self.own=96"),
+        ({"streamed": 96}, "self.streamed=96"),
+        ({"own": 64, "streamed": 128}, "self.own=64 and self.streamed=128"),
+        ({"own": 192, "streamed": 128}, "self.own=192 and self.streamed=128"),
+        ({"stages": 1}, "self.stages=1 must be at least 2"),
+        ({"part": 48}, "self.part=48"),
+        ({"consumer_registers": 236}, "self.consumer_registers=236"),
+        ({"producer_registers": 20}, "self.producer_registers=20"),
+        # 168 registers for each of the 384 threads: 504 for a thread of every warpgroup.
+        ({"consumer_registers": 240}, "at most 504 over all warpgroups; they come to 520"),
+        ({"own": 192}, "at most 512 over all warpgroups; they come to 736"),
+    ],
+)
+def test_tiles_that_no_kernel_can_have(changes, message):
+    with pytest.raises(ValueError, match=message):
+        Tiles(**TILES | changes)
+
+
+def test_tiles_that_fit():
+    assert Tiles(**TILES).consumers == 2
+    assert Tiles(**TILES | {"consumer_registers": 240, "producer_registers": 24}).consumers == 2
+    assert Tiles(**TILES | {"own": 64}).consumers == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "tokens", "stages"),
+    [
+        ("NVIDIA H200", 1, 2),
+        ("NVIDIA H200", 1024, 2),
+        ("NVIDIA H200", 1025, 3),
+        ("NVIDIA H200", 8192, 3),
+        ("NVIDIA H200", 10**6, 3),
+        ("NVIDIA H100 80GB HBM3", 1, 4),
+        ("NVIDIA H100 80GB HBM3", 10**6, 4),
+        ("NVIDIA GH200", 1025, 3),
+    ],
+)
+def test_the_table_is_read_by_device_and_bucket(monkeypatch, kind, tokens, stages):
+    """The smallest bucket that holds the tokens, or else the largest; an unknown device is taken for an H200."""
+    buckets = {("NVIDIA H200", 1024): 2, ("NVIDIA H200", 8192): 3, ("NVIDIA H100 80GB HBM3", 512): 4}
+    table = {
+        (device, "squared", 64, bucket): tuple(TILES | {"stages": stages + i} for i in (0, 10, 20))
+        for (device, bucket), stages in buckets.items()
+    }
+    other = {(device, "exp", 128, 64): (TILES | {"stages": 9},) * 3 for device, _ in buckets}
+    monkeypatch.setattr(tuning_module, "TABLE", other | table)
+    found = tuning(kind, "squared", 64, tokens)
+    assert [x.stages for x in (found.forward, found.queries, found.keys)] == [stages, stages + 10, stages + 20]
+    assert found.programs == 132
+    assert tuning(kind, "exp", 128, tokens).forward.stages == 9

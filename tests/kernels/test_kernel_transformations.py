@@ -1,0 +1,138 @@
+"""What a kernel call may be put into, and what must not change its results, through the Pallas interpreter."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, PartitionSpec
+from kernel_cases import INPUTS, Case, assert_close
+
+from pallas_kernels.interpreter import interpreted
+from pallas_kernels.quadratic.attention import Attention, attention
+from pallas_kernels.quadratic.tuning import Tiles, Tuning
+from twomamba_jax import decay_attention
+
+SHORT = Case(tokens=40, heads=(1, 1))
+
+
+@pytest.fixture(autouse=True)
+def interpreter():
+    with interpreted():
+        yield
+
+
+def assert_same_bits(got, want):
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want)):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(a, b)
+
+
+def run_tuned(call, tuning):
+    """`Call.run` with tiles of one's own."""
+    scale = call.q.shape[-1] ** -0.5
+    spec = Attention(call.options["score"], call.options["normalize"], scale, floor=2.0**-100, tuning=tuning)
+
+    def gradients(dy, *inputs):
+        y, pull = jax.vjp(lambda *inputs: attention(spec, *inputs, None), *inputs)
+        return dict(zip(("y", *INPUTS), (y, *pull(dy))))
+
+    return jax.jit(gradients)(call.dy, *call.inputs)
+
+
+TILES = {
+    "64": Tiles(own=64, streamed=64, stages=2),
+    "128": Tiles(own=128, streamed=128, stages=2),
+    "192": Tiles(own=192, streamed=64, stages=3, consumer_registers=152, producer_registers=40),
+    "narrow": Tiles(own=128, streamed=64, stages=2, resident=False, part=32),
+}
+
+
+@pytest.mark.parametrize("name", TILES)
+@pytest.mark.parametrize("score", ["squared", "exp"])
+def test_tiles_of_other_sizes(name, score):
+    tiles = TILES[name]
+    whole = dataclasses.replace(tiles, part=None)
+    call = Case(score=score, tokens=200, heads=(1, 1)).call()
+    assert_close(call, run_tuned(call, Tuning(whole, whole, tiles, programs=3)))
+
+
+def test_the_number_of_programs_changes_nothing():
+    """With fewer programs than tiles, each goes from one tile to the next."""
+    tiles = Tiles(own=64, streamed=64, stages=2)
+    call = Case(tokens=200, heads=(1, 1)).call()
+    one, three, many = (run_tuned(call, Tuning(tiles, tiles, tiles, programs=n)) for n in (1, 3, 132))
+    assert_same_bits(three, one)
+    assert_same_bits(many, one)
+
+
+@pytest.mark.parametrize("score", ["squared", "exp"])
+def test_two_runs_have_the_same_bits_and_so_has_a_call_without_gradients(score):
+    call = Case(score=score, segments=True, heads=(1, 1)).call()
+    first = call.run()
+    assert_same_bits(call.run(), first)
+    assert_same_bits(jax.jit(call.operation)(*call.inputs), first["y"])
+
+
+@pytest.mark.parametrize("score", ["linear", "squared", "exp"])
+def test_the_final_state_is_that_of_xla(score):
+    call = Case(score=score, tokens=40, segments=True, lengths=True).call()
+    y, state = jax.jit(functools.partial(call.operation, return_final_state=True))(*call.inputs)
+    common = {"form": "parallel", "implementation": "xla", "return_final_state": True}
+    _, want = jax.jit(functools.partial(decay_attention, **common, **call.options))(*call.inputs)
+    assert_same_bits(y, jax.jit(call.operation)(*call.inputs))
+    assert_same_bits(state, want)
+
+
+def test_vmap():
+    """Over an axis of each input, of the call and of its gradients."""
+    call = SHORT.call()
+    calls = [call, call.replace(q=call.k, k=call.v, v=call.q, dy=-call.dy, log_decay=3 * call.log_decay)]
+    stacked = jax.tree.map(lambda *x: jnp.stack(x, axis=1), *((call.dy, *call.inputs) for call in calls))
+    got = jax.jit(jax.vmap(call.gradients, in_axes=1))(*stacked)
+    for i, call in enumerate(calls):
+        assert_close(call, {name: x[i] for name, x in got.items()})
+
+
+def test_scan_over_layers():
+    call = SHORT.call()
+    decays = jnp.stack([call.log_decay, 2 * call.log_decay])
+
+    def layer(x, decay):
+        return call.operation(x, x, x, decay)
+
+    def loop(x, decays):
+        for decay in decays:
+            x = layer(x, decay)
+        return x
+
+    def results(layers):
+        y, pull = jax.vjp(layers, call.q, decays)
+        return y, pull(call.dy)
+
+    got = jax.jit(
+        functools.partial(results, lambda x, decays: jax.lax.scan(lambda *a: (layer(*a), None), x, decays)[0])
+    )()
+    assert_same_bits(got, jax.jit(functools.partial(results, loop))())
+
+
+def test_float64_mode_and_float64_decays():
+    call = SHORT.call()
+    want = call.run()
+    with jax.enable_x64(True):
+        wide = call.replace(log_decay=jnp.asarray(np.asarray(call.log_decay), jnp.float64))
+        got = wide.run()
+        assert got["log_decay"].dtype == jnp.float64
+        assert_same_bits(got | {"log_decay": got["log_decay"].astype(jnp.float32)}, want)
+
+
+def test_a_partition_on_a_mesh_of_one_changes_nothing():
+    call = dataclasses.replace(SHORT, segments=True).call()
+    want = call.run()
+    mesh = jax.make_mesh((1, 1), ("data", "tensor"), devices=jax.devices()[:1], axis_types=(AxisType.Auto,) * 2)
+    with jax.set_mesh(mesh):
+        got = call.replace(partition=PartitionSpec("data", None, "tensor")).run()
+    assert_same_bits(got, want)
