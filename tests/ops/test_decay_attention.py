@@ -145,7 +145,8 @@ def test_says_once_what_it_chose(caplog):
             decay_attention(**arrays())
         decay_attention(**arrays(), implementation="xla")
     assert [record.message for record in caplog.records] == [
-        "decay_attention: form=parallel, implementation=xla (the only one so far)"
+        "decay_attention: form=parallel, implementation=xla "
+        "(mosaic_gpu: it needs a Hopper GPU, and the default backend is 'cpu')"
     ]
 
 
