@@ -1,5 +1,7 @@
 """The GPUs that the kernels are written for."""
 
+import functools
+
 import jax
 
 from pallas_kernels.interpreter import interpreting
@@ -22,3 +24,14 @@ def unsupported_device() -> str | None:
 def device_kind() -> str:
     """What JAX calls the default device."""
     return jax.devices()[0].device_kind
+
+
+def in_32_bits(function):
+    """The function with JAX's 64-bit types off: the kernels count in 32 bits."""
+
+    @functools.wraps(function)
+    def wrapped(*args, **kwargs):
+        with jax.enable_x64(False):
+            return function(*args, **kwargs)
+
+    return wrapped

@@ -7,7 +7,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.device import device_kind
+from pallas_kernels.device import device_kind, in_32_bits
 from pallas_kernels.interpreter import interpreting
 from pallas_kernels.quadratic.backward_keys import backward_keys
 from pallas_kernels.quadratic.backward_queries import backward_queries
@@ -99,31 +99,23 @@ def attention(attention: Attention, q, k, v, log_decay, run):
     return _attention(attention, q, k, v, log_decay, run)[:, :tokens]
 
 
-def _in_32_bits(function):
-    """The function with JAX's 64-bit types off: the kernels count in 32 bits."""
-
-    @functools.wraps(function)
-    def wrapped(*args, **kwargs):
-        with jax.enable_x64(False):
-            return function(*args, **kwargs)
-
-    return wrapped
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attention(attention: Attention, q, k, v, log_decay, run):
-    return _forward(attention, q, k, v, log_decay, run, save_norm=False)[0]
+    return attend(attention, q, k, v, log_decay, run, save_norm=False)[0]
 
 
 def _attention_forward(attention: Attention, q, k, v, log_decay, run):
-    y, *norm = _forward(attention, q, k, v, log_decay, run, save_norm=attention.normalize)
-    norm = norm[0][..., : q.shape[1]] if norm else None
+    y, norm = attend(attention, q, k, v, log_decay, run, save_norm=attention.normalize)
     return y, (q, k, v, log_decay, run, y, norm)
 
 
-@_in_32_bits
 def _attention_backward(attention: Attention, saved, dy):
-    q, k, v, log_decay, run, y, norm = saved
+    return *differentiate(attention, *saved, dy), None
+
+
+@in_32_bits
+def differentiate(attention: Attention, q, k, v, log_decay, run, y, norm, dy):
+    """The gradients of q, k, v and log_decay, of rows whose weights sum to 2^norm [B, H, T] (None: not normalised)."""
     problem, tuning = attention.problem(q, k), attention.tiles(q)
     (batch, tokens, heads, _), kv_heads = q.shape, k.shape[2]
     delta = None
@@ -163,17 +155,18 @@ def _attention_backward(attention: Attention, saved, dy):
     if log_decay is not None:
         row_sums = row_sums[0][..., :tokens].reshape(batch, kv_heads, -1, tokens).sum(2)
         dlog_decay = decay_gradient(row_sums, column_sums[0][..., :tokens], run)
-    return dq, dk, dv, dlog_decay, None
+    return dq, dk, dv, dlog_decay
 
 
 _attention.defvjp(_attention_forward, _attention_backward)
 
 
-@_in_32_bits
-def _forward(attention: Attention, q, k, v, log_decay, run, save_norm: bool):
+@in_32_bits
+def attend(attention: Attention, q, k, v, log_decay, run, save_norm: bool):
+    """y, and log2 of the sums of its rows' weights [B, H, T] float32 (+inf where y is 0) if `save_norm`, or None."""
     tuning = attention.tiles(q)
     own = tuning.forward.own
-    return forward(
+    y, *norm = forward(
         attention.problem(q, k),
         tuning.forward,
         tuning.programs,
@@ -182,6 +175,7 @@ def _forward(attention: Attention, q, k, v, log_decay, run, save_norm: bool):
         None if run is None else _pad(first_visible(run), own, "edge"),
         save_norm=save_norm,
     )
+    return y, norm[0][..., : q.shape[1]] if norm else None
 
 
 def first_visible(run):

@@ -1,0 +1,1 @@
+"""The chunked form of attention with squared scores as Mosaic GPU kernels: linear in the length."""

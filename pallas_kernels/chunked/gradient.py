@@ -1,0 +1,236 @@
+"""The gradient of the tokens that read from, or were added to, a state: dx_i = 2 Mat(S w_i) x_i."""
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.accumulator import ROW, TILE, Scratch, operand, read, rows
+from pallas_kernels.chunked.layout import BLOCK, HEAD_DIM, TILES
+from pallas_kernels.chunked.problem import Problem
+from pallas_kernels.ring import Ring
+
+CONSUMERS = 2
+BLOCKS = HEAD_DIM // BLOCK
+
+
+def gradient(
+    problem: Problem, x, w, state, added, *, normalizer=None, factor=None, want_sums: bool = False
+):
+    """added + 2 M_i x_i, with M_i = Mat(S_c w_i) + factor_i Z_c and S_c the state of the token's chunk.
+
+    Mat(S w) is the symmetric matrix whose entry (a, b) is <S_ab, w>. The kernel takes it row by row, and so needs all
+    pairs of features: where a tile's rows are not in the state, it loads their mirror images.
+
+    Args:
+      problem: sizes; its heads are those of x.
+      x, w: [B, T, H, 64] bfloat16.
+      state: [B, G, N, 40, 64, V] bfloat16.
+      added: [B, T, H, 64] bfloat16.
+      normalizer: Z as a sum of two, [B, G, N, 2, 64, 64] bfloat16.
+      factor: [B, H, T] float32.
+      want_sums: whether to return the sums below.
+
+    Returns:
+      [B, T, H, 64] bfloat16, and if `want_sums` <x_i, M_i x_i> [B, H, T] float32.
+    """
+    p = problem
+    halves, states, stages = p.tiles.halves, p.tiles.states, p.tiles.state_stages
+    own = CONSUMERS * halves * HEAD_DIM
+    producer = CONSUMERS
+    normalize = normalizer is not None
+    tiles = p.chunk // own
+    work = p.batch * p.groups * p.chunks * p.repeats * tiles
+    programs = min(p.tiles.programs, work)
+    steps = HEAD_DIM // states
+
+    def body(x_ref, w_ref, state_ref, half_tiles_ref, added_ref, *refs):
+        refs = list(refs)
+        normalizer_ref, factor_ref = (refs.pop(0), refs.pop(0)) if normalize else (None, None)
+        y_ref = refs.pop(0)
+        sums_ref = refs.pop(0) if want_sums else None
+        x_s, w_s, x_rows_s, y_s, state_s, barriers, x_full, x_empty, y_full, y_empty, done, scratch_buffers = refs
+        ring = Ring(stages, *barriers)
+        program, warpgroup = lax.axis_index("program"), lax.axis_index("warpgroup")
+        count = lax.div(work - program + programs - 1, programs)
+
+        def place(i):
+            """Batch entry, group, chunk, head and first row of the program's i-th piece of work."""
+            at, tile = _split(program + i * programs, tiles)
+            at, r = _split(at, p.repeats)
+            at, c = _split(at, p.chunks)
+            b, g = _split(at, p.groups)
+            return b, g, c, g * p.repeats + r, c * p.chunk + tile * own
+
+        def rows_of(start, warpgroup, half):
+            return pl.ds(start + (warpgroup * halves + half) * HEAD_DIM, HEAD_DIM)
+
+        @pl.when(warpgroup == producer)
+        def _load():
+            plgpu.set_max_registers(40, action="decrease")
+
+            def load_own(i, sources, full, empty):
+                b, _, _, h, start = place(i)
+                for w in range(CONSUMERS):
+                    pl.when(i > 0)(lambda w=w: plgpu.barrier_wait(empty.at[w]))
+                    for source_ref, to in sources:
+                        for half in range(halves):
+                            source = source_ref.at[b, rows_of(start, w, half), h]
+                            plgpu.copy_gmem_to_smem(source, to.at[w, half], full.at[w])
+
+            def load(i, step):
+                b, g, c, _, _ = place(i)
+                load_own(i, ((x_ref, x_s), (w_ref, w_s)), x_full, x_empty)
+                if normalize:
+                    slot = ring.claim(step)
+                    for j in range(states):  # as many copies as in every other step: the barrier counts them
+                        for k in range(BLOCKS):
+                            part = pl.ds(k * BLOCK, BLOCK)
+                            source = normalizer_ref.at[b, g, c, j % 2, part]
+                            plgpu.copy_gmem_to_smem(source, state_s.at[slot, j, part], ring.full.at[slot])
+                    step = step + 1
+
+                for block in range(BLOCKS):
+
+                    def fill(n, _, block=block, step=step):
+                        slot = ring.claim(step + n)
+                        for j in range(states):
+                            for k in range(BLOCKS):
+                                source = _pairs(state_ref, half_tiles_ref, (b, g, c), block, n * states + j, k)
+                                to = state_s.at[slot, j, pl.ds(k * BLOCK, BLOCK)]
+                                plgpu.copy_gmem_to_smem(source, to, ring.full.at[slot])
+
+                    lax.fori_loop(0, BLOCK // states, fill, None)
+                    step = step + BLOCK // states
+                load_own(i, ((added_ref, y_s),), y_full, y_empty)
+                return step
+
+            ring.drain(lax.fori_loop(0, count, load, jnp.int32(0)))
+            for w in range(CONSUMERS):
+                plgpu.barrier_wait(x_empty.at[w])
+                plgpu.barrier_wait(y_empty.at[w])
+
+        @pl.when(warpgroup < producer)
+        def _multiply():
+            plgpu.set_max_registers(232, action="increase")
+            scratch = Scratch.of(scratch_buffers, warpgroup)
+
+            def multiply(i, step):
+                b, _, _, h, start = place(i)
+                plgpu.barrier_wait(x_full.at[warpgroup])
+                own_w, scaled = [], []
+                for half in range(halves):
+                    x = plgpu.load(x_s.at[warpgroup, half], layout=TILE)
+                    x_rows_s.at[warpgroup, half].T[...] = x
+                    own_w.append(plgpu.load(w_s.at[warpgroup, half], layout=TILE))
+                    if normalize:
+                        at = rows_of(start, warpgroup, half)
+                        factors = plgpu.load(factor_ref.at[b, h, at], layout=ROW, optimized=False)
+                        scaled.append((x.astype(jnp.float32) * rows(factors, x.shape)).astype(jnp.bfloat16))
+                plgpu.commit_smem()
+                plgpu.barrier_arrive(x_empty.at[warpgroup])
+
+                def accumulate(*accumulators):
+                    at = step
+                    if normalize:
+                        slot = ring.receive(at)
+                        for x, acc in zip(scaled, accumulators, strict=True):
+                            scratch.add(acc, x, state_s.at[slot, 0])
+                            scratch.add(acc, x, state_s.at[slot, 1])
+                        if not p.interpret:
+                            plgpu.wgmma_wait(0)
+                        ring.release(at)
+                        at = at + 1
+
+                    def add(n, _):
+                        slot = ring.receive(at + n)
+                        for j in range(states):
+                            for half, acc in enumerate(accumulators):
+                                feature = x_rows_s.at[warpgroup, half, n * states + j]
+                                feature = plgpu.load(feature, layout=ROW, optimized=False)
+                                left = own_w[half] * rows(feature, (HEAD_DIM, HEAD_DIM))
+                                scratch.add(acc, left, state_s.at[slot, j].T)
+                                if not p.interpret:
+                                    plgpu.wgmma_wait(1)
+                        if not p.interpret:
+                            plgpu.wgmma_wait(0)
+                        ring.release(at + n)
+
+                    lax.fori_loop(0, steps, add, None)
+                    return at + steps, [read(acc) for acc in accumulators]
+
+                step, gradients = scratch.accumulate(accumulate, *[(HEAD_DIM, HEAD_DIM)] * halves)
+                plgpu.barrier_wait(y_full.at[warpgroup])
+                for half, dx in enumerate(gradients):
+                    if want_sums:
+                        x = plgpu.load(x_rows_s.at[warpgroup, half].T, layout=TILE, optimized=False)
+                        sums_ref[b, h, rows_of(start, warpgroup, half)] = (x.astype(jnp.float32) * dx).sum(axis=1)
+                    y = plgpu.load(y_s.at[warpgroup, half], layout=TILE).astype(jnp.float32)
+                    y_s[warpgroup, half] = (y + dx * 2).astype(jnp.bfloat16)
+                plgpu.commit_smem()
+                for half in range(halves):
+                    to = y_ref.at[b, rows_of(start, warpgroup, half), h]
+                    plgpu.copy_smem_to_gmem(y_s.at[warpgroup, half], to)
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                plgpu.barrier_arrive(y_empty.at[warpgroup])
+                return step
+
+            lax.fori_loop(0, count, multiply, jnp.int32(0))
+            plgpu.wait_smem_to_gmem(0)
+
+        # A warpgroup that leaves while another one multiplies can fault.
+        plgpu.barrier_arrive(done)
+        plgpu.barrier_wait(done)
+
+    tile = operand((CONSUMERS, halves, HEAD_DIM, HEAD_DIM))
+    outputs = [jax.ShapeDtypeStruct(added.shape, added.dtype)]
+    if want_sums:
+        outputs.append(jax.ShapeDtypeStruct((p.batch, p.heads, p.tokens), jnp.float32))
+    kernel = plgpu.kernel(
+        body,
+        out_type=tuple(outputs),
+        scratch_types=[
+            tile,
+            tile,
+            plgpu.SMEM((CONSUMERS, halves, HEAD_DIM, HEAD_DIM), jnp.bfloat16),
+            tile,
+            operand((stages, states, HEAD_DIM, HEAD_DIM)),
+            Ring.barriers(stages, arrivals=states * BLOCKS, users=CONSUMERS),
+            *[plgpu.Barrier(num_barriers=CONSUMERS, num_arrivals=n) for n in (2 * halves, 1, halves, 1)],
+            plgpu.Barrier(num_arrivals=CONSUMERS + 1),
+            Scratch.types(p.interpret, CONSUMERS, ((HEAD_DIM, HEAD_DIM),) * (halves + 1), HEAD_DIM),
+        ],
+        grid=(programs,),
+        grid_names=("program",),
+        num_threads=CONSUMERS + 1,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
+        kernel_name="squared_gradient",
+    )
+    half_tiles = state.reshape(*state.shape[:3], 2 * TILES, HEAD_DIM // 2, HEAD_DIM)
+    optional = (normalizer, factor) if normalize else ()
+    result = kernel(x, w, state, half_tiles, added, *optional)
+    return result
+
+
+def _split(index, size):
+    return lax.div(index, size), lax.rem(index, size)
+
+
+def _pairs(tiles, half_tiles, at, block, i, k):
+    """The 16 rows of a state that pair feature a = 16 block + i with those from b = 16 k on; see `layout.KINDS`.
+
+    If b lies in an earlier block than a they are rows a of the tiles of those b. Tiles of the last kind are halves of
+    32 rows, one for each a of block 2.
+    """
+    features, a = pl.ds(k * BLOCK, BLOCK), block * BLOCK + i
+    if k >= block:
+        if block < 2:
+            return tiles.at[*at, a, features]
+        if block == 2:
+            return half_tiles.at[*at, 64 + i, pl.ds((k - 2) * BLOCK, BLOCK)]
+        return tiles.at[*at, 16 + i, pl.ds(0, BLOCK)]
+    if k < 2:
+        return tiles.at[*at, features, a]
+    return half_tiles.at[*at, pl.ds(64, BLOCK), a - 32]

@@ -1,0 +1,52 @@
+"""What the chunked kernels are told of a call: its sizes."""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """How the kernels cut a chunk, and how many programs share the work: the GPU's multiprocessors.
+
+    Attributes:
+      tokens: that the update takes at a time; divides a chunk.
+      update_stages: of its ring.
+      states: tiles of the state that the other kernels take at a time, 2, 4 or 8.
+      state_stages: of their ring.
+      halves: 64 rows each, that a warpgroup of these kernels owns.
+      programs: how many programs share the work.
+    """
+
+    tokens: int = 128
+    update_stages: int = 4
+    states: int = 4
+    state_stages: int = 3
+    halves: int = 2
+    programs: int = 132
+
+    @property
+    def rows(self) -> int:
+        """Rows of a program of those kernels: a chunk has a multiple of them, and of 128."""
+        return 2 * 64 * self.halves
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """One call, apart from its arrays: N chunks of C tokens, H heads in G groups that share a state."""
+
+    batch: int
+    tokens: int
+    heads: int
+    groups: int
+    chunk: int
+    tiles: Tiles
+    interpret: bool
+
+    @property
+    def chunks(self) -> int:
+        """N."""
+        return self.tokens // self.chunk
+
+    @property
+    def repeats(self) -> int:
+        """Heads per group."""
+        return self.heads // self.groups

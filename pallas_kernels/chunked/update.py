@@ -1,0 +1,188 @@
+"""What each chunk adds to the state: S = sum_t phi(x_t) w_t^T, as tiles of `layout`."""
+
+import functools
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.accumulator import COLUMN, TILE, Scratch, columns, operand, read, rows
+from pallas_kernels.chunked.layout import BLOCK, HEAD_DIM, KINDS, TILES
+from pallas_kernels.chunked.problem import Problem
+from pallas_kernels.ring import Ring
+
+CONSUMERS = 2
+HELD = 4  # tiles of a warpgroup
+PIECE = CONSUMERS * HELD  # tiles of a program at a time: all of one kind
+PIECES = TILES // PIECE
+
+
+def update(problem: Problem, x, w):
+    """[B, G, N, 40, 64, V] float32, summed over the tokens of each of N chunks and the heads of each of G groups.
+
+    A program takes 8 tiles of one chunk, 4 to each consumer warpgroup. The left operand of their products is x^T, its
+    features in the order of the tile's rows, times the features a of every token; it is formed in registers.
+
+    Args:
+      problem: sizes; its heads are those of x and w.
+      x: [B, T, H, 64] bfloat16.
+      w: [B, T, H, V] bfloat16, V = 64.
+    """
+    p = problem
+    block, stages = p.tiles.tokens, p.tiles.update_stages
+    producer = CONSUMERS
+    work = p.batch * p.groups * p.chunks * PIECES
+    programs = min(p.tiles.programs, work)
+    blocks, parts = p.chunk // block, block // HEAD_DIM
+    steps = p.repeats * blocks
+
+    def body(x_ref, w_ref, s_ref, x_s, features_s, w_s, barriers, done, scratch_buffers):
+        ring = Ring(stages, *barriers)
+        program, warpgroup = lax.axis_index("program"), lax.axis_index("warpgroup")
+        count = lax.div(work - program + programs - 1, programs)
+
+        def place(i):
+            """Batch entry, group of heads, chunk and first tile of the program's i-th piece of work."""
+            at, piece = _split(program + i * programs, PIECES)
+            at, c = _split(at, p.chunks)
+            return *_split(at, p.groups), c, piece * PIECE
+
+        @pl.when(warpgroup == producer)
+        def _load():
+            plgpu.set_max_registers(40, action="decrease")
+
+            def load(i, step):
+                b, g, c, first = place(i)
+                sources = [_of_kind(first, lambda kind, j=j: _source(kind, j)) for j in range(HEAD_DIM // BLOCK)]
+                starts = [_of_kind(first, lambda kind, j=j: _features(kind, first)[j]) for j in range(2)]
+
+                def fill(n, _):
+                    h, at = _split(n, blocks)
+                    h, tokens = g * p.repeats + h, pl.ds(c * p.chunk + at * block, block)
+                    slot = ring.claim(step + n)
+                    full = ring.full.at[slot]
+                    plgpu.copy_gmem_to_smem(w_ref.at[b, tokens, h], w_s.at[slot], full)
+                    for part in range(parts):
+                        place = pl.ds(c * p.chunk + at * block + part * HEAD_DIM, HEAD_DIM)
+                        for j, source in enumerate(sources):
+                            to = x_s.at[slot, part, pl.ds(j * BLOCK, BLOCK)]
+                            plgpu.copy_gmem_to_smem(x_ref.at[b, h, pl.ds(source, BLOCK), place], to, full)
+                    for j, start in enumerate(starts):
+                        to = features_s.at[slot, j]
+                        plgpu.copy_gmem_to_smem(x_ref.at[b, h, pl.ds(start, PIECE), tokens], to, full)
+
+                lax.fori_loop(0, steps, fill, None)
+                return step + steps
+
+            ring.drain(lax.fori_loop(0, count, load, jnp.int32(0)))
+
+        @pl.when(warpgroup < producer)
+        def _multiply():
+            plgpu.set_max_registers(232, action="increase")
+            scratch = Scratch.of(scratch_buffers, warpgroup)
+
+            def multiply(i, step):
+                b, g, c, first = place(i)
+                own = warpgroup * HELD
+
+                def tiles_of(kind):
+                    def accumulate(*accumulators):
+                        def add(n, _):
+                            slot = ring.receive(step + n)
+                            for part in range(parts):
+                                tokens = pl.ds(part * HEAD_DIM, HEAD_DIM)
+                                matrix = plgpu.load(x_s.at[slot, part], layout=TILE)
+                                for m, acc in enumerate(accumulators):
+                                    a = _factors(kind, features_s.at[slot], own + m, tokens)
+                                    scratch.add(acc, matrix * a, w_s.at[slot, tokens])
+                                    if not p.interpret:
+                                        plgpu.wgmma_wait(1)
+                            if not p.interpret:
+                                plgpu.wgmma_wait(0)
+                            ring.release(step + n)
+
+                        lax.fori_loop(0, steps, add, None)
+                        for m, acc in enumerate(accumulators):
+                            s_ref[b, g, c, first + own + m] = read(acc)
+
+                    scratch.accumulate(accumulate, *[(HEAD_DIM, HEAD_DIM)] * HELD)
+
+                for kind in KINDS:
+                    inside = (first >= kind.start) & (first < kind.start + kind.count)
+                    pl.when(inside)(functools.partial(tiles_of, kind))
+                return step + steps
+
+            lax.fori_loop(0, count, multiply, jnp.int32(0))
+
+        # A warpgroup that leaves while another one multiplies can fault.
+        plgpu.barrier_arrive(done)
+        plgpu.barrier_wait(done)
+
+    kernel = plgpu.kernel(
+        body,
+        out_type=jax.ShapeDtypeStruct((p.batch, p.groups, p.chunks, TILES, HEAD_DIM, HEAD_DIM), jnp.float32),
+        scratch_types=[
+            operand((stages, parts, HEAD_DIM, HEAD_DIM)),
+            plgpu.SMEM((stages, 2, PIECE, block), jnp.bfloat16),
+            operand((stages, block, HEAD_DIM)),
+            Ring.barriers(stages, arrivals=1 + parts * HEAD_DIM // BLOCK + 2, users=CONSUMERS),
+            plgpu.Barrier(num_arrivals=CONSUMERS + 1),
+            Scratch.types(p.interpret, CONSUMERS, ((HEAD_DIM, HEAD_DIM),) * (HELD + 1), HEAD_DIM),
+        ],
+        grid=(programs,),
+        grid_names=("program",),
+        num_threads=CONSUMERS + 1,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
+        kernel_name="squared_update",
+    )
+    return kernel(jnp.moveaxis(x, 1, 3), w)
+
+
+def _split(index, size):
+    return lax.div(index, size), lax.rem(index, size)
+
+
+def _of_kind(first, value):
+    """value(kind) of the kind that the tiles from `first` on have."""
+    result = value(KINDS[0])
+    for kind in KINDS[1:]:
+        result = jnp.where(first >= kind.start, value(kind), result)
+    return result
+
+
+def _source(kind, j: int) -> int:
+    """The first feature b of the rows from 16 j on."""
+    row = j * BLOCK
+    for band in kind.bands:
+        if row < band.size:
+            return band.first + row
+        row -= band.size
+    raise AssertionError
+
+
+def _features(kind, first):
+    """Where the two runs of 8 features begin that the 8 tiles from `first` on need as their a."""
+    bands = kind.bands
+    if bands[0].step == 1:
+        return bands[0].feature + first - kind.start, bands[-1].feature + first - kind.start
+    return bands[0].feature, bands[0].feature + PIECE
+
+
+def _factors(kind, features, tile, tokens):
+    """The feature a of each row of a tile, for 64 tokens [64, 64]; `tile` is its number among the program's 8."""
+
+    def columns_of(run, at):
+        return columns(plgpu.load(features.at[run, at, tokens], layout=COLUMN, optimized=False), (HEAD_DIM, HEAD_DIM))
+
+    if len(kind.bands) == 1:
+        return columns_of(0, tile)
+    if kind.bands[0].step == 1:
+        upper, lower = columns_of(0, tile), columns_of(1, tile)
+    else:
+        run, at = _split(2 * tile, PIECE)
+        upper, lower = columns_of(run, at), columns_of(run, at + 1)
+    row = plgpu.broadcasted_iota(jnp.int32, (HEAD_DIM,), 0, layout=TILE.reduce(1))
+    return jnp.where(rows(row < kind.bands[0].size, (HEAD_DIM, HEAD_DIM)), upper, lower)
