@@ -36,6 +36,8 @@ from pallas_kernels.device import in_32_bits
 from pallas_kernels.interpreter import interpreting
 from pallas_kernels.quadratic.attention import Attention, attend, differentiate
 
+CHUNK = 1024
+
 
 class StateArrays(NamedTuple):
     """The public state: kv [B, G, 2080, V] and key_sum [B, G, 2080], float32."""
@@ -55,8 +57,8 @@ class ChunkedAttention:
     """
 
     inside: Attention
-    chunk: int = 1024
-    tiles: Tiles = Tiles()
+    chunk: int = CHUNK
+    tiles: Tiles = dataclasses.field(default_factory=Tiles)
 
     def chunk_of(self, tokens: int) -> int:
         """Tokens of a chunk of a sequence of `tokens`."""
@@ -64,7 +66,7 @@ class ChunkedAttention:
         return min(self.chunk, -(-tokens // rows) * rows)
 
 
-def unsupported(q, v, *, score: str, chunk_size: int | None) -> str | None:
+def unsupported(q, *, score: str, chunk_size: int | None) -> str | None:
     """Why these kernels cannot compute a call that the quadratic ones can compute in their chunks, or None."""
     if score != "squared":
         return f"in chunks it has squared scores only, got {score!r}"
@@ -138,9 +140,9 @@ def _states(problem: Problem, x, values, factor, keep, kv, normalizer, reverse=F
 
 
 def _high_and_low(x):
-    """x as a sum of two bfloat16 arrays."""
-    high = x.astype(jnp.bfloat16)
-    return high, (x - high.astype(x.dtype)).astype(jnp.bfloat16)
+    """x as a sum of two bfloat16 arrays; the compiler may drop conversions there and back, not `reduce_precision`."""
+    high = jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
+    return high.astype(jnp.bfloat16), (x - high).astype(jnp.bfloat16)
 
 
 def _scaled(x, *factors):
@@ -180,7 +182,13 @@ def _forward(spec: ChunkedAttention, q, k, v, log_decay, run, initial):
     split = functools.partial(_split, call.queries.chunk)
     y, norm = attend(spec.inside, *map(split, (q, k, v, log_decay, run)), save_norm=inside.normalize)
     states = _states(
-        call.keys, k, call.values, call.weights.reach, call.weights.keep, pack(initial.kv), pack_normalizer(initial.key_sum)
+        call.keys,
+        k,
+        call.values,
+        call.weights.reach,
+        call.weights.keep,
+        pack(initial.kv),
+        pack_normalizer(initial.key_sum),
     )
     through, own = call.weights.through, {}
     if inside.normalize:

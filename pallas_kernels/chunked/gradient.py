@@ -15,9 +15,7 @@ CONSUMERS = 2
 BLOCKS = HEAD_DIM // BLOCK
 
 
-def gradient(
-    problem: Problem, x, w, state, added, *, normalizer=None, factor=None, want_sums: bool = False
-):
+def gradient(problem: Problem, x, w, state, added, *, normalizer=None, factor=None, want_sums: bool = False):
     """added + 2 M_i x_i, with M_i = Mat(S_c w_i) + factor_i Z_c and S_c the state of the token's chunk.
 
     Mat(S w) is the symmetric matrix whose entry (a, b) is <S_ab, w>. The kernel takes it row by row, and so needs all

@@ -70,8 +70,9 @@ def pairs() -> np.ndarray:
     tiles = []
     for kind in KINDS:
         for i in range(kind.count):
-            bands = [[(band.feature + i * band.step, b) for b in range(band.first, HEAD_DIM)] for band in kind.bands]
-            tiles.append(sum(bands, []))
+            tiles.append(
+                [(band.feature + i * band.step, b) for band in kind.bands for b in range(band.first, HEAD_DIM)]
+            )
     return np.array(tiles)
 
 

@@ -1,7 +1,6 @@
 """The states before each chunk, from what each chunk adds."""
 
 import jax
-import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax

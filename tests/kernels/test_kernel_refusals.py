@@ -35,9 +35,14 @@ REFUSED = [
     (narrow(q=32, v=32), {}, "it has head dims K = V of 64 or 128, got K=32 and V=32"),
     (narrow(v=32), {}, "it has head dims K = V of 64 or 128, got K=64 and V=32"),
     (narrow(), {"precision": "highest"}, "precision='highest' needs products of float32"),
-    (narrow(), {"form": "chunked"}, "it has the parallel form only, and this is form='chunked'"),
-    (narrow(), {"form": "recurrent"}, "it has the parallel form only, and this is form='recurrent'"),
-    (narrow(), {"initial_state": init_state("squared", 1, 1, 64, 64)}, "it takes no initial_state"),
+    (narrow(), {"form": "chunked", "score": "linear"}, "in chunks it has squared scores only, got 'linear'"),
+    (narrow(), {"form": "chunked", "chunk_size": 100}, "its chunks have a multiple of 256 tokens, got chunk_size=100"),
+    (narrow(), {"form": "recurrent"}, "it has the parallel and the chunked form, and this is form='recurrent'"),
+    (
+        narrow(),
+        {"initial_state": init_state("squared", 1, 1, 64, 64)},
+        "it takes no initial_state in the parallel form",
+    ),
 ]
 
 
@@ -62,7 +67,7 @@ def test_refuses_float64():
 def test_refuses_a_step():
     state = init_state("squared", 1, 1, 64, 64)
     token = (CALL.q[:, 0], CALL.k[:, 0], CALL.v[:, 0], None, state)
-    with interpreted(), pytest.raises(ValueError, match="the parallel form only, and this is form='step'"):
+    with interpreted(), pytest.raises(ValueError, match="the parallel and the chunked form, and this is form='step'"):
         decay_attention_step(*token, score="squared", normalize=True, implementation="mosaic_gpu")
 
 
@@ -105,13 +110,13 @@ def test_none_takes_the_kernels_where_it_can_and_says_so_once(caplog):
     operation._log_choice.cache_clear()
     with interpreted(), caplog.at_level(logging.INFO, logger="twomamba_jax"):
         chosen = [decay_attention(*narrow()) for _ in range(2)]
-        decay_attention(*narrow(), form="chunked")
+        decay_attention(*narrow(), score="linear", form="chunked")
         want = decay_attention(*narrow(), implementation="mosaic_gpu")
     np.testing.assert_array_equal(chosen, [want, want])
     assert [record.message for record in caplog.records] == [
         "decay_attention: form=parallel, implementation=mosaic_gpu",
-        "decay_attention: form=chunked, implementation=xla (mosaic_gpu: it has the parallel form only, and this is "
-        "form='chunked')",
+        "decay_attention: form=chunked, implementation=xla (mosaic_gpu: in chunks it has squared scores only, got "
+        "'linear')",
     ]
 
 

@@ -80,8 +80,9 @@ def decay_attention(
       form: `parallel` is quadratic in T. `chunked` is linear in T (for `exp`: quadratic in time, linear in memory).
         `recurrent` holds T states, for small T and K; `exp` has none. None chooses by T, K, V and score.
       chunk_size: tokens per chunk, of the chunked form, which it asks for where `form` is None; None chooses.
-      implementation: `xla`, or `mosaic_gpu`: kernels for Hopper GPUs, of the parallel form, for bfloat16 and head dims
-        of 64 and 128. None: the kernels where they support the call, and XLA elsewhere; said once in the log.
+      implementation: `xla`, or `mosaic_gpu`: kernels for Hopper GPUs, for bfloat16: of the parallel form for head dims
+        of 64 and 128, of the chunked form for squared scores and a head dim of 64, in chunks of a multiple of 256
+        tokens. None: the kernels where they support the call, and XLA elsewhere; said once in the log.
       precision: None uses weights and features in q's dtype (float16 in float32) and JAX's default product precision;
         `highest` computes everything in float32 or wider. Denominators and states are always float32 or wider.
       partition: the mesh axes over which q [B, T, H, K] is spread, and so k, v and the result, where a mesh is set
@@ -100,11 +101,9 @@ def decay_attention(
     checks.check_rows(q, segment_ids, lengths)
     checks.check_state(op, q, k, v, initial_state, lengths)
     checks.check_form(op, form, chunk_size)
-    unsupported = functools.partial(kernels.unsupported, op, q, k, v, initial_state, partition)
+    unsupported = functools.partial(kernels.unsupported, op, q, k, v, initial_state, partition, chunk_size)
     if form is None:
         form = "chunked" if chunk_size else _choose_form(op, q, v, implementation, unsupported)
-    if chunk_size is None:
-        chunk_size = default_chunk_size(score)
     implementation = _choose_implementation(implementation, form, unsupported)
 
     batch, size = q.shape[:2]
@@ -119,10 +118,17 @@ def decay_attention(
         log_decay = None if log_decay is None else jnp.where(valid[..., None], log_decay, 0)
 
     arrays = _heads_first(q, k, v, log_decay)
-    if implementation == kernels.MOSAIC_GPU:
+    if implementation == kernels.MOSAIC_GPU and form == "chunked":
+        y, final = kernels.chunked(op, q, k, v, log_decay, run, initial_state, chunk_size, partition)
+
+        def state():
+            return final
+
+    elif implementation == kernels.MOSAIC_GPU:
         y = kernels.parallel(op, q, k, v, log_decay, run, partition)
         state = functools.partial(_state_after, op, arrays, run, counts, None)
     else:
+        chunk_size = chunk_size or default_chunk_size(score)
         y, state = _run(op, form, chunk_size, arrays, run, counts, initial_state)
         y = jnp.moveaxis(y, 3, 1).reshape(*q.shape[:-1], v.shape[-1]).astype(q.dtype)
     if lengths is not None:
@@ -164,7 +170,9 @@ def decay_attention_step(
     checks.check_arrays(q, k, v, log_decay)
     op = _operation(q, score, normalize, scale, precision)
     checks.check_state(op, q, k, v, state, None)
-    _choose_implementation(implementation, "step", functools.partial(kernels.unsupported, op, q, k, v, state, None))
+    _choose_implementation(
+        implementation, "step", functools.partial(kernels.unsupported, op, q, k, v, state, None, None)
+    )
     y, new_state = recurrent.step(op, *_heads_first(q, k, v, _clamp(log_decay, q.dtype)), state)
     y = y.reshape(*q.shape[:1], *q.shape[2:3], v.shape[-1]).astype(q.dtype)
     if isinstance(state, KeyValueCache):
@@ -235,8 +243,13 @@ def _choose_form(op: Operation, q, v, implementation, unsupported) -> Form:
 
     The parallel form costs 2 T (K + V) flops per token and head, the chunked 2 C (K + V) + 4 D V.
     """
-    if implementation != "xla" and q.shape[1] <= kernels.LONGEST[op.score] and not unsupported("parallel"):
-        return "parallel"
+    if implementation != "xla":
+        in_chunks = unsupported("chunked") is None
+        longest = kernels.CROSSOVER if in_chunks else kernels.LONGEST[op.score]
+        if q.shape[1] <= longest and not unsupported("parallel"):
+            return "parallel"
+        if in_chunks:
+            return "chunked"
     size, head_dim, value_dim = q.shape[1], q.shape[-1], v.shape[-1]
     if not op.is_finite:
         return "parallel" if size <= LONGEST_PARALLEL_SOFTMAX else "chunked"

@@ -9,29 +9,38 @@ from jax.sharding import PartitionSpec
 
 from pallas_kernels.device import unsupported_device
 from twomamba_jax.ops.operation import Operation
+from twomamba_jax.ops.state import FiniteState, init_state
 
 MOSAIC_GPU = "mosaic_gpu"
 
-# Tokens up to which the quadratic kernels are faster than XLA's chunked form on one H200 (docs/performance.md).
+# Tokens up to which the quadratic kernels are faster on one H200 than XLA's chunked form, and than the chunked kernels
+# (forward and backward together; docs/kernels.md).
 LONGEST = {"linear": 16384, "squared": 131072, "exp": sys.maxsize}
+CROSSOVER = 8192
 
 
-def unsupported(op: Operation, q, k, v, initial_state, partition: PartitionSpec | None, form) -> str | None:
+def unsupported(op: Operation, q, k, v, initial_state, partition: PartitionSpec | None, chunk_size, form) -> str | None:
     """Why the kernels cannot compute this call here, or None if they can.
 
     What is heavy to import, and not there on every platform, is imported where there is a device for it.
     """
     if reason := unsupported_device():
         return reason
-    if form != "parallel":
-        return f"it has the parallel form only, and this is form={form!r}"
-    if initial_state is not None:
-        return "it takes no initial_state"
+    if form not in ("parallel", "chunked"):
+        return f"it has the parallel and the chunked form, and this is form={form!r}"
+    if form == "parallel" and initial_state is not None:
+        return "it takes no initial_state in the parallel form"
     if partition is not None and len(partition) > 1 and _size(partition[1]) > 1:
         return f"it needs all tokens of a sequence on one device, and partition={partition} spreads them"
     from pallas_kernels.quadratic.attention import unsupported as unsupported_call
 
-    return unsupported_call(q, k, v, score=op.score, precision=op.precision)
+    if reason := unsupported_call(q, k, v, score=op.score, precision=op.precision):
+        return reason
+    if form == "parallel":
+        return None
+    from pallas_kernels.chunked.attention import unsupported as unsupported_in_chunks
+
+    return unsupported_in_chunks(q, score=op.score, chunk_size=chunk_size)
 
 
 def parallel(op: Operation, q, k, v, log_decay, run, partition: PartitionSpec | None):
@@ -43,15 +52,40 @@ def parallel(op: Operation, q, k, v, log_decay, run, partition: PartitionSpec | 
     from pallas_kernels.quadratic.attention import Attention, attention
 
     spec = Attention(op.score, op.normalize, op.query_scale, op.denominator_floor)
-    call = functools.partial(attention, spec)
+    return _spread(functools.partial(attention, spec), partition, (q, k, v), log_decay, run)
+
+
+def chunked(
+    op: Operation, q, k, v, log_decay, run, state: FiniteState | None, chunk_size, partition: PartitionSpec | None
+):
+    """y as in `parallel`, and the final state, from `state` (None: from zero)."""
+    from pallas_kernels.chunked.attention import CHUNK, ChunkedAttention, StateArrays, chunked_attention
+    from pallas_kernels.quadratic.attention import Attention
+
+    inside = Attention(op.score, op.normalize, op.query_scale, op.denominator_floor)
+    spec = ChunkedAttention(inside, chunk_size or CHUNK)
+    if state is None:
+        state = init_state(op.score, k.shape[0], *k.shape[2:], v.shape[3])
+    state = StateArrays(*(x.astype(jnp.float32) for x in state))
+    call = functools.partial(chunked_attention, spec)
+    y, final = _spread(call, partition, (q, k, v), log_decay, run, state)
+    return y, FiniteState(*final)
+
+
+def _spread(call, partition: PartitionSpec | None, arrays, log_decay, run, *state):
+    """call(*arrays, log_decay, run, *state); where a mesh is set, on each device with its batch entries and heads."""
     if log_decay is not None:
         log_decay = log_decay.astype(jnp.float32)
     if partition is None or jax.sharding.get_abstract_mesh().empty:
-        return call(q, k, v, log_decay, run)
+        return call(*arrays, log_decay, run, *state)
     batch, _, heads, *_ = (*partition, None, None, None)
-    array, decay, rows = PartitionSpec(batch, None, heads), PartitionSpec(batch, None, heads), PartitionSpec(batch)
-    specs = (array, array, array, None if log_decay is None else decay, None if run is None else rows)
-    return jax.shard_map(call, in_specs=specs, out_specs=array, check_vma=False)(q, k, v, log_decay, run)
+    array, state_array = PartitionSpec(batch, None, heads), PartitionSpec(batch, heads)
+    specs = [array] * 3 + [None if log_decay is None else array, None if run is None else PartitionSpec(batch)]
+    states = jax.tree.map(lambda _: state_array, state)
+    out_specs = (array, *states) if state else array
+    return jax.shard_map(call, in_specs=(*specs, *states), out_specs=out_specs, check_vma=False)(
+        *arrays, log_decay, run, *state
+    )
 
 
 def _size(axes) -> int:

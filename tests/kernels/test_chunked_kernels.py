@@ -1,0 +1,182 @@
+"""The chunked kernels through the interpreter: each against its definition, and all together against XLA in float32."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.chunked import layout
+from pallas_kernels.chunked.gradient import gradient
+from pallas_kernels.chunked.problem import Problem, Tiles
+from pallas_kernels.chunked.query import query
+from pallas_kernels.chunked.scan import scan
+from pallas_kernels.chunked.update import update
+from pallas_kernels.interpreter import interpreted
+from twomamba_jax import decay_attention
+from twomamba_jax.ops.feature_map import symmetric_features
+from twomamba_jax.ops.state import FiniteState
+
+BATCH, TOKENS, HEADS, GROUPS, CHUNK = 1, 256, 2, 1, 128
+CHUNKS = TOKENS // CHUNK
+PROBLEM = Problem(BATCH, TOKENS, HEADS, GROUPS, CHUNK, Tiles(tokens=64, states=8, halves=1, programs=3), True)
+PAIRS = layout.pairs()
+
+
+def normal(seed, *shape, dtype=jnp.bfloat16):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
+
+
+def wide(x):
+    return np.asarray(x, np.float64)
+
+
+def by_chunk(x):
+    return wide(x).reshape(BATCH, CHUNKS, CHUNK, HEADS, -1)
+
+
+def full_state(seed):
+    """Tiles of a state in bfloat16, and the same as a symmetric array [B, G, N, 64, 64, V]."""
+    tiles = normal(seed, BATCH, GROUPS, CHUNKS, layout.TILES, 64, 64)
+    full = np.zeros((BATCH, GROUPS, CHUNKS, 64, 64, 64))
+    # Pairs inside a block have two rows, of one value in a real state.
+    for a, b in itertools.product(range(64), repeat=2):
+        at = np.argwhere((((a, b) == PAIRS) | ((b, a) == PAIRS)).all(-1))
+        first = wide(tiles[:, :, :, at[0][0], at[0][1]])
+        full[:, :, :, a, b] = first
+        for t, r in at[1:]:
+            tiles = tiles.at[:, :, :, t, r].set(jnp.asarray(first, tiles.dtype))
+    return tiles, full
+
+
+def normalizer(seed):
+    z = wide(normal(seed, BATCH, GROUPS, CHUNKS, 64, 64, dtype=jnp.float32))
+    z = (z @ z.swapaxes(-1, -2)).astype(np.float32)
+    high = jnp.asarray(z, jnp.bfloat16)
+    return jnp.stack([high, jnp.asarray(z - np.asarray(high, np.float32), jnp.bfloat16)], axis=3), wide(z)
+
+
+def assert_near(got, want, bound):
+    """Within `bound` of the largest entry."""
+    assert np.abs(wide(got) - want).max() <= bound * np.abs(want).max()
+
+
+def test_layout_is_a_bijection_with_the_public_state():
+    x, y = (wide(normal(seed, 64)) for seed in (0, 1))
+    phi = [np.asarray(symmetric_features(jnp.asarray(a, jnp.float32))) for a in (x, y)]
+    public = jnp.asarray(phi[0][None, None, :, None])
+    tiles = layout.pack(public)
+    np.testing.assert_allclose(tiles[0, 0, ..., 0], x[PAIRS[..., 0]] * x[PAIRS[..., 1]], rtol=1e-6)
+    np.testing.assert_allclose(layout.unpack(tiles), public, rtol=1e-6)
+    squared = (layout.multiplicity() * y[PAIRS].prod(-1) * np.asarray(tiles[0, 0, ..., 0])).sum()
+    np.testing.assert_allclose(squared, (x @ y) ** 2, rtol=1e-5)
+    matrix = layout.pack_normalizer(public[..., 0])
+    np.testing.assert_allclose(matrix[0, 0], np.outer(x, x), rtol=1e-6)
+    np.testing.assert_allclose(layout.unpack_normalizer(matrix), public[..., 0], rtol=1e-6)
+
+
+def test_update():
+    x, w = normal(0, BATCH, TOKENS, HEADS, 64), normal(1, BATCH, TOKENS, HEADS, 64)
+    with interpreted():
+        got = jax.jit(lambda x, w: update(PROBLEM, x, w))(x, w)
+    features = by_chunk(x)[..., PAIRS].prod(-1)
+    want = np.einsum("bnchtr,bnchv->bntrv", features, by_chunk(w))[:, None]
+    assert_near(got, want, 2**-8)
+
+
+@pytest.mark.parametrize(("reverse", "starts"), [(False, True), (True, False), (True, True)])
+def test_scan(reverse, starts):
+    added = normal(0, 1, 2, 3, 2, 64, 64, dtype=jnp.float32)
+    weight = abs(normal(1, 1, 2, 3, dtype=jnp.float32))
+    initial = normal(2, 1, 2, 2, 64, 64, dtype=jnp.float32) if starts else None
+    with interpreted():
+        before, final = scan(added, weight, initial, reverse=reverse, dtype=jnp.float32)
+    state = np.zeros((1, 2, 2, 64, 64)) if initial is None else wide(initial)
+    for c in reversed(range(3)) if reverse else range(3):
+        np.testing.assert_allclose(before[:, :, c], state, atol=1e-5)
+        state = wide(weight)[:, :, c, None, None, None] * state + wide(added[:, :, c])
+    np.testing.assert_allclose(final, state, atol=1e-5)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_query(normalize):
+    x, added = normal(0, BATCH, TOKENS, HEADS, 64), normal(1, BATCH, TOKENS, HEADS, 64)
+    tiles, full = full_state(2)
+    parts, z = normalizer(3)
+    weight = abs(normal(4, BATCH, GROUPS, TOKENS, dtype=jnp.float32))
+    own_norm = normal(5, BATCH, HEADS, TOKENS, dtype=jnp.float32) + 8
+    extra = {"normalizer": parts, "own_norm": own_norm} if normalize else {}
+    with interpreted():
+        got = jax.jit(lambda *args: query(PROBLEM, *args, power=0.5, **extra))(x, tiles, weight, added)
+    xs = by_chunk(x) / 2
+    y = np.einsum("bncha,bnche,bnaev->bnchv", xs, xs, full[:, 0]).reshape(added.shape)
+    y, want = y * wide(weight)[:, 0, :, None, None], wide(added)
+    if normalize:
+        through = np.einsum("bncha,bnche,bnae->bnch", xs, xs, z[:, 0]).reshape(BATCH, TOKENS, HEADS)
+        inside = 2 ** wide(own_norm).swapaxes(1, 2)
+        total = inside + through * wide(weight)[:, 0, :, None]
+        got, norm = got
+        np.testing.assert_allclose(norm, np.log2(total).swapaxes(1, 2), atol=1e-5)
+        want, y = want * (inside / total)[..., None], y / total[..., None]
+    assert_near(got, want + y, 2**-7)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_gradient(normalize):
+    x, w, added = (normal(seed, BATCH, TOKENS, HEADS, 64) for seed in range(3))
+    tiles, full = full_state(3)
+    parts, z = normalizer(4)
+    factor = normal(5, BATCH, HEADS, TOKENS, dtype=jnp.float32)
+    extra = {"normalizer": parts, "factor": factor} if normalize else {}
+    with interpreted():
+        got, sums = jax.jit(lambda *args: gradient(PROBLEM, *args, want_sums=True, **extra))(x, w, tiles, added)
+    half = np.einsum("bncha,bnaev,bnchv->bnche", by_chunk(x), full[:, 0], by_chunk(w)).reshape(x.shape)
+    if normalize:
+        zx = np.einsum("bncha,bnae->bnche", by_chunk(x), z[:, 0]).reshape(x.shape)
+        half = half + zx * wide(factor).swapaxes(1, 2)[..., None]
+    assert_near(got, wide(added) + 2 * half, 2**-7)
+    assert_near(sums, (wide(x) * half).sum(-1).swapaxes(1, 2), 2**-7)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "heads", "normalize", "decay", "segments"), [(300, 2, True, True, True), (270, 1, False, False, False)]
+)
+def test_outputs_states_and_gradients(tokens, heads, normalize, decay, segments):
+    """All together, as the operation calls them: grouped heads, an odd length, states in and out."""
+    q, dy = normal(0, 1, tokens, heads, 64), normal(1, 1, tokens, heads, 64)
+    k, v = normal(2, 1, tokens, 1, 64), normal(3, 1, tokens, 1, 64)
+    log_decay = -0.03 * jnp.abs(normal(4, 1, tokens, 1, dtype=jnp.float32)) if decay else None
+    ids = jnp.asarray(np.searchsorted([0, 100, 260], np.arange(tokens), side="right")[None]) if segments else None
+    phi = symmetric_features(normal(5, 1, 1, 70, 64, dtype=jnp.float32))
+    state = FiniteState(jnp.einsum("bgtd,bgtv->bgdv", phi, normal(6, 1, 1, 70, 64, dtype=jnp.float32)), phi.sum(2))
+    dstate = FiniteState(*(0.05 * normal(7 + i, *x.shape, dtype=jnp.float32) for i, x in enumerate(state)))
+
+    def results(implementation, dtype, **options):
+        def operation(*inputs):
+            return decay_attention(
+                *(x.astype(dtype) for x in inputs[:3]),
+                inputs[3],
+                normalize=normalize,
+                segment_ids=ids,
+                initial_state=inputs[4],
+                return_final_state=True,
+                form="chunked",
+                implementation=implementation,
+                **options,
+            )
+
+        def run(*inputs):
+            (y, final), pull = jax.vjp(operation, *inputs)
+            return y, final, pull((dy.astype(dtype), dstate))
+
+        return jax.jit(run)(q, k, v, log_decay, state)
+
+    with interpreted():
+        got = results("mosaic_gpu", jnp.bfloat16, chunk_size=256)
+    want = results("xla", jnp.float32, chunk_size=64, precision="highest")
+    leaves = jax.tree.leaves(got), jax.tree.leaves(want)
+    assert len(leaves[0]) == len(leaves[1])
+    for x, reference in zip(*leaves):
+        assert_near(x, wide(reference), 2**-6)
+    assert_near(got[1].key_sum, wide(want[1].key_sum), 1e-5)  # the normaliser is float32
