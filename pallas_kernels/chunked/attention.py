@@ -54,11 +54,13 @@ class ChunkedAttention:
       inside: the attention inside a chunk, of squared scores.
       chunk: tokens of a chunk, a multiple of `tiles.rows`; shorter sequences are one chunk.
       tiles: how the kernels cut a chunk.
+      final_state: whether to return the state after the last token.
     """
 
     inside: Attention
     chunk: int = CHUNK
     tiles: Tiles = dataclasses.field(default_factory=Tiles)
+    final_state: bool = True
 
     def chunk_of(self, tokens: int) -> int:
         """Tokens of a chunk of a sequence of `tokens`."""
@@ -78,15 +80,15 @@ def unsupported(q, *, score: str, chunk_size: int | None) -> str | None:
     return None
 
 
-def chunked_attention(spec: ChunkedAttention, q, k, v, log_decay, run, initial: StateArrays):
-    """y [B, T, H, 64] bfloat16 and the state after the last token; differentiable in all arrays but `run`.
+def chunked_attention(spec: ChunkedAttention, q, k, v, log_decay, run, initial: StateArrays | None):
+    """y [B, T, H, 64] bfloat16 and the state after the last token, or None; differentiable in all arrays but `run`.
 
     Args:
       spec: what to compute.
       q: [B, T, H, 64] bfloat16; k, v: [B, T, G, 64] bfloat16, with H a multiple of G.
       log_decay: [B, T, G] float32, not positive and not below -128; None: no decay.
       run: [B, T] int32, the number of each token's segment in its row, ascending from the state's; None: one segment.
-      initial: the state before the first token.
+      initial: the state before the first token; None: nothing.
     """
     tokens = q.shape[1]
     if padding := -tokens % spec.chunk_of(tokens):
@@ -126,8 +128,11 @@ def _call(spec, q, k, v, log_decay, run) -> _Call:
     return _Call(*problems, weights, _scaled(v, weights.reach))
 
 
-def _states(problem: Problem, x, values, factor, keep, kv, normalizer, reverse=False) -> _States:
-    """The states that (x, values) and (x, factor) make, from `kv` and `normalizer`."""
+def _states(problem: Problem, x, values, factor, keep, initial: StateArrays | None, reverse=False) -> _States:
+    """The states that (x, values) and (x, factor) make, from `initial`."""
+    kv = normalizer = None
+    if initial is not None:
+        kv, normalizer = pack(initial.kv), pack_normalizer(initial.key_sum)[:, :, None]
     shape = (problem.batch, problem.chunks, problem.chunk, problem.groups, problem.repeats, HEAD_DIM)
     before, final = scan(update(problem, x, values), keep, kv, reverse=reverse)
     x = x.reshape(shape)
@@ -135,8 +140,13 @@ def _states(problem: Problem, x, values, factor, keep, kv, normalizer, reverse=F
     high, low = _high_and_low(scaled)
     outer = functools.partial(jnp.einsum, "bncgra,bncgre->bgnae", preferred_element_type=jnp.float32)
     added = outer(x, high) if factor is None else outer(x, high) + outer(x, low)
-    before_z, final_z = scan(added[:, :, :, None], keep, normalizer[:, :, None], reverse=reverse, dtype=jnp.float32)
+    before_z, final_z = scan(added[:, :, :, None], keep, normalizer, reverse=reverse, dtype=jnp.float32)
     return _States(before, jnp.stack(_high_and_low(before_z[:, :, :, 0]), axis=3), final, final_z[:, :, 0])
+
+
+def _public(states: _States) -> StateArrays:
+    """The state after the last chunk."""
+    return StateArrays(unpack(states.final_kv), unpack_normalizer(states.final_normalizer))
 
 
 def _high_and_low(x):
@@ -181,15 +191,7 @@ def _forward(spec: ChunkedAttention, q, k, v, log_decay, run, initial):
     call = _call(spec, q, k, v, log_decay, run)
     split = functools.partial(_split, call.queries.chunk)
     y, norm = attend(spec.inside, *map(split, (q, k, v, log_decay, run)), save_norm=inside.normalize)
-    states = _states(
-        call.keys,
-        k,
-        call.values,
-        call.weights.reach,
-        call.weights.keep,
-        pack(initial.kv),
-        pack_normalizer(initial.key_sum),
-    )
+    states = _states(call.keys, k, call.values, call.weights.reach, call.weights.keep, initial)
     through, own = call.weights.through, {}
     if inside.normalize:
         own = {"normalizer": states.normalizer, "own_norm": _join(batch, norm), "floor": inside.floor}
@@ -198,8 +200,7 @@ def _forward(spec: ChunkedAttention, q, k, v, log_decay, run, initial):
         through = jnp.broadcast_to(inside.output_scale * (1.0 if through is None else through), shape)
     y = query(call.queries, q, states.kv, through, y.reshape(q.shape), power=inside.query_power, **own)
     y, norm = y if inside.normalize else (y, None)
-    final = StateArrays(unpack(states.final_kv), unpack_normalizer(states.final_normalizer))
-    return y, final, norm
+    return y, _public(states) if spec.final_state else None, norm
 
 
 @in_32_bits
@@ -210,9 +211,7 @@ def _attention_backward(spec: ChunkedAttention, saved, cotangents):
     call = _call(spec, q, k, v, log_decay, run)
     chunk, weights = call.queries.chunk, call.weights
     split = functools.partial(_split, chunk)
-    states = _states(
-        call.keys, k, call.values, weights.reach, weights.keep, pack(initial.kv), pack_normalizer(initial.key_sum)
-    )
+    states = _states(call.keys, k, call.values, weights.reach, weights.keep, initial)
 
     # u, and what reaches the normaliser, with the squared scale that is left out of the features.
     scale = jnp.full((1, 1, 1), inside.query_power**2 * inside.output_scale, jnp.float32)
@@ -225,16 +224,7 @@ def _attention_backward(spec: ChunkedAttention, saved, cotangents):
         scale = jnp.broadcast_to(scale, (batch, q.shape[2], q.shape[1]))
         to_normalizer = jnp.zeros_like(scale)
     u = _scaled(dy, scale, weights.through)
-    dstates = _states(
-        call.queries,
-        q,
-        u,
-        to_normalizer,
-        weights.keep,
-        pack(dfinal.kv),
-        pack_normalizer(dfinal.key_sum),
-        reverse=True,
-    )
+    dstates = _states(call.queries, q, u, to_normalizer, weights.keep, dfinal, reverse=True)
 
     inputs = map(split, (q, k, v, log_decay, run, y))
     norms = None if norm is None else jnp.moveaxis(norm.reshape(*norm.shape[:2], -1, chunk), 2, 1)
@@ -247,9 +237,8 @@ def _attention_backward(spec: ChunkedAttention, saved, cotangents):
     reach = ones if weights.reach is None else weights.reach
     own = {"normalizer": states.normalizer, "factor": to_normalizer} if inside.normalize else {}
     dq, *rows = gradient(call.queries, q, u, states.kv, dq, want_sums=has_decay, **own)
-    dk, *columns = gradient(
-        call.keys, k, call.values, dstates.kv, dk, normalizer=dstates.normalizer, factor=reach, want_sums=has_decay
-    )
+    own = {"normalizer": dstates.normalizer, "factor": reach} if inside.normalize or spec.final_state else {}
+    dk, *columns = gradient(call.keys, k, call.values, dstates.kv, dk, want_sums=has_decay, **own)
     if has_decay:
         kept = jnp.einsum(
             "bgntrv,bgntrv,tr->bgn", states.kv, dstates.kv, multiplicity(), preferred_element_type=jnp.float32
@@ -260,8 +249,7 @@ def _attention_backward(spec: ChunkedAttention, saved, cotangents):
         row_sums = rows[0].reshape(batch, k.shape[2], -1, q.shape[1]).sum(2)
         dlog_decay = dlog_decay.reshape(log_decay.shape)
         dlog_decay = dlog_decay + decay_gradient(row_sums, columns[0], weights.keep * kept, chunk)
-    dinitial = StateArrays(unpack(dstates.final_kv), unpack_normalizer(dstates.final_normalizer))
-    return dq, dk, dv, dlog_decay, None, dinitial
+    return dq, dk, dv, dlog_decay, None, None if initial is None else _public(dstates)
 
 
 _attention.defvjp(_attention_forward, _attention_backward)

@@ -119,7 +119,8 @@ def decay_attention(
 
     arrays = _heads_first(q, k, v, log_decay)
     if implementation == kernels.MOSAIC_GPU and form == "chunked":
-        y, final = kernels.chunked(op, q, k, v, log_decay, run, initial_state, chunk_size, partition)
+        options = {"return_final_state": return_final_state, "chunk_size": chunk_size, "partition": partition}
+        y, final = kernels.chunked(op, q, k, v, log_decay, run, initial_state, **options)
 
         def state():
             return final

@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec
 
 from pallas_kernels.device import unsupported_device
 from twomamba_jax.ops.operation import Operation
-from twomamba_jax.ops.state import FiniteState, init_state
+from twomamba_jax.ops.state import FiniteState
 
 MOSAIC_GPU = "mosaic_gpu"
 
@@ -56,36 +56,44 @@ def parallel(op: Operation, q, k, v, log_decay, run, partition: PartitionSpec | 
 
 
 def chunked(
-    op: Operation, q, k, v, log_decay, run, state: FiniteState | None, chunk_size, partition: PartitionSpec | None
+    op: Operation,
+    q,
+    k,
+    v,
+    log_decay,
+    run,
+    state: FiniteState | None,
+    *,
+    return_final_state: bool,
+    chunk_size,
+    partition,
 ):
-    """y as in `parallel`, and the final state, from `state` (None: from zero)."""
+    """y as in `parallel`, and the final state or None, from `state` (None: from zero)."""
     from pallas_kernels.chunked.attention import CHUNK, ChunkedAttention, StateArrays, chunked_attention
     from pallas_kernels.quadratic.attention import Attention
 
     inside = Attention(op.score, op.normalize, op.query_scale, op.denominator_floor)
-    spec = ChunkedAttention(inside, chunk_size or CHUNK)
-    if state is None:
-        state = init_state(op.score, k.shape[0], *k.shape[2:], v.shape[3])
-    state = StateArrays(*(x.astype(jnp.float32) for x in state))
+    spec = ChunkedAttention(inside, chunk_size or CHUNK, final_state=return_final_state)
+    if state is not None:
+        state = StateArrays(*(x.astype(jnp.float32) for x in state))
     call = functools.partial(chunked_attention, spec)
-    y, final = _spread(call, partition, (q, k, v), log_decay, run, state)
-    return y, FiniteState(*final)
+    y, final = _spread(call, partition, (q, k, v), log_decay, run, state, returns_state=True)
+    return y, FiniteState(*final) if return_final_state else None
 
 
-def _spread(call, partition: PartitionSpec | None, arrays, log_decay, run, *state):
+def _spread(call, partition: PartitionSpec | None, arrays, log_decay, run, *state, returns_state=False):
     """call(*arrays, log_decay, run, *state); where a mesh is set, on each device with its batch entries and heads."""
     if log_decay is not None:
         log_decay = log_decay.astype(jnp.float32)
     if partition is None or jax.sharding.get_abstract_mesh().empty:
         return call(*arrays, log_decay, run, *state)
     batch, _, heads, *_ = (*partition, None, None, None)
-    array, state_array = PartitionSpec(batch, None, heads), PartitionSpec(batch, heads)
+    array, of_state = PartitionSpec(batch, None, heads), PartitionSpec(batch, heads)
     specs = [array] * 3 + [None if log_decay is None else array, None if run is None else PartitionSpec(batch)]
-    states = jax.tree.map(lambda _: state_array, state)
-    out_specs = (array, *states) if state else array
-    return jax.shard_map(call, in_specs=(*specs, *states), out_specs=out_specs, check_vma=False)(
-        *arrays, log_decay, run, *state
-    )
+    specs += [None if x is None else of_state for x in state]
+    out_specs = (array, of_state) if returns_state else array
+    spread = jax.shard_map(call, in_specs=tuple(specs), out_specs=out_specs, check_vma=False)
+    return spread(*arrays, log_decay, run, *state)
 
 
 def _size(axes) -> int:
