@@ -10,7 +10,6 @@ import pytest
 from pallas_kernels.chunked import layout
 from pallas_kernels.chunked.gradient import gradient
 from pallas_kernels.chunked.problem import Problem, Tiles
-from pallas_kernels.chunked.programs import programs
 from pallas_kernels.chunked.query import query
 from pallas_kernels.chunked.scan import scan
 from pallas_kernels.chunked.update import update
@@ -182,12 +181,3 @@ def test_outputs_states_and_gradients(tokens, heads, normalize, decay, segments)
     for x, reference in zip(*leaves):
         assert_near(x, wide(reference), 2**-6)
     assert_near(got[1].key_sum, wide(want[1].key_sum), 1e-5)  # the normaliser is float32
-
-
-def test_a_program_lowers():
-    """The one with everything in it: each takes half a minute; `benchmarks/compile_kernels.py` compiles them all."""
-    program = next(programs())
-    text = jax.jit(program.function).trace(*program.arguments).lower(lowering_platforms=("cuda",)).as_text()
-    kernels = ["squared_forward", "squared_update", "scan", "squared_query"]
-    kernels += ["squared_backward_queries", "squared_backward_keys", "scan_backward", "squared_gradient"]
-    assert all(rf"\00{name}_mosaic_gpu" in text for name in kernels)
