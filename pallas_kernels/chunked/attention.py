@@ -243,9 +243,9 @@ def _attention_backward(spec: ChunkedAttention, saved, cotangents):
         kept = jnp.einsum(
             "bgntrv,bgntrv,tr->bgn", states.kv, dstates.kv, multiplicity(), preferred_element_type=jnp.float32
         )
-        kept = kept + jnp.einsum(
-            "bgnzij,bgnyij->bgn", states.normalizer.astype(jnp.float32), dstates.normalizer.astype(jnp.float32)
-        )
+        if own:
+            normalizers = (x.normalizer.astype(jnp.float32).sum(3) for x in (states, dstates))
+            kept = kept + jnp.einsum("bgnij,bgnij->bgn", *normalizers)
         row_sums = rows[0].reshape(batch, k.shape[2], -1, q.shape[1]).sum(2)
         dlog_decay = dlog_decay.reshape(log_decay.shape)
         dlog_decay = dlog_decay + decay_gradient(row_sums, columns[0], weights.keep * kept, chunk)

@@ -9,6 +9,7 @@ from jax import lax
 from pallas_kernels.accumulator import ROW, TILE, Scratch, operand, read, rows
 from pallas_kernels.chunked.layout import BLOCK, HEAD_DIM, TILES
 from pallas_kernels.chunked.problem import Problem
+from pallas_kernels.chunked.rows import Rows
 from pallas_kernels.ring import Ring
 
 CONSUMERS = 2
@@ -35,12 +36,9 @@ def gradient(problem: Problem, x, w, state, added, *, normalizer=None, factor=No
     """
     p = problem
     halves, states, stages = p.tiles.halves, p.tiles.states, p.tiles.state_stages
-    own = CONSUMERS * halves * HEAD_DIM
+    own = Rows(p)
     producer = CONSUMERS
     normalize = normalizer is not None
-    tiles = p.chunk // own
-    work = p.batch * p.groups * p.chunks * p.repeats * tiles
-    programs = min(p.tiles.programs, work)
     steps = HEAD_DIM // states
 
     def body(x_ref, w_ref, state_ref, half_tiles_ref, added_ref, *refs):
@@ -51,34 +49,23 @@ def gradient(problem: Problem, x, w, state, added, *, normalizer=None, factor=No
         x_s, w_s, x_rows_s, y_s, state_s, barriers, x_full, x_empty, y_full, y_empty, done, scratch_buffers = refs
         ring = Ring(stages, *barriers)
         program, warpgroup = lax.axis_index("program"), lax.axis_index("warpgroup")
-        count = lax.div(work - program + programs - 1, programs)
-
-        def place(i):
-            """Batch entry, group, chunk, head and first row of the program's i-th piece of work."""
-            at, tile = _split(program + i * programs, tiles)
-            at, r = _split(at, p.repeats)
-            at, c = _split(at, p.chunks)
-            b, g = _split(at, p.groups)
-            return b, g, c, g * p.repeats + r, c * p.chunk + tile * own
-
-        def rows_of(start, warpgroup, half):
-            return pl.ds(start + (warpgroup * halves + half) * HEAD_DIM, HEAD_DIM)
+        count = own.count(program)
 
         @pl.when(warpgroup == producer)
         def _load():
             plgpu.set_max_registers(40, action="decrease")
 
             def load_own(i, sources, full, empty):
-                b, _, _, h, start = place(i)
+                b, _, _, h, start = own.place(program, i)
                 for w in range(CONSUMERS):
                     pl.when(i > 0)(lambda w=w: plgpu.barrier_wait(empty.at[w]))
                     for source_ref, to in sources:
                         for half in range(halves):
-                            source = source_ref.at[b, rows_of(start, w, half), h]
+                            source = source_ref.at[b, own.of(start, w, half), h]
                             plgpu.copy_gmem_to_smem(source, to.at[w, half], full.at[w])
 
             def load(i, step):
-                b, g, c, _, _ = place(i)
+                b, g, c, _, _ = own.place(program, i)
                 load_own(i, ((x_ref, x_s), (w_ref, w_s)), x_full, x_empty)
                 if normalize:
                     slot = ring.claim(step)
@@ -115,7 +102,7 @@ def gradient(problem: Problem, x, w, state, added, *, normalizer=None, factor=No
             scratch = Scratch.of(scratch_buffers, warpgroup)
 
             def multiply(i, step):
-                b, _, _, h, start = place(i)
+                b, _, _, h, start = own.place(program, i)
                 plgpu.barrier_wait(x_full.at[warpgroup])
                 own_w, scaled = [], []
                 for half in range(halves):
@@ -123,7 +110,7 @@ def gradient(problem: Problem, x, w, state, added, *, normalizer=None, factor=No
                     x_rows_s.at[warpgroup, half].T[...] = x
                     own_w.append(plgpu.load(w_s.at[warpgroup, half], layout=TILE))
                     if normalize:
-                        at = rows_of(start, warpgroup, half)
+                        at = own.of(start, warpgroup, half)
                         factors = plgpu.load(factor_ref.at[b, h, at], layout=ROW, optimized=False)
                         scaled.append((x.astype(jnp.float32) * rows(factors, x.shape)).astype(jnp.bfloat16))
                 plgpu.commit_smem()
@@ -163,12 +150,12 @@ def gradient(problem: Problem, x, w, state, added, *, normalizer=None, factor=No
                 for half, dx in enumerate(gradients):
                     if want_sums:
                         x = plgpu.load(x_rows_s.at[warpgroup, half].T, layout=TILE, optimized=False)
-                        sums_ref[b, h, rows_of(start, warpgroup, half)] = (x.astype(jnp.float32) * dx).sum(axis=1)
+                        sums_ref[b, h, own.of(start, warpgroup, half)] = (x.astype(jnp.float32) * dx).sum(axis=1)
                     y = plgpu.load(y_s.at[warpgroup, half], layout=TILE).astype(jnp.float32)
                     y_s[warpgroup, half] = (y + dx * 2).astype(jnp.bfloat16)
                 plgpu.commit_smem()
                 for half in range(halves):
-                    to = y_ref.at[b, rows_of(start, warpgroup, half), h]
+                    to = y_ref.at[b, own.of(start, warpgroup, half), h]
                     plgpu.copy_smem_to_gmem(y_s.at[warpgroup, half], to)
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 plgpu.barrier_arrive(y_empty.at[warpgroup])
@@ -199,7 +186,7 @@ def gradient(problem: Problem, x, w, state, added, *, normalizer=None, factor=No
             plgpu.Barrier(num_arrivals=CONSUMERS + 1),
             Scratch.types(p.interpret, CONSUMERS, ((HEAD_DIM, HEAD_DIM),) * (halves + 1), HEAD_DIM),
         ],
-        grid=(programs,),
+        grid=(own.programs,),
         grid_names=("program",),
         num_threads=CONSUMERS + 1,
         thread_name="warpgroup",
@@ -210,10 +197,6 @@ def gradient(problem: Problem, x, w, state, added, *, normalizer=None, factor=No
     optional = (normalizer, factor) if normalize else ()
     result = kernel(x, w, state, half_tiles, added, *optional)
     return result
-
-
-def _split(index, size):
-    return lax.div(index, size), lax.rem(index, size)
 
 
 def _pairs(tiles, half_tiles, at, block, i, k):

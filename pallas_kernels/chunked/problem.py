@@ -2,6 +2,8 @@
 
 import dataclasses
 
+from jax import lax
+
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
@@ -50,3 +52,8 @@ class Problem:
     def repeats(self) -> int:
         """Heads per group."""
         return self.heads // self.groups
+
+
+def split_index(index, size: int):
+    """(index // size, index % size), of a number that is not negative."""
+    return lax.div(index, size), lax.rem(index, size)

@@ -9,6 +9,7 @@ from jax import lax
 from pallas_kernels.accumulator import ROW, TILE, Scratch, operand, read, rows
 from pallas_kernels.chunked.layout import BLOCK, HEAD_DIM, KINDS
 from pallas_kernels.chunked.problem import Problem
+from pallas_kernels.chunked.rows import Rows
 from pallas_kernels.ring import Ring
 
 CONSUMERS = 2
@@ -40,12 +41,9 @@ def query(problem: Problem, x, state, weight, added, *, power: float = 1.0, norm
     """
     p = problem
     halves, states, stages = p.tiles.halves, p.tiles.states, p.tiles.state_stages
-    own = CONSUMERS * halves * HEAD_DIM
+    own = Rows(p)
     producer = CONSUMERS
     normalize = normalizer is not None
-    tiles = p.chunk // own
-    work = p.batch * p.groups * p.chunks * p.repeats * tiles
-    programs = min(p.tiles.programs, work)
 
     def body(x_ref, state_ref, added_ref, *refs):
         refs = list(refs)
@@ -56,33 +54,22 @@ def query(problem: Problem, x, state, weight, added, *, power: float = 1.0, norm
         x_s, x_rows_s, y_s, state_s, barriers, x_full, x_empty, y_full, y_empty, done, scratch_buffers = refs
         ring = Ring(stages, *barriers)
         program, warpgroup = lax.axis_index("program"), lax.axis_index("warpgroup")
-        count = lax.div(work - program + programs - 1, programs)
-
-        def place(i):
-            """Batch entry, group, chunk, head and first row of the program's i-th piece of work."""
-            at, tile = _split(program + i * programs, tiles)
-            at, r = _split(at, p.repeats)
-            at, c = _split(at, p.chunks)
-            b, g = _split(at, p.groups)
-            return b, g, c, g * p.repeats + r, c * p.chunk + tile * own
-
-        def rows_of(start, warpgroup, half):
-            return pl.ds(start + (warpgroup * halves + half) * HEAD_DIM, HEAD_DIM)
+        count = own.count(program)
 
         @pl.when(warpgroup == producer)
         def _load():
             plgpu.set_max_registers(40, action="decrease")
 
             def load_own(i, source_ref, to, full, empty):
-                b, _, _, h, start = place(i)
+                b, _, _, h, start = own.place(program, i)
                 for w in range(CONSUMERS):
                     pl.when(i > 0)(lambda w=w: plgpu.barrier_wait(empty.at[w]))
                     for half in range(halves):
-                        source = source_ref.at[b, rows_of(start, w, half), h]
+                        source = source_ref.at[b, own.of(start, w, half), h]
                         plgpu.copy_gmem_to_smem(source, to.at[w, half], full.at[w])
 
             def load(i, step):
-                b, g, c, _, _ = place(i)
+                b, g, c, _, _ = own.place(program, i)
                 load_own(i, x_ref, x_s, x_full, x_empty)
                 if normalize:
                     slot = ring.claim(step)
@@ -111,7 +98,7 @@ def query(problem: Problem, x, state, weight, added, *, power: float = 1.0, norm
             scratch = Scratch.of(scratch_buffers, warpgroup)
 
             def multiply(i, step):
-                b, g, _, h, start = place(i)
+                b, g, _, h, start = own.place(program, i)
                 plgpu.barrier_wait(x_full.at[warpgroup])
                 own_x = []
                 for half in range(halves):
@@ -167,7 +154,7 @@ def query(problem: Problem, x, state, weight, added, *, power: float = 1.0, norm
                 step, numerators = scratch.accumulate(accumulate, *[(HEAD_DIM, HEAD_DIM)] * halves)
                 plgpu.barrier_wait(y_full.at[warpgroup])
                 for half, numerator in enumerate(numerators):
-                    place_of = rows_of(start, warpgroup, half)
+                    place_of = own.of(start, warpgroup, half)
                     y = plgpu.load(y_s.at[warpgroup, half], layout=TILE).astype(jnp.float32)
                     factor = None
                     if weight is not None:
@@ -188,7 +175,7 @@ def query(problem: Problem, x, state, weight, added, *, power: float = 1.0, norm
                     y_s[warpgroup, half] = y.astype(jnp.bfloat16)
                 plgpu.commit_smem()
                 for half in range(halves):
-                    to = y_ref.at[b, rows_of(start, warpgroup, half), h]
+                    to = y_ref.at[b, own.of(start, warpgroup, half), h]
                     plgpu.copy_smem_to_gmem(y_s.at[warpgroup, half], to)
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 plgpu.barrier_arrive(y_empty.at[warpgroup])
@@ -218,7 +205,7 @@ def query(problem: Problem, x, state, weight, added, *, power: float = 1.0, norm
             plgpu.Barrier(num_arrivals=CONSUMERS + 1),
             Scratch.types(p.interpret, CONSUMERS, ((HEAD_DIM, HEAD_DIM),) * (halves + 1), HEAD_DIM),
         ],
-        grid=(programs,),
+        grid=(own.programs,),
         grid_names=("program",),
         num_threads=CONSUMERS + 1,
         thread_name="warpgroup",
@@ -228,10 +215,6 @@ def query(problem: Problem, x, state, weight, added, *, power: float = 1.0, norm
     optional = [weight, normalizer, own_norm]
     result = kernel(x, state, added, *(array for array in optional if array is not None))
     return result if normalize else result[0]
-
-
-def _split(index, size):
-    return lax.div(index, size), lax.rem(index, size)
 
 
 def _matrix(kind, x):

@@ -10,7 +10,7 @@ from jax import lax
 
 from pallas_kernels.accumulator import COLUMN, TILE, Scratch, columns, operand, read, rows
 from pallas_kernels.chunked.layout import BLOCK, HEAD_DIM, KINDS, TILES
-from pallas_kernels.chunked.problem import Problem
+from pallas_kernels.chunked.problem import Problem, split_index
 from pallas_kernels.ring import Ring
 
 CONSUMERS = 2
@@ -45,9 +45,9 @@ def update(problem: Problem, x, w):
 
         def place(i):
             """Batch entry, group of heads, chunk and first tile of the program's i-th piece of work."""
-            at, piece = _split(program + i * programs, PIECES)
-            at, c = _split(at, p.chunks)
-            return *_split(at, p.groups), c, piece * PIECE
+            at, piece = split_index(program + i * programs, PIECES)
+            at, c = split_index(at, p.chunks)
+            return *split_index(at, p.groups), c, piece * PIECE
 
         @pl.when(warpgroup == producer)
         def _load():
@@ -59,7 +59,7 @@ def update(problem: Problem, x, w):
                 starts = [_of_kind(first, lambda kind, j=j: _features(kind, first)[j]) for j in range(2)]
 
                 def fill(n, _):
-                    h, at = _split(n, blocks)
+                    h, at = split_index(n, blocks)
                     h, tokens = g * p.repeats + h, pl.ds(c * p.chunk + at * block, block)
                     slot = ring.claim(step + n)
                     full = ring.full.at[slot]
@@ -141,10 +141,6 @@ def update(problem: Problem, x, w):
     return kernel(jnp.moveaxis(x, 1, 3), w)
 
 
-def _split(index, size):
-    return lax.div(index, size), lax.rem(index, size)
-
-
 def _of_kind(first, value):
     """value(kind) of the kind that the tiles from `first` on have."""
     result = value(KINDS[0])
@@ -182,7 +178,7 @@ def _factors(kind, features, tile, tokens):
     if kind.bands[0].step == 1:
         upper, lower = columns_of(0, tile), columns_of(1, tile)
     else:
-        run, at = _split(2 * tile, PIECE)
+        run, at = split_index(2 * tile, PIECE)
         upper, lower = columns_of(run, at), columns_of(run, at + 1)
     row = plgpu.broadcasted_iota(jnp.int32, (HEAD_DIM,), 0, layout=TILE.reduce(1))
     return jnp.where(rows(row < kind.bands[0].size, (HEAD_DIM, HEAD_DIM)), upper, lower)
