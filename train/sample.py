@@ -8,7 +8,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from train.task import Task
-from twomamba_jax.generate import generate
+from twomamba_jax.generation import generate
 from twomamba_jax.layers import LanguageModel
 
 
@@ -18,7 +18,7 @@ def sample_text(model: LanguageModel, params: Any, task: Task, options: ConfigDi
     Without one, `options.tokens` tokens are sampled. `options.temperature` 0 is greedy.
     """
     count = options.tokens if task.truth is None else task.truth.size
-    tokens = generate(
+    generation = generate(
         model,
         params,
         jnp.asarray(task.prompt, jnp.int32)[None],
@@ -26,7 +26,7 @@ def sample_text(model: LanguageModel, params: Any, task: Task, options: ConfigDi
         temperature=options.temperature,
         rng=jax.random.key(seed),
     )
-    continuation = np.asarray(tokens)[0]
+    continuation = np.asarray(generation.tokens)[0]
     if task.truth is None:
         return task.render(np.concatenate([task.prompt, continuation])) + "\n"
     right = int(np.sum(continuation == task.truth))

@@ -1,8 +1,19 @@
 """2Mamba in JAX and Flax: attention that costs linear time and matches softmax (arXiv 2602.17363)."""
 
 from twomamba_jax.config import MixerConfig, ModelConfig
-from twomamba_jax.generate import generate
-from twomamba_jax.layers import Cache, Execution, LanguageModel, Mixer, MixerCache, RMSNorm, SwiGLU, init_cache
+from twomamba_jax.generation import Generation, generate
+from twomamba_jax.layers import (
+    Cache,
+    Execution,
+    LanguageModel,
+    Mixer,
+    MixerCache,
+    RMSNorm,
+    SwiGLU,
+    cache_bytes,
+    init_cache,
+    roll_back,
+)
 from twomamba_jax.ops.convolution import causal_convolution
 from twomamba_jax.ops.decay_attention import decay_attention, decay_attention_step
 from twomamba_jax.ops.state import FiniteState, KeyValueCache, init_state, state_bytes
@@ -13,6 +24,7 @@ __all__ = [
     "Cache",
     "Execution",
     "FiniteState",
+    "Generation",
     "KeyValueCache",
     "LanguageModel",
     "Mixer",
@@ -22,6 +34,7 @@ __all__ = [
     "RMSNorm",
     "SwiGLU",
     "Variant",
+    "cache_bytes",
     "causal_convolution",
     "decay_attention",
     "decay_attention_step",
@@ -29,5 +42,6 @@ __all__ = [
     "init_cache",
     "init_state",
     "parse_pattern",
+    "roll_back",
     "state_bytes",
 ]

@@ -1,6 +1,6 @@
 """Flax linen modules over `twomamba_jax.ops`."""
 
-from twomamba_jax.layers.cache import Cache, ConvolutionInputs, MixerCache, init_cache
+from twomamba_jax.layers.cache import Cache, ConvolutionInputs, MixerCache, cache_bytes, init_cache, roll_back
 from twomamba_jax.layers.execution import Execution
 from twomamba_jax.layers.language_model import Block, LanguageModel
 from twomamba_jax.layers.mixer import Mixer
@@ -17,5 +17,7 @@ __all__ = [
     "MixerCache",
     "RMSNorm",
     "SwiGLU",
+    "cache_bytes",
     "init_cache",
+    "roll_back",
 ]

@@ -1,72 +1,207 @@
-"""What a model remembers between calls: a pytree with a static shape."""
+"""What a model remembers between calls: a pytree with a static shape.
+
+A cache can be copied, saved and restored like any pytree, to go on from one prompt more than once. With `rollback=True`
+its last tokens can be taken back.
+"""
 
 from typing import NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from twomamba_jax.config import MixerConfig, ModelConfig
+from twomamba_jax.ops import cached_attention
+from twomamba_jax.ops.cached_attention import FOLD_SIZE, DecodingCache, init_decoding_cache
 from twomamba_jax.ops.feature_map import FINITE_SCORES
-from twomamba_jax.ops.state import State, init_state
+from twomamba_jax.ops.new_tokens import NewTokens
+from twomamba_jax.ops.state import state_bytes
 from twomamba_jax.shapes import Array, Float, Int
 
 
 class ConvolutionInputs(NamedTuple):
-    """The last W - 1 inputs of a mixer's convolutions."""
+    """The last M inputs of a mixer's convolutions: W - 1, and as many more as tokens can be taken back."""
 
-    q: Float[Array, "B W-1 H K"]
-    k: Float[Array, "B W-1 G K"]
-    v: Float[Array, "B W-1 G V"]
+    q: Float[Array, "B M H K"]
+    k: Float[Array, "B M G K"]
+    v: Float[Array, "B M G V"]
 
 
 class MixerCache(NamedTuple):
-    """The operation's state, and the convolution's inputs (None where the mixer has no convolution)."""
+    """The operation's cache, and the convolution's inputs (None where the mixer has no convolution)."""
 
-    state: State
+    attention: DecodingCache
     convolution: ConvolutionInputs | None
 
 
+class MixerTokens(NamedTuple):
+    """What new tokens leave behind: those of the operation, and the convolution's next inputs."""
+
+    attention: NewTokens
+    convolution: ConvolutionInputs | None
+
+
+class Rollback(NamedTuple):
+    """How many tokens of each row can be taken back now, and the most that ever can; below 0: too many were."""
+
+    left: Int[Array, "B"]
+    limit: Int[Array, ""]
+
+
 class Cache(NamedTuple):
-    """One `MixerCache` per run of equal layers, its arrays with a leading layer axis, and the next token's position."""
+    """One `MixerCache` per run of equal layers, its arrays with a leading layer axis, and the next token's position.
+
+    `rollback` is None where no token can be taken back.
+    """
 
     layers: tuple[MixerCache, ...]
     position: Int[Array, "B"]
+    rollback: Rollback | None
 
 
-def init_cache(config: ModelConfig, batch: int, max_length: int, *, dtype=jnp.float32) -> Cache:
+def init_cache(
+    config: ModelConfig,
+    batch: int,
+    max_length: int,
+    *,
+    fold_size: int = FOLD_SIZE,
+    rollback: bool = False,
+    dtype=jnp.float32,
+    state_dtype=jnp.float32,
+) -> Cache:
     """The empty cache of a model.
 
     Args:
       config: the model's.
       batch: B.
       max_length: tokens that key/value caches can hold. Finite states ignore it: theirs is a constant size.
-      dtype: of cached keys, values and convolution inputs: the `Execution.dtype` of the model. States and normalisers
+      fold_size: r, the tokens that a finite state takes in at a time; until then they wait and are attended directly.
+        The state is read once per token and written once in r.
+      rollback: whether `roll_back` will be called, for up to r tokens. Finite states are then kept twice.
+      dtype: of cached keys, values and convolution inputs: the `Execution.dtype` of the model. Decays and normalisers
         are float32 or wider.
+      state_dtype: of finite states. bfloat16 halves them, and rounds them at every fold (docs/inference.md).
 
     Raises:
-      ValueError: batch or max_length below 1.
+      ValueError: batch, max_length or fold_size below 1.
     """
     for name, value in (("batch", batch), ("max_length", max_length)):
         if value < 1:
             raise ValueError(f"{name}={value} must be at least 1")
+    options = {"fold_size": fold_size, "rollback": rollback, "dtype": dtype, "state_dtype": state_dtype}
 
     def stacked(mixer: MixerConfig, count: int) -> MixerCache:
-        one = init_mixer_cache(mixer, config, batch, max_length, dtype)
+        one = init_mixer_cache(mixer, config, batch, max_length, **options)
         return jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *x.shape)), one)
 
-    layers = tuple(stacked(mixer, count) for mixer, count in config.runs)
-    return Cache(layers, jnp.zeros((batch,), jnp.int32))
+    position, left = jnp.zeros((2, batch), jnp.int32)
+    return Cache(
+        tuple(stacked(mixer, count) for mixer, count in config.runs),
+        position,
+        Rollback(left, jnp.int32(fold_size)) if rollback else None,
+    )
 
 
-def init_mixer_cache(mixer: MixerConfig, config: ModelConfig, batch: int, max_length: int, dtype) -> MixerCache:
-    """The empty cache of one layer."""
-    capacity = None if mixer.score in FINITE_SCORES else max_length
+def init_mixer_cache(
+    mixer: MixerConfig,
+    config: ModelConfig,
+    batch: int,
+    max_length: int,
+    *,
+    fold_size: int = FOLD_SIZE,
+    rollback: bool = False,
+    dtype=jnp.float32,
+    state_dtype=jnp.float32,
+) -> MixerCache:
+    """The empty cache of one layer; the arguments are those of `init_cache`."""
     size, kv_heads = config.head_dim, config.kv_heads
-    state = init_state(mixer.score, batch, kv_heads, size, size, capacity=capacity, dtype=dtype)
+    attention = init_decoding_cache(
+        mixer.score,
+        batch,
+        kv_heads,
+        size,
+        size,
+        capacity=None if mixer.score in FINITE_SCORES else max_length,
+        fold_size=fold_size,
+        rollback=rollback,
+        decay=mixer.decay != "none",
+        dtype=dtype,
+        state_dtype=state_dtype,
+    )
     if mixer.conv_width == 1:
-        return MixerCache(state, None)
+        return MixerCache(attention, None)
+    kept = mixer.conv_width - 1 + (fold_size if rollback else 0)
 
     def inputs(heads):
-        return jnp.zeros((batch, mixer.conv_width - 1, heads, size), dtype)
+        return jnp.zeros((batch, kept, heads, size), dtype)
 
-    return MixerCache(state, ConvolutionInputs(inputs(config.num_heads), inputs(kv_heads), inputs(kv_heads)))
+    return MixerCache(attention, ConvolutionInputs(inputs(config.num_heads), inputs(kv_heads), inputs(kv_heads)))
+
+
+def cache_bytes(config: ModelConfig, batch: int, max_length: int, **options) -> int:
+    """The size in bytes of `init_cache` with these arguments; nothing is allocated."""
+    return state_bytes(jax.eval_shape(lambda: init_cache(config, batch, max_length, **options)))
+
+
+def append(mixer: MixerConfig, cache: MixerCache, new: MixerTokens, precision) -> MixerCache:
+    """The cache with what a mixer's new tokens left behind. An axis may lead, as of layers in a stack."""
+    partition = nn.logical_to_mesh_axes(("batch", "length", "heads", "head_dim"))
+    options = {"score": mixer.score, "precision": precision, "partition": partition}
+    return MixerCache(cached_attention.append(cache.attention, new.attention, **options), new.convolution)
+
+
+def advance(cache: Cache, layers: tuple[MixerCache, ...], counts) -> Cache:
+    """The cache after `counts [B]` more tokens, which left `layers` behind."""
+    rollback = cache.rollback
+    if rollback is not None:
+        left = jnp.minimum(rollback.left + counts, rollback.limit)
+        rollback = rollback._replace(left=jnp.where(rollback.left < 0, rollback.left, left))
+    return Cache(layers, cache.position + counts, rollback)
+
+
+def roll_back(cache: Cache, counts: int | Int[Array, "B"]) -> Cache:
+    """The cache without the last `counts` tokens of each row.
+
+    The calls that follow give bit for bit what they would have given had those tokens never been there. At most r
+    tokens can be taken back, counted from the furthest that the row has been, and not beyond the start of the last
+    document of a packed prompt.
+
+    Args:
+      cache: made by `init_cache(..., rollback=True)`.
+      counts: the tokens to take back, at least 0; an integer for all rows or one for each.
+
+    Raises:
+      ValueError: a cache without rollback; more tokens than can be taken back (inside `jax.jit`, where that cannot be
+        raised, the rows where it happens are NaN from there on).
+    """
+    if cache.rollback is None:
+        raise ValueError("this cache cannot be rolled back: make it with init_cache(..., rollback=True)")
+    counts = jnp.broadcast_to(jnp.asarray(counts, jnp.int32), cache.position.shape)
+    left = cache.rollback.left - counts
+    wrong = (counts < 0) | (left < 0)
+    if not isinstance(wrong, jax.core.Tracer) and np.any(wrong):
+        raise ValueError(
+            f"cannot roll back {np.asarray(counts).tolist()} tokens: {np.asarray(cache.rollback.left).tolist()} can be "
+            f"taken back now, and never more than fold_size={int(cache.rollback.limit)}"
+        )
+
+    def before(inputs):
+        """Convolution inputs [layers, B, M, ...] shifted back by `counts`; what was before them is not known: 0."""
+        index = jnp.arange(inputs.shape[2]) - counts[:, None]
+        index = index.reshape(1, *index.shape, *[1] * (inputs.ndim - 3))
+        return jnp.where(index >= 0, jnp.take_along_axis(inputs, jnp.maximum(index, 0), axis=2), 0)
+
+    layers = tuple(
+        MixerCache(cached_attention.roll_back(layer.attention, counts), jax.tree.map(before, layer.convolution))
+        for layer in cache.layers
+    )
+    rollback = cache.rollback._replace(left=jnp.where(wrong, -1, left))
+    return Cache(layers, cache.position - counts, rollback)
+
+
+def poison_rollback(logits, cache: Cache):
+    """`logits [B, ...]` with NaN in the rows in which too many tokens were taken back."""
+    if cache.rollback is None:
+        return logits
+    return jnp.where((cache.rollback.left < 0).reshape(-1, *[1] * (logits.ndim - 1)), jnp.nan, logits)

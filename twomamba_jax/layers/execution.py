@@ -5,7 +5,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from twomamba_jax.ops.checks import FORMS, IMPLEMENTATIONS
+from twomamba_jax.ops.checks import FORMS
+from twomamba_jax.ops.kernels import IMPLEMENTATIONS
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,7 +5,8 @@ import jax
 import jax.numpy as jnp
 
 from twomamba_jax.config import MixerConfig, ModelConfig
-from twomamba_jax.layers.cache import Cache
+from twomamba_jax.layers.cache import Cache, advance, append, poison_rollback
+from twomamba_jax.layers.cache_stack import attach, detach
 from twomamba_jax.layers.execution import Execution
 from twomamba_jax.layers.mixer import Mixer
 from twomamba_jax.layers.mlp import PROJECTION_INIT, SwiGLU
@@ -22,18 +23,23 @@ class Block(nn.Module):
       config: the model's.
       mixer: this layer's.
       execution: how to compute it.
+      cache_is_empty: as in `Mixer.__call__`.
     """
 
     config: ModelConfig
     mixer: MixerConfig
     execution: Execution
+    cache_is_empty: bool = False
 
     @nn.compact
-    def __call__(self, x, cache, segment_ids, lengths, positions):
-        """x [B, T, E] and a `MixerCache` or None; returns the same."""
+    def __call__(self, x, cache, layer, states, segment_ids, lengths, positions):
+        """x [B, T, E] and a `MixerCache` or None; returns the next x, and `MixerTokens` or None.
+
+        Of a cache that `detach` took apart, `states` are all layers' and `layer` is the number of this one.
+        """
         config, dtype, param_dtype = self.config, self.execution.dtype, self.execution.param_dtype
         norm = {"eps": config.norm_eps, "dtype": dtype, "param_dtype": param_dtype}
-        mixed, cache = Mixer(
+        mixed, new = Mixer(
             self.mixer,
             config.num_heads,
             config.head_dim,
@@ -47,11 +53,13 @@ class Block(nn.Module):
             segment_ids=segment_ids,
             lengths=lengths,
             positions=positions,
-            cache=cache,
+            cache=None if cache is None else attach(cache, states, layer),
+            cache_is_empty=self.cache_is_empty,
+            appends=False,
         )
         x = nn.with_logical_constraint(x + mixed, ("batch", "length", "embed"))
         x = x + SwiGLU(config.mlp_dim, dtype, param_dtype, name="mlp")(RMSNorm(name="mlp_norm", **norm)(x))
-        return nn.with_logical_constraint(x, ("batch", "length", "embed")), cache
+        return nn.with_logical_constraint(x, ("batch", "length", "embed")), new
 
 
 class LanguageModel(nn.Module):
@@ -76,6 +84,8 @@ class LanguageModel(nn.Module):
         cache: Cache | None = None,
         segment_ids: SegmentIds | None = None,
         lengths: Lengths | None = None,
+        cache_is_empty: bool = False,
+        last_only: bool = False,
     ) -> Float[Array, "B T vocab"] | tuple[Float[Array, "B T vocab"], Cache]:
         """Logits of the token after each one, float32 or wider.
 
@@ -85,9 +95,12 @@ class LanguageModel(nn.Module):
             call. Key/value caches must have room for T more tokens; rows that overflow are NaN.
           segment_ids: [B, T]; a maximal run of equal ids is a document, and nothing crosses its edge.
           lengths: [B], at most T: the tokens that count in right-padded rows; the others enter no cache.
+          cache_is_empty: promises that the cache is as `init_cache` makes it, which lets a prompt be read by the
+            fastest form and implementation there is.
+          last_only: whether to return the logits of each row's last token only; of a long prompt all are many.
 
         Returns:
-          logits [B, T, vocab]; with `cache`, (logits, cache).
+          logits [B, T, vocab], or [B, 1, vocab] of the last tokens; with `cache`, (logits, cache).
 
         Raises:
           ValueError: tokens, segment_ids or lengths that are not integers of these shapes; a cache of another model.
@@ -117,20 +130,26 @@ class LanguageModel(nn.Module):
                 block,
                 variable_axes={"params": 0},
                 split_rngs={"params": True},
-                in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+                in_axes=(0, 0, *[nn.broadcast] * 4),
                 length=count,
                 metadata_params={nn.PARTITION_NAME: "layers"},
-            )(config, mixer, execution, name=f"layers_{index}")
-            before = None if cache is None else cache.layers[index]
-            x, after = layers(x, before, segment_ids, lengths, positions)
-            caches.append(after)
+            )(config, mixer, execution, cache_is_empty, name=f"layers_{index}")
+            rows = segment_ids, lengths, positions
+            if cache is None:
+                x, _ = layers(x, None, jnp.arange(count), None, *rows)
+                continue
+            before, states = detach(cache.layers[index])
+            x, new = layers(x, before, jnp.arange(count), states, *rows)
+            caches.append(append(mixer, cache.layers[index], new, execution.precision))
 
         norm = RMSNorm(eps=config.norm_eps, dtype=execution.dtype, param_dtype=execution.param_dtype, name="norm")
+        counts = jnp.full(start.shape, tokens.shape[1], jnp.int32) if lengths is None else lengths.astype(jnp.int32)
+        if last_only:
+            x = jnp.take_along_axis(x, jnp.maximum(counts - 1, 0)[:, None, None], axis=1)
         logits = self._logits(norm(x))
         if cache is None:
             return logits
-        counts = tokens.shape[1] if lengths is None else lengths.astype(jnp.int32)
-        return logits, Cache(tuple(caches), start + counts)
+        return poison_rollback(logits, cache), advance(cache, tuple(caches), counts)
 
     def _logits(self, x: jax.Array) -> jax.Array:
         """The untied head, summed and kept in float32 or wider."""

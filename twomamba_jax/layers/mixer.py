@@ -7,13 +7,14 @@ import jax
 import jax.numpy as jnp
 
 from twomamba_jax.config import MixerConfig
-from twomamba_jax.layers.cache import ConvolutionInputs, MixerCache
+from twomamba_jax.layers.cache import ConvolutionInputs, MixerCache, MixerTokens, append
 from twomamba_jax.layers.execution import Execution
 from twomamba_jax.layers.norm import RMSNorm
 from twomamba_jax.layers.projection import Projection, uniform
+from twomamba_jax.ops.cached_attention import cached_attention
 from twomamba_jax.ops.convolution import causal_convolution
 from twomamba_jax.ops.decay import STRONGEST_LOG_DECAY, discretized_decay, softplus_decay, step_size
-from twomamba_jax.ops.decay_attention import decay_attention, decay_attention_step
+from twomamba_jax.ops.decay_attention import decay_attention
 from twomamba_jax.ops.numerics import accumulation_dtype
 from twomamba_jax.ops.rope import apply_rope
 from twomamba_jax.shapes import Array, Float, Int, Lengths, SegmentIds
@@ -51,7 +52,9 @@ class Mixer(nn.Module):
         lengths: Lengths | None = None,
         positions: Int[Array, "B T"] | None = None,
         cache: MixerCache | None = None,
-    ) -> tuple[Float[Array, "B T E"], MixerCache | None]:
+        cache_is_empty: bool = False,
+        appends: bool = True,
+    ) -> tuple[Float[Array, "B T E"], MixerCache | MixerTokens | None]:
         """Mixes the tokens of x.
 
         Args:
@@ -60,9 +63,13 @@ class Mixer(nn.Module):
           lengths: [B], the tokens that count in right-padded rows.
           positions: [B, T], for rotary embeddings; None: 0, 1, ...
           cache: what the tokens before left behind; None: there were none, and none is returned.
+          cache_is_empty: promises that the cache is as `init_mixer_cache` makes it, which lets a prompt be read by any
+            form and implementation.
+          appends: False returns what the tokens leave behind instead of the cache with it, for the caller to `append`
+            (`LanguageModel` appends to all its layers together).
 
         Returns:
-          y [B, T, E], and the cache after the last token (None without `cache`).
+          y [B, T, E], and the cache after the last token (None without `cache`; `MixerTokens` unless `appends`).
         """
         config, kv_heads = self.config, self.num_kv_heads or self.num_heads
         dtype, wide = self.execution.dtype, accumulation_dtype(self.execution.dtype)
@@ -71,14 +78,13 @@ class Mixer(nn.Module):
         k = self._project("k", x, kv_heads, "kv_heads")
         v = self._project("v", x, kv_heads, "kv_heads")
 
-        convolution = None
+        convolution, rows = None, {"segment_ids": segment_ids, "lengths": lengths}
         if cache is not None and (cache.convolution is None) != (config.conv_width == 1):
             raise ValueError(
                 f"the cache is of a mixer {'without' if cache.convolution is None else 'with'} a convolution"
             )
         if config.conv_width > 1:
             before = ConvolutionInputs(None, None, None) if cache is None else cache.convolution
-            rows = {"segment_ids": segment_ids, "lengths": lengths}
             q, q_inputs = self._convolve("q", q, "heads", before.q, **rows)
             k, k_inputs = self._convolve("k", k, "kv_heads", before.k, **rows)
             v, v_inputs = self._convolve("v", v, "kv_heads", before.v, **rows)
@@ -97,7 +103,13 @@ class Mixer(nn.Module):
                 positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
             q, k = (apply_rope(y, positions, self.rope_theta) for y in (q, k))
 
-        y, state = self._attend(q, k, v, log_decay, segment_ids, lengths, None if cache is None else cache.state)
+        if cache is None:
+            y = decay_attention(q, k, v, log_decay, **rows, **self._operation())
+        else:
+            options = self._operation() | {"is_empty": cache_is_empty}
+            y, new = cached_attention(q, k, v, log_decay, cache.attention, **rows, **options)
+            new = MixerTokens(new, convolution)
+            cache = append(config, cache, new, self.execution.precision) if appends else new
 
         if residual is not None:
             y = y + residual
@@ -107,37 +119,21 @@ class Mixer(nn.Module):
             y = RMSNorm(("heads", "head_dim"), self.norm_eps, dtype, self.execution.param_dtype, name="norm")(y)
         y = nn.with_logical_constraint(y, ("batch", "length", "heads", "head_dim"))
         out = Projection(("heads", "head_dim"), ("embed",), x.shape[-1:], name="out", **self._dtypes())
-        y = out(y)
-        return y, None if cache is None else MixerCache(state, convolution)
+        return out(y), cache
 
-    def _attend(self, q, k, v, log_decay, segment_ids, lengths, state):
+    def _operation(self):
+        """What the operation computes, and how."""
         config, execution = self.config, self.execution
-        common = {
+        return {
             "score": config.score,
             "normalize": config.normalize,
             "scale": config.scale,
+            "form": execution.form,
+            "chunk_size": execution.chunk_size,
             "implementation": execution.implementation,
             "precision": execution.precision,
+            "partition": nn.logical_to_mesh_axes(("batch", "length", "heads", "head_dim")),
         }
-        if state is not None and q.shape[1] == 1 and segment_ids is None and lengths is None:
-            token = (None if x is None else x[:, 0] for x in (q, k, v, log_decay))
-            y, state = decay_attention_step(*token, state, **common)
-            return y[:, None], state
-        out = decay_attention(
-            q,
-            k,
-            v,
-            log_decay,
-            segment_ids=segment_ids,
-            lengths=lengths,
-            initial_state=state,
-            return_final_state=state is not None,
-            form=execution.form,
-            chunk_size=execution.chunk_size,
-            partition=nn.logical_to_mesh_axes(("batch", "length", "heads", "head_dim")),
-            **common,
-        )
-        return out if state is not None else (out, None)
 
     def _project(self, name, x, heads, axis, use_bias=False):
         dims = (heads, self.head_dim)

@@ -39,22 +39,35 @@ def append(k, v, log_decay, run, lengths, cache: KeyValueCache) -> KeyValueCache
     if run is not None:
         new = jnp.where((run == run[:, -1:])[:, None], new, -jnp.inf)
         old = jnp.where((run[:, -1] == 0)[:, None, None], old, -jnp.inf)
-    offsets = jnp.arange(size)
-    slots = cache.length[:, None] + offsets
-    slots = jnp.where(offsets < lengths[:, None], slots, cache.keys.shape[1])  # padding: out of bounds, dropped
-    rows = jnp.arange(batch)[:, None]
-
-    def write(into, values):
-        return into.at[rows, slots].set(jnp.moveaxis(values, 1, 2).astype(into.dtype), mode="drop")
-
     return KeyValueCache(
-        keys=write(cache.keys, k),
-        values=write(cache.values, v),
-        log_weights=write(old, new),
+        keys=write(cache.keys, k, cache.length, lengths),
+        values=write(cache.values, v, cache.length, lengths),
+        log_weights=write(old, new, cache.length, lengths),
         length=cache.length + lengths.astype(cache.length.dtype),
     )
+
+
+def write(slots, new, length, counts):
+    """`slots [B, S, G, ...]` with the first `counts [B]` of `new [B, G, T, ...]` from slot `length [B]` on.
+
+    What finds no slot is dropped.
+    """
+    index = slot_index(length, counts, new.shape[2], slots.shape[1])
+    rows = jnp.arange(slots.shape[0])[:, None]
+    return slots.at[rows, index].set(jnp.moveaxis(new, 1, 2).astype(slots.dtype), mode="drop")
+
+
+def slot_index(length, counts, size: int, capacity: int):
+    """The slots [B, size] of new tokens; `capacity`, where there is none, for tokens that do not count."""
+    offsets = jnp.arange(size)
+    return jnp.where(offsets < counts[:, None], length[:, None] + offsets, capacity)
 
 
 def overflows(cache: KeyValueCache, lengths):
     """[B]: True for rows whose new tokens do not fit."""
     return cache.length + lengths > cache.keys.shape[1]
+
+
+def poison_overflow(y, cache: KeyValueCache, lengths):
+    """y [B, ...] with NaN in the rows whose new tokens do not fit."""
+    return jnp.where(overflows(cache, lengths).reshape(-1, *[1] * (y.ndim - 1)), jnp.nan, y)

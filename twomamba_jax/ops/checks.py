@@ -8,7 +8,6 @@ from twomamba_jax.ops.operation import Operation
 from twomamba_jax.ops.state import FiniteState, KeyValueCache, init_state
 
 FORMS = ("parallel", "chunked", "recurrent")
-IMPLEMENTATIONS = ("xla", "mosaic_gpu")
 
 
 def check_form(op: Operation, form, chunk_size) -> None:

@@ -10,6 +10,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from twomamba_jax.ops.numerics import accumulation_dtype
 from twomamba_jax.shapes import Array, Float
 
 Decay = Literal["none", "discretized", "softplus", "memoryless"]
@@ -35,6 +36,14 @@ def discretized_decay(a_log: Float[Array, "G"], dt: Float[Array, "B T G"]) -> Fl
 def softplus_decay(projection: Float[Array, "B T G"]) -> Float[Array, "B T G"]:
     """The simplified log decay, `a = -softplus(h W_A)` (Algorithm 4)."""
     return -jax.nn.softplus(projection)
+
+
+def clamp_log_decay(log_decay: Float[Array, "..."] | None, dtype) -> Float[Array, "..."] | None:
+    """Decays at least as wide as the sums of `dtype` inputs, none below STRONGEST_LOG_DECAY (NaN goes through)."""
+    if log_decay is None:
+        return None
+    log_decay = log_decay.astype(jnp.promote_types(log_decay.dtype, accumulation_dtype(dtype)))
+    return jnp.where(log_decay < STRONGEST_LOG_DECAY, STRONGEST_LOG_DECAY, log_decay)
 
 
 def prefix_log_decay(log_decay: Float[Array, "... T"]) -> Float[Array, "... T"]:

@@ -1,8 +1,6 @@
 """The public operation: argument checks, choice of form and implementation, head layout."""
 
 import functools
-import logging
-import math
 from typing import Literal
 
 import jax.numpy as jnp
@@ -11,23 +9,22 @@ from jax.sharding import PartitionSpec
 from twomamba_jax.ops import cache, checks, kernels, recurrent
 from twomamba_jax.ops.blockwise import blockwise
 from twomamba_jax.ops.chunked import chunked
-from twomamba_jax.ops.decay import STRONGEST_LOG_DECAY
-from twomamba_jax.ops.feature_map import SCORES, Score, num_features
-from twomamba_jax.ops.numerics import Precision, accumulation_dtype
-from twomamba_jax.ops.operation import Operation
+from twomamba_jax.ops.decay import clamp_log_decay
+from twomamba_jax.ops.feature_map import Score, num_features
+from twomamba_jax.ops.kernels import Implementation
+from twomamba_jax.ops.layout import heads_first, tokens_first
+from twomamba_jax.ops.numerics import Precision
+from twomamba_jax.ops.operation import Operation, make_operation
 from twomamba_jax.ops.parallel import final_state, parallel
 from twomamba_jax.ops.segments import segment_runs, valid_tokens
 from twomamba_jax.ops.state import KeyValueCache, State, init_state
 from twomamba_jax.shapes import Array, Float, Keys, Lengths, LogDecay, Outputs, Queries, SegmentIds, Values
 
 Form = Literal["parallel", "chunked", "recurrent"]
-Implementation = Literal["xla", "mosaic_gpu"]
 
 
 # The parallel exponential form holds T^2 weights per head; beyond this many tokens the blockwise form is chosen.
 LONGEST_PARALLEL_SOFTMAX = 2048
-
-_log = logging.getLogger("twomamba_jax")
 
 
 def decay_attention(
@@ -97,19 +94,19 @@ def decay_attention(
         raised, the rows that overflow are NaN).
     """
     checks.check_arrays(q, k, v, log_decay)
-    op = _operation(q, score, normalize, scale, precision)
+    op = make_operation(q.shape[-1], score, normalize, scale, precision)
     checks.check_rows(q, segment_ids, lengths)
     checks.check_state(op, q, k, v, initial_state, lengths)
     checks.check_form(op, form, chunk_size)
     unsupported = functools.partial(kernels.unsupported, op, q, k, v, initial_state, partition, chunk_size)
     if form is None:
         form = "chunked" if chunk_size else _choose_form(op, q, v, implementation, unsupported)
-    implementation = _choose_implementation(implementation, form, unsupported)
+    implementation = kernels.choose(implementation, form, unsupported)
 
     batch, size = q.shape[:2]
     run = None if segment_ids is None else segment_runs(segment_ids, lengths)
     counts = jnp.full((batch,), size, jnp.int32) if lengths is None else lengths
-    log_decay = _clamp(log_decay, q.dtype)
+    log_decay = clamp_log_decay(log_decay, q.dtype)
     if lengths is not None:
         # Zero keys and no decay: padding changes no finite state. Valid tokens never see it.
         valid = valid_tokens(lengths, size)
@@ -117,7 +114,7 @@ def decay_attention(
         v = jnp.where(valid[..., None, None], v, 0)
         log_decay = None if log_decay is None else jnp.where(valid[..., None], log_decay, 0)
 
-    arrays = _heads_first(q, k, v, log_decay)
+    arrays = heads_first(q, k, v, log_decay)
     if implementation == kernels.MOSAIC_GPU and form == "chunked":
         options = {"return_final_state": return_final_state, "chunk_size": chunk_size, "partition": partition}
         y, final = kernels.chunked(op, q, k, v, log_decay, run, initial_state, **options)
@@ -131,11 +128,11 @@ def decay_attention(
     else:
         chunk_size = chunk_size or default_chunk_size(score)
         y, state = _run(op, form, chunk_size, arrays, run, counts, initial_state)
-        y = jnp.moveaxis(y, 3, 1).reshape(*q.shape[:-1], v.shape[-1]).astype(q.dtype)
+        y = tokens_first(y).astype(q.dtype)
     if lengths is not None:
         y = jnp.where(valid[..., None, None], y, 0)
     if isinstance(initial_state, KeyValueCache):
-        y = _poison_overflow(y, initial_state, counts)
+        y = cache.poison_overflow(y, initial_state, counts)
     return (y, state()) if return_final_state else y
 
 
@@ -169,15 +166,13 @@ def decay_attention_step(
         raise ValueError(f"log_decay must be [B, G], one token without a T axis, got shape {log_decay.shape}")
     q, k, v, log_decay = (None if x is None else x[:, None] for x in (q, k, v, log_decay))
     checks.check_arrays(q, k, v, log_decay)
-    op = _operation(q, score, normalize, scale, precision)
+    op = make_operation(q.shape[-1], score, normalize, scale, precision)
     checks.check_state(op, q, k, v, state, None)
-    _choose_implementation(
-        implementation, "step", functools.partial(kernels.unsupported, op, q, k, v, state, None, None)
-    )
-    y, new_state = recurrent.step(op, *_heads_first(q, k, v, _clamp(log_decay, q.dtype)), state)
-    y = y.reshape(*q.shape[:1], *q.shape[2:3], v.shape[-1]).astype(q.dtype)
+    kernels.choose(implementation, "step", functools.partial(kernels.unsupported, op, q, k, v, state, None, None))
+    y, new_state = recurrent.step(op, *heads_first(q, k, v, clamp_log_decay(log_decay, q.dtype)), state)
+    y = tokens_first(y)[:, 0].astype(q.dtype)
     if isinstance(state, KeyValueCache):
-        y = _poison_overflow(y, state, jnp.ones((q.shape[0],), jnp.int32))
+        y = cache.poison_overflow(y, state, jnp.ones((q.shape[0],), jnp.int32))
     return y, new_state
 
 
@@ -208,37 +203,6 @@ def _state_after(op, arrays, run, counts, state):
     return cache.append(k, v, log_decay, run, counts, state)
 
 
-def _heads_first(q, k, v, log_decay):
-    """[B, T, H, K] -> [B, G, R, T, K]; [B, T, G, .] -> [B, G, T, .]."""
-    q = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[-1])
-    return (
-        jnp.moveaxis(q, 1, 3),
-        jnp.moveaxis(k, 1, 2),
-        jnp.moveaxis(v, 1, 2),
-        None if log_decay is None else jnp.moveaxis(log_decay, 1, 2),
-    )
-
-
-def _clamp(log_decay, dtype):
-    if log_decay is None:
-        return None
-    log_decay = log_decay.astype(jnp.promote_types(log_decay.dtype, accumulation_dtype(dtype)))
-    return jnp.where(log_decay < STRONGEST_LOG_DECAY, STRONGEST_LOG_DECAY, log_decay)
-
-
-def _poison_overflow(y, state, counts):
-    over = cache.overflows(state, counts)
-    return jnp.where(over.reshape(-1, *[1] * (y.ndim - 1)), jnp.nan, y)
-
-
-def _operation(q, score, normalize, scale, precision) -> Operation:
-    if score not in SCORES:
-        raise ValueError(f"score={score!r} is unknown: expected one of {', '.join(SCORES)}")
-    if precision not in (None, "highest"):
-        raise ValueError(f"precision={precision!r} is unknown: expected None or 'highest'")
-    return Operation(score, bool(normalize), 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale), precision)
-
-
 def _choose_form(op: Operation, q, v, implementation, unsupported) -> Form:
     """The kernels' where they are the fastest there is; otherwise the form of fewer flops.
 
@@ -257,26 +221,3 @@ def _choose_form(op: Operation, q, v, implementation, unsupported) -> Form:
     state_flops = 4 * num_features(op.score, head_dim) * value_dim
     crossover = default_chunk_size(op.score) + state_flops / (2 * (head_dim + value_dim))
     return "parallel" if size <= crossover else "chunked"
-
-
-def _choose_implementation(implementation, form, unsupported) -> Implementation:
-    if implementation is not None and implementation not in checks.IMPLEMENTATIONS:
-        raise ValueError(
-            f"implementation={implementation!r} is unknown: expected None or one of {', '.join(checks.IMPLEMENTATIONS)}"
-        )
-    if implementation == "xla":
-        return implementation
-    reason = unsupported(form)
-    if implementation == kernels.MOSAIC_GPU:
-        if reason:
-            raise ValueError(f"implementation='mosaic_gpu' cannot compute this call: {reason}; use 'xla', or None")
-        return implementation
-    _log_choice(form, "xla" if reason else kernels.MOSAIC_GPU, reason)
-    return "xla" if reason else kernels.MOSAIC_GPU
-
-
-@functools.cache
-def _log_choice(form, implementation, reason) -> None:
-    """Says once what None chose, for each form and reason."""
-    why = f" (mosaic_gpu: {reason})" if reason else ""
-    _log.info("decay_attention: form=%s, implementation=%s%s", form, implementation, why)

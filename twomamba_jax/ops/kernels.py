@@ -1,7 +1,10 @@
 """The GPU kernels as an implementation of the operation: when they can compute a call, and how they are spread."""
 
 import functools
+import logging
 import sys
+from collections.abc import Callable
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -9,14 +12,47 @@ from jax.sharding import PartitionSpec
 
 from pallas_kernels.device import unsupported_device
 from twomamba_jax.ops.operation import Operation
-from twomamba_jax.ops.state import FiniteState
+from twomamba_jax.ops.state import FiniteState, LayerState
 
+Implementation = Literal["xla", "mosaic_gpu"]
+IMPLEMENTATIONS = ("xla", "mosaic_gpu")
 MOSAIC_GPU = "mosaic_gpu"
 
 # Tokens up to which the quadratic kernels are faster on one H200 than XLA's chunked form, and than the chunked kernels
 # (forward and backward together; docs/kernels.md).
 LONGEST = {"linear": 16384, "squared": 131072, "exp": sys.maxsize}
 CROSSOVER = 8192
+
+
+_log = logging.getLogger("twomamba_jax")
+
+
+def choose(implementation: Implementation | None, form: str, unsupported: Callable) -> Implementation:
+    """The implementation named, or for None the kernels where they can compute the call; that is logged once.
+
+    `unsupported(form)` is the reason why they cannot, or None. Raises ValueError for an unknown implementation, and for
+    kernels that are named and cannot.
+    """
+    if implementation is not None and implementation not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"implementation={implementation!r} is unknown: expected None or one of {', '.join(IMPLEMENTATIONS)}"
+        )
+    if implementation == "xla":
+        return implementation
+    reason = unsupported(form)
+    if implementation == MOSAIC_GPU:
+        if reason:
+            raise ValueError(f"implementation='mosaic_gpu' cannot compute this call: {reason}; use 'xla', or None")
+        return implementation
+    _log_choice(form, "xla" if reason else MOSAIC_GPU, reason)
+    return "xla" if reason else MOSAIC_GPU
+
+
+@functools.cache
+def _log_choice(form, implementation, reason) -> None:
+    """Says once what None chose, for each form and reason."""
+    why = f" (mosaic_gpu: {reason})" if reason else ""
+    _log.info("decay_attention: form=%s, implementation=%s%s", form, implementation, why)
 
 
 def unsupported(op: Operation, q, k, v, initial_state, partition: PartitionSpec | None, chunk_size, form) -> str | None:
@@ -79,6 +115,36 @@ def chunked(
     call = functools.partial(chunked_attention, spec)
     y, final = _spread(call, partition, (q, k, v), log_decay, run, state, returns_state=True)
     return y, FiniteState(*final) if return_final_state else None
+
+
+def unsupported_in_cache(q, k, state: FiniteState | LayerState, form) -> str | None:
+    """Why the kernels cannot read the state for these new tokens here, or None if they can."""
+    if reason := unsupported_device():
+        return reason
+    if q.shape[1] > 1:
+        return f"it reads a state for one token at a time, and these are {q.shape[1]}"
+    from pallas_kernels.query_step import unsupported as unsupported_state
+
+    return unsupported_state(_in_stack(state).stack.kv, q.shape[2] // k.shape[2])
+
+
+def read_state(state: FiniteState | LayerState, partition: PartitionSpec | None, phi):
+    """phi^T kv [B, G, R, 1, V] for features [B, G, R, 1, D]; spread as in `parallel`."""
+    from pallas_kernels.query_step import query_step
+
+    state, phi = _in_stack(state), phi[:, :, :, 0]
+    arguments = state.stack.kv, state.layer, phi
+    if partition is None or jax.sharding.get_abstract_mesh().empty:
+        return query_step(*arguments)[:, :, :, None]
+    batch, _, heads, *_ = (*partition, None, None, None)
+    array = PartitionSpec(batch, heads)
+    specs = (PartitionSpec(None, batch, heads), PartitionSpec(), array)
+    return jax.shard_map(query_step, in_specs=specs, out_specs=array, check_vma=False)(*arguments)[:, :, :, None]
+
+
+def _in_stack(state: FiniteState | LayerState) -> LayerState:
+    """A state alone as a stack of one."""
+    return state if isinstance(state, LayerState) else LayerState(jax.tree.map(lambda x: x[None], state), jnp.int32(0))
 
 
 def _spread(call, partition: PartitionSpec | None, arrays, log_decay, run, *state, returns_state=False):

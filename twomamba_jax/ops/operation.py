@@ -1,8 +1,9 @@
 """What one call computes, apart from its arrays: the static description that every form and stage takes."""
 
 import dataclasses
+import math
 
-from twomamba_jax.ops.feature_map import FINITE_SCORES, Score
+from twomamba_jax.ops.feature_map import FINITE_SCORES, SCORES, Score
 from twomamba_jax.ops.numerics import SQUARED_SHIFT, ZERO_DENOMINATOR, Precision
 
 
@@ -33,3 +34,14 @@ class Operation:
     @property
     def _shifts(self) -> bool:
         return self.normalize and self.score == "squared"
+
+
+def make_operation(
+    head_dim: int, score: Score, normalize: bool, scale: float | None, precision: Precision
+) -> Operation:
+    """The operation, checked; a `scale` of None is 1 / sqrt(head_dim). Raises ValueError."""
+    if score not in SCORES:
+        raise ValueError(f"score={score!r} is unknown: expected one of {', '.join(SCORES)}")
+    if precision not in (None, "highest"):
+        raise ValueError(f"precision={precision!r} is unknown: expected None or 'highest'")
+    return Operation(score, bool(normalize), 1 / math.sqrt(head_dim) if scale is None else float(scale), precision)

@@ -1,5 +1,8 @@
 """The parallel form: the definition of the operation, quadratic in T, for every score."""
 
+import functools
+import operator
+
 import jax
 import jax.numpy as jnp
 
@@ -21,20 +24,22 @@ def parallel(op: Operation, q, k, v, log_decay, run, state: State | None):
         if state is not None:
             sums = sums + stages.query(op, q, log_decay, seen, state)
         return sums.outputs(op)
-    logits = stages.exponential_logits(op, q, k, log_decay, run)
+    parts = [(stages.exponential_logits(op, q, k, log_decay, run), v)]
     if state is not None:
-        cached = cache.logits(op, q, None if log_decay is None else prefix_log_decay(log_decay), seen, state)
-        logits = jnp.concatenate([cached, logits], axis=-1)
-        v = jnp.concatenate([cache.values(state), v], axis=2)
-    return softmax(op, logits, v)
+        passed = None if log_decay is None else prefix_log_decay(log_decay)
+        parts.append((cache.logits(op, q, passed, seen, state), cache.values(state)))
+    return softmax(op, *parts)
 
 
-def softmax(op: Operation, logits, v):
-    """sum_j e^logit_ij v_j, divided by sum_j e^logit_ij if the operation normalises."""
+def softmax(op: Operation, *parts: tuple[jax.Array, jax.Array]):
+    """sum_j e^logit_ij v_j over the keys of all parts (logits, v), divided by sum_j e^logit_ij if `op` normalises."""
+    # The largest logit cancels in the quotient: its derivative is not taken.
+    largest = 0.0
     if op.normalize:
-        # The largest logit cancels in the quotient: its derivative is not taken.
-        logits = logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True))
-    return stages.weighted_sums(op, jnp.exp(logits), v).outputs(op)
+        rows = [jax.lax.stop_gradient(logits.max(-1, keepdims=True)) for logits, _ in parts]
+        largest = functools.reduce(jnp.maximum, rows)
+    sums = [stages.weighted_sums(op, jnp.exp(logits - largest), v) for logits, v in parts]
+    return functools.reduce(operator.add, sums).outputs(op)
 
 
 def final_state(op: Operation, k, v, log_decay, run, state: FiniteState | None) -> FiniteState:

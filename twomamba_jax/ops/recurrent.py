@@ -21,7 +21,7 @@ def step(op: Operation, q, k, v, log_decay, state: State):
     lengths = jnp.ones((k.shape[0],), jnp.int32)
     state = cache.append(k, v, log_decay, None, lengths, state)
     # The new token is in the cache by now, with weight 1: nothing more decays.
-    return softmax(op, cache.logits(op, q, None, None, state), cache.values(state)), state
+    return softmax(op, (cache.logits(op, q, None, None, state), cache.values(state))), state
 
 
 def recurrent(op: Operation, q, k, v, log_decay, run, state: FiniteState | None):

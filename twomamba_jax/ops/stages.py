@@ -10,6 +10,7 @@ and y_i = N_i / n_i, or N_i. Arrays are heads-first: q [B, G, R, C, K], k [B, G,
 log_decay [B, G, C] (None: no decay), run [B, C] (None: one segment).
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -52,13 +53,19 @@ def causal_mask(run, size: int):
 
 
 def intra(op: Operation, q, k, v, log_decay, run) -> Sums:
-    """The part of each row that comes from the chunk's own tokens: the quadratic form."""
+    """The part of each row that comes from the chunk's own tokens: the quadratic form.
+
+    Where q has fewer tokens than k, they are the chunk's last.
+    """
     x = contract("bgrik,bgjk->bgrij", q, k, op.precision) * op.query_scale
     weights = x * x if op.score == "squared" else x
+    rows = slice(k.shape[2] - q.shape[3], None)
     if log_decay is not None:
-        weights = weights * pairwise_decay(log_decay)[:, :, None]
+        one = q.shape[3] == 1
+        decay = jnp.exp(suffix_log_decay(log_decay))[..., None, :] if one else pairwise_decay(log_decay)[..., rows, :]
+        weights = weights * decay[:, :, None]
     if log_decay is None or run is not None:  # a decay is causal by itself
-        weights = jnp.where(causal_mask(run, k.shape[2]), weights, 0)
+        weights = jnp.where(causal_mask(run, k.shape[2])[..., rows, :], weights, 0)
     return weighted_sums(op, weights, v)
 
 
@@ -77,11 +84,17 @@ def weighted_sums(op: Operation, weights, v) -> Sums:
     return Sums(numerator, weights.sum(-1) if op.normalize else None)
 
 
-def query(op: Operation, q, log_decay, continues, state: FiniteState) -> Sums:
-    """The part of each row that comes through the state. `continues [B, C]`: the token is in the state's segment."""
+def query(op: Operation, q, log_decay, continues, state: FiniteState, read: Callable | None = None) -> Sums:
+    """The part of each row that comes through the state. `continues [B, C]`: the token is in the state's segment.
+
+    `read(phi)` makes phi^T kv [B, G, R, C, V] of phi [B, G, R, C, D]; None multiplies by `state.kv`.
+    """
     phi = features(op.score, q.astype(accumulation_dtype(q.dtype)) * op.query_scale)
-    operand = operand_dtype(q.dtype, op.precision)
-    numerator = contract("bgrcd,bgdv->bgrcv", phi.astype(operand), state.kv.astype(operand), op.precision)
+    if read is None:
+        operand = operand_dtype(q.dtype, op.precision)
+        numerator = contract("bgrcd,bgdv->bgrcv", phi.astype(operand), state.kv.astype(operand), op.precision)
+    else:
+        numerator = read(phi)
     weight = _weight(prefix_log_decay, log_decay, continues, phi.dtype)[:, :, None]
     denominator = None
     if op.normalize:

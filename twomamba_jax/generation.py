@@ -1,0 +1,236 @@
+"""Generation from a language model: a prefill and a decode loop, each one jitted program."""
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from twomamba_jax.layers import Cache, LanguageModel, init_cache
+from twomamba_jax.ops.cached_attention import FOLD_SIZE
+from twomamba_jax.sampling import GREEDY, Sampling, check_sampling, sample
+from twomamba_jax.shapes import Array, Bool, Float, Int, Lengths, Tokens
+
+
+class Generation(NamedTuple):
+    """New tokens [B, N], of which the first `lengths [B]` count (a stop token among them; zeros after it)."""
+
+    tokens: Int[Array, "B N"]
+    lengths: Int[Array, "B"]
+
+
+class Decoding(NamedTuple):
+    """A generation between two tokens: what `prefill` starts, `decode` goes on with, and a caller may copy.
+
+    `logits` are those of the next token, `keys` one `jax.random.key` per row, `count` the tokens generated so far, and
+    `done` the rows that have met a stop token.
+    """
+
+    cache: Cache
+    logits: Float[Array, "B vocab"]
+    keys: jax.Array
+    count: Int[Array, ""]
+    done: Bool[Array, "B"]
+
+
+def generate(
+    model: LanguageModel,
+    params,
+    tokens: Tokens,
+    *,
+    max_new_tokens: int,
+    lengths: Lengths | None = None,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    stop_tokens: Sequence[int] = (),
+    num_samples: int = 1,
+    rng: jax.Array | None = None,
+    prefill_size: int | None = None,
+    fold_size: int = FOLD_SIZE,
+    state_dtype=jnp.float32,
+) -> Generation:
+    """Continues each row of `tokens` by up to `max_new_tokens` tokens.
+
+    The prompt is read in one call or in pieces (`prefill`), then a loop of single tokens runs on its cache (`decode`)
+    until every row has met a stop token. Two programs are compiled, once per model, shapes, `top_k` and whether there
+    is a `top_p`; temperatures, keys and stop tokens are values. A row's tokens depend on its prompt and key alone.
+
+    Args:
+      model: the model.
+      params: its parameters.
+      tokens: prompts [B, T], T >= 1, right-padded where they differ in length.
+      max_new_tokens: N >= 1.
+      lengths: [B], the tokens that count in each prompt, 1 to T; None: all.
+      temperature: 0 takes the likeliest token, above that samples from softmax(logits / temperature).
+      top_k: samples from that many of the likeliest tokens only.
+      top_p: samples from the fewest likeliest tokens whose probabilities sum to at least this, in (0, 1].
+      stop_tokens: tokens that end a row. Their number is part of the program.
+      num_samples: continuations of each prompt, which is read once. Row b * num_samples + s of the result is sample s
+        of prompt b.
+      rng: a `jax.random.key`, from which row i draws by `fold_in(rng, i)`, or one key for each row of the result;
+        needed by a temperature above 0.
+      prefill_size: tokens of the prompt read at a time, for prompts whose activations do not fit; None: all.
+      fold_size: as in `init_cache`.
+      state_dtype: as in `init_cache`.
+
+    Returns:
+      `Generation`: tokens [B * num_samples, N] int32, and how many of them count.
+
+    Raises:
+      ValueError: an empty prompt, numbers out of range, a temperature above 0 without `rng`.
+    """
+    tokens = jnp.asarray(tokens)
+    check_prompts(tokens, lengths)
+    for name, value in (("max_new_tokens", max_new_tokens), ("num_samples", num_samples)):
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name}={value} must be an integer of at least 1")
+    sampling = Sampling(temperature, top_k, top_p)
+    check_sampling(sampling, model.config.vocab_size)
+    if temperature > 0 and rng is None:
+        raise ValueError(f"temperature={temperature} samples and needs a random key: pass rng=jax.random.key(seed)")
+    batch, size = tokens.shape
+    keys = row_keys(jax.random.key(0) if rng is None else rng, batch * num_samples)
+    options = {"fold_size": fold_size, "dtype": model.execution.dtype, "state_dtype": state_dtype}
+    cache = init_cache(model.config, batch, size + max_new_tokens, **options)
+    start = prefill(model, params, tokens, cache, lengths=lengths, prefill_size=prefill_size)
+    start = fork(start, num_samples)._replace(keys=keys)
+    return decode(model, params, start, max_new_tokens, sampling=sampling, stop_tokens=stop_tokens)[0]
+
+
+def check_prompts(tokens, lengths) -> None:
+    """Raises ValueError where prompts are no integers [B, T], or one of them is empty or longer than its row."""
+    if tokens.ndim != 2 or tokens.shape[1] < 1 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+        raise ValueError(f"tokens must be prompts [B, T], integers, with T >= 1, got {tokens.dtype} {tokens.shape}")
+    if lengths is None:
+        return
+    if jnp.shape(lengths) != tokens.shape[:1]:
+        raise ValueError(f"lengths must have shape {tokens.shape[:1]}, got {jnp.shape(lengths)}")
+    if not isinstance(lengths, jax.core.Tracer) and not np.all(
+        (np.asarray(lengths) >= 1) & (lengths <= tokens.shape[1])
+    ):
+        raise ValueError(
+            f"lengths={np.asarray(lengths).tolist()} must be from 1 to the {tokens.shape[1]} tokens of a row"
+        )
+
+
+def row_keys(rng: jax.Array, rows: int) -> jax.Array:
+    """Keys [rows]: `rng` itself if it is that already, else `fold_in(rng, row)` for each row. Raises ValueError."""
+    if rng.ndim == 0:
+        return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(rng, jnp.arange(rows))
+    if rng.shape != (rows,):
+        raise ValueError(f"rng must be one key, or {rows} keys, one for each row of the result; got {rng.shape}")
+    return rng
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames="prefill_size", donate_argnames="cache")
+def prefill(
+    model: LanguageModel,
+    params,
+    tokens: Tokens,
+    cache: Cache,
+    *,
+    lengths: Lengths | None = None,
+    prefill_size: int | None = None,
+) -> Decoding:
+    """Reads prompts into an empty cache, which is donated; `prefill_size` tokens at a time.
+
+    Args:
+      model: the model.
+      params: its parameters.
+      tokens: prompts [B, T], right-padded.
+      cache: from `init_cache`, with room for T tokens.
+      lengths: [B], the tokens that count; None: all.
+      prefill_size: tokens of a piece; None: T.
+
+    Returns:
+      `Decoding` with keys of seed 0.
+    """
+    batch, size = tokens.shape
+    lengths = jnp.full((batch,), size, jnp.int32) if lengths is None else jnp.asarray(lengths, jnp.int32)
+    apply = functools.partial(model.apply, {"params": params}, last_only=True)
+    if prefill_size is None or prefill_size >= size:
+        logits, cache = apply(tokens, cache=cache, lengths=lengths, cache_is_empty=True)
+        logits = logits[:, 0]
+    else:
+        if prefill_size < 1:
+            raise ValueError(f"prefill_size={prefill_size} must be at least 1, or None")
+        count = -(-size // prefill_size)
+        pieces = jnp.pad(tokens, ((0, 0), (0, count * prefill_size - size))).reshape(batch, count, prefill_size)
+
+        def read(carry, piece):
+            cache, logits = carry
+            tokens, start = piece
+            new, cache = apply(tokens, cache=cache, lengths=jnp.clip(lengths - start, 0, prefill_size))
+            ends = (start < lengths) & (lengths <= start + prefill_size)
+            return (cache, jnp.where(ends[:, None], new[:, 0], logits)), None
+
+        first = jnp.zeros((batch, model.config.vocab_size), jnp.promote_types(model.execution.dtype, jnp.float32))
+        starts = jnp.arange(count) * prefill_size
+        (cache, logits), _ = jax.lax.scan(read, (cache, first), (jnp.moveaxis(pieces, 1, 0), starts))
+    keys = row_keys(jax.random.key(0), batch)
+    return Decoding(cache, logits, keys, jnp.int32(0), jnp.zeros((batch,), bool))
+
+
+def fork(decoding: Decoding, copies: int) -> Decoding:
+    """Every row `copies` times, one after the other; random keys are repeated too."""
+    if copies == 1:
+        return decoding
+
+    def repeat(x, axis):
+        return jnp.repeat(x, copies, axis=axis)
+
+    cache = decoding.cache
+    cache = cache._replace(
+        layers=jax.tree.map(lambda x: repeat(x, 1), cache.layers),  # layers come first in a stack
+        position=repeat(cache.position, 0),
+        rollback=None if cache.rollback is None else cache.rollback._replace(left=repeat(cache.rollback.left, 0)),
+    )
+    logits, keys, done = (repeat(x, 0) for x in (decoding.logits, decoding.keys, decoding.done))
+    return Decoding(cache, logits, keys, decoding.count, done)
+
+
+def decode(
+    model: LanguageModel,
+    params,
+    decoding: Decoding,
+    num_tokens: int,
+    *,
+    sampling: Sampling = GREEDY,
+    stop_tokens: Sequence[int] = (),
+) -> tuple[Generation, Decoding]:
+    """Up to `num_tokens` more tokens of every row that is not done, and where to go on; `decoding` is donated.
+
+    The token that a row draws when `count` have been generated depends on its logits and `fold_in(key, count)` alone,
+    so that a generation in pieces is the generation in one. It ends early when all rows are done.
+    """
+    temperature, top_k, top_p = sampling
+    stops = jnp.asarray(stop_tokens, jnp.int32)
+    return decode_loop(model, params, decoding, num_tokens, temperature, top_k, top_p, stops)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3, 5), donate_argnums=2)
+def decode_loop(model, params, decoding, num_tokens, temperature, top_k, top_p, stop_tokens):
+    """`decode` as the program that it is: `stop_tokens` int32 [n]; `model`, `num_tokens` and `top_k` are static."""
+    rows = decoding.done.shape[0]
+
+    def goes_on(carry):
+        index, decoding, _ = carry
+        return (index < num_tokens) & ~decoding.done.all()
+
+    def step(carry):
+        index, decoding, (tokens, lengths) = carry
+        cache, logits, keys, count, done = decoding
+        drawn = sample(jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, count), logits, temperature, top_k, top_p)
+        drawn = jnp.where(done, 0, drawn)
+        active = (~done).astype(jnp.int32)
+        logits, cache = model.apply({"params": params}, drawn[:, None], cache=cache, lengths=active)
+        done = done | (drawn[:, None] == stop_tokens).any(-1)
+        generation = Generation(tokens.at[:, index].set(drawn), lengths + active)
+        return index + 1, Decoding(cache, logits[:, 0], keys, count + 1, done), generation
+
+    empty = Generation(jnp.zeros((rows, num_tokens), jnp.int32), jnp.zeros((rows,), jnp.int32))
+    _, decoding, generation = jax.lax.while_loop(goes_on, step, (jnp.int32(0), decoding, empty))
+    return generation, decoding

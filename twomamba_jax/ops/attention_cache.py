@@ -1,0 +1,72 @@
+"""What the exponential score keeps while it decodes: every key and value, with the log decay of each token.
+
+A `KeyValueCache` holds how far each token has decayed by now, which changes with every token. Here the decays are as
+they came, and summed from the end when they are needed: taking back tokens is taking back the length, to the bit.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from twomamba_jax.ops import cache as key_values
+from twomamba_jax.ops.decay import suffix_log_decay
+from twomamba_jax.ops.new_tokens import NewTokens
+from twomamba_jax.ops.numerics import accumulation_dtype
+from twomamba_jax.ops.state import KeyValueCache
+from twomamba_jax.shapes import Array, Float, Int
+
+
+class AttentionCache(NamedTuple):
+    """Tokens `start`, ..., `length` - 1 are in the segment that goes on; token t lies in slot t.
+
+    Heads come first, as the products that read it want it. `log_decay` is None for a score without decay.
+    """
+
+    keys: Float[Array, "B G S K"]
+    values: Float[Array, "B G S V"]
+    log_decay: Float[Array, "B G S"] | None
+    start: Int[Array, "B"]
+    length: Int[Array, "B"]
+
+
+def append(new: NewTokens, cache: AttentionCache) -> AttentionCache:
+    """The cache with the new tokens in it. An axis may lead, as of layers in a stack."""
+    if cache.length.ndim == 1:
+        return jax.tree.map(lambda x: x[0], append(*jax.tree.map(lambda x: x[None], (new, cache))))
+    size, capacity = new.keys.shape[3], cache.keys.shape[3]
+    slots = jax.vmap(lambda length, counts: key_values.slot_index(length, counts, size, capacity))
+    # All axes before the slots' are indexed too: XLA would otherwise put the slots' first, in a copy.
+    *leading, _ = jnp.indices((*new.keys.shape[:3], 1), sparse=True)
+    place = *leading, slots(cache.length, new.counts)[:, :, None]
+
+    def write(into, tokens):
+        return None if into is None else into.at[place].set(tokens.astype(into.dtype), mode="drop")
+
+    return AttentionCache(
+        keys=write(cache.keys, new.keys),
+        values=write(cache.values, new.values),
+        log_decay=write(cache.log_decay, new.log_decay),
+        start=new.start,
+        length=cache.length + new.counts,
+    )
+
+
+def segment_start(run, cache: AttentionCache):
+    """The slot of the first token of the segment that goes on after new tokens of runs `run [B, T]` (None: of one)."""
+    if run is None:
+        return cache.start
+    first = jnp.argmax(run == run[:, -1:], axis=1)
+    return jnp.where(run[:, -1] == 0, cache.start, cache.length + first)
+
+
+def as_state(cache: AttentionCache) -> KeyValueCache:
+    """The state after every token so far."""
+    slots = jnp.arange(cache.keys.shape[2])
+    seen = ((slots >= cache.start[:, None]) & (slots < cache.length[:, None]))[:, None]
+    if cache.log_decay is None:
+        weights = jnp.zeros(cache.keys.shape[:3], accumulation_dtype(cache.keys.dtype))
+    else:
+        weights = suffix_log_decay(jnp.where(seen, cache.log_decay, 0))
+    arrays = (jnp.moveaxis(x, 1, 2) for x in (cache.keys, cache.values, jnp.where(seen, weights, -jnp.inf)))
+    return KeyValueCache(*arrays, cache.length)

@@ -1,0 +1,236 @@
+"""The operation with a cache that grows token by token: prompts, pieces of them, and single tokens.
+
+The whole cache is a pytree of arrays with a static shape: it can be the carry of a loop, be copied, saved and sharded.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from twomamba_jax.ops import attention_cache, checks, kernels, recurrent_cache
+from twomamba_jax.ops.attention_cache import AttentionCache
+from twomamba_jax.ops.cache import poison_overflow
+from twomamba_jax.ops.decay import clamp_log_decay
+from twomamba_jax.ops.decay_attention import Form, decay_attention
+from twomamba_jax.ops.feature_map import FINITE_SCORES, Score
+from twomamba_jax.ops.kernels import Implementation
+from twomamba_jax.ops.layout import grouped_queries, heads_first, tokens_first
+from twomamba_jax.ops.new_tokens import NewTokens
+from twomamba_jax.ops.numerics import Precision, accumulation_dtype
+from twomamba_jax.ops.operation import make_operation
+from twomamba_jax.ops.recurrent_cache import SEGMENT_EDGE, RecurrentCache
+from twomamba_jax.ops.segments import segment_runs, valid_tokens
+from twomamba_jax.ops.state import init_state
+from twomamba_jax.shapes import Keys, Lengths, LogDecay, Outputs, Queries, SegmentIds, Values
+
+DecodingCache = RecurrentCache | AttentionCache
+
+# Tokens folded into a finite state at a time. At 16 the state is written for a sixteenth of what it is read, and what
+# waits is 1.5 % of it (squared scores, head dim 64).
+FOLD_SIZE = 16
+
+
+def init_decoding_cache(
+    score: Score,
+    batch: int,
+    num_kv_heads: int,
+    head_dim: int,
+    value_dim: int,
+    *,
+    capacity: int | None = None,
+    fold_size: int = FOLD_SIZE,
+    rollback: bool = False,
+    decay: bool = True,
+    dtype=jnp.float32,
+    state_dtype=jnp.float32,
+) -> DecodingCache:
+    """The empty cache of a score.
+
+    Args:
+      score: `linear` or `squared` give a `RecurrentCache`, `exp` an `AttentionCache`.
+      batch: B.
+      num_kv_heads: G.
+      head_dim: K.
+      value_dim: V.
+      capacity: S, the tokens that an `AttentionCache` can hold; needed by `exp`, refused by the others.
+      fold_size: r, the tokens that a finite state takes in at a time.
+      rollback: whether `roll_back` will be called: a finite score then keeps a second state.
+      decay: whether there is a decay. A finite score does not ask.
+      dtype: of keys and values. Decays and normalisers are float32, or wider if `dtype` is.
+      state_dtype: of a finite state's kv: bfloat16 halves its size, and rounds what it holds at every fold.
+
+    Raises:
+      ValueError: `capacity` missing, below 1 or given for a finite score; `fold_size` below 1.
+    """
+    if not isinstance(fold_size, int) or fold_size < 1:
+        raise ValueError(f"fold_size={fold_size!r} must be an integer of at least 1")
+    wide = accumulation_dtype(dtype)
+    state = init_state(score, batch, num_kv_heads, head_dim, value_dim, capacity=capacity, dtype=dtype)
+    start, length = jnp.zeros((2, batch), jnp.int32)
+    if score not in FINITE_SCORES:
+        keys, values = (jnp.moveaxis(x, 1, 2) for x in (state.keys, state.values))
+        return AttentionCache(keys, values, jnp.zeros(keys.shape[:3], wide) if decay else None, start, length)
+    state = state._replace(kv=state.kv.astype(state_dtype if wide == jnp.float32 else wide))
+    shape = (batch, num_kv_heads, 2 * fold_size)
+    return RecurrentCache(
+        state,
+        jax.tree.map(jnp.zeros_like, state) if rollback else None,
+        keys=jnp.zeros((*shape, head_dim), dtype),
+        values=jnp.zeros((*shape, value_dim), dtype),
+        log_decay=jnp.zeros(shape, wide),
+        folded=start,
+        length=length,
+    )
+
+
+def cached_attention(
+    q: Queries,
+    k: Keys,
+    v: Values,
+    log_decay: LogDecay | None,
+    cache: DecodingCache,
+    *,
+    score: Score,
+    normalize: bool,
+    scale: float | None = None,
+    segment_ids: SegmentIds | None = None,
+    lengths: Lengths | None = None,
+    is_empty: bool = False,
+    form: Form | None = None,
+    chunk_size: int | None = None,
+    implementation: Implementation | None = None,
+    precision: Precision = None,
+    partition: PartitionSpec | None = None,
+) -> tuple[Outputs, NewTokens]:
+    """`decay_attention` of T new tokens that continue those in `cache`; see there for the arguments.
+
+    A finite score attends to up to r new tokens directly; one token reads the state with a kernel, where there is one.
+    More than r go through the form and implementation that are named, or chosen. The cache is only read: `append`
+    makes the next one.
+
+    Args:
+      q: [B, T, H, K].
+      k: [B, T, G, K].
+      v: [B, T, G, V].
+      log_decay: [B, T, G], or None.
+      cache: from `init_decoding_cache` or `append`.
+      score: as the cache's.
+      normalize: as in `decay_attention`, like all that is not named here.
+      is_empty: promises that the cache is empty, so that forms without an initial state can be used.
+
+    Returns:
+      y [B, T, H, V] in q's dtype, and what `append` takes.
+
+    Raises:
+      ValueError: as `decay_attention` does; a cache of another score. A full `AttentionCache` raises outside `jax.jit`,
+        and gives NaN inside.
+    """
+    checks.check_arrays(q, k, v, log_decay)
+    op = make_operation(q.shape[-1], score, normalize, scale, precision)
+    checks.check_rows(q, segment_ids, lengths)
+    kind = RecurrentCache if op.is_finite else AttentionCache
+    if not isinstance(cache, kind):
+        raise ValueError(f"score={score!r} continues a {kind.__name__}, got {type(cache).__name__}")
+    batch, size = q.shape[:2]
+    counts = jnp.full((batch,), size, jnp.int32) if lengths is None else lengths.astype(jnp.int32)
+    run = None if segment_ids is None else segment_runs(segment_ids, lengths)
+    whole = functools.partial(
+        decay_attention,
+        q,
+        k,
+        v,
+        log_decay,
+        score=score,
+        normalize=normalize,
+        scale=scale,
+        segment_ids=segment_ids,
+        form=form,
+        chunk_size=chunk_size,
+        implementation=implementation,
+        precision=precision,
+        partition=partition,
+    )
+    if op.is_finite:
+        read = None
+        if size <= cache.fold_size:
+            unsupported = functools.partial(kernels.unsupported_in_cache, q, k, cache.state)
+            if kernels.choose(implementation, "cached", unsupported) == kernels.MOSAIC_GPU:
+                read = functools.partial(kernels.read_state, cache.state, partition)
+        y, new = _attend_finite(op, whole, read, q, k, v, log_decay, run, counts, cache, is_empty)
+    else:
+        y, new = _attend_exponential(op, whole, q, k, v, log_decay, run, counts, cache, is_empty)
+    if lengths is not None:
+        y = jnp.where(valid_tokens(lengths, size)[..., None, None], y, 0)
+    return y, new
+
+
+def append(
+    cache: DecodingCache,
+    new: NewTokens,
+    *,
+    score: Score,
+    precision: Precision = None,
+    partition: PartitionSpec | None = None,
+) -> DecodingCache:
+    """The cache with what `cached_attention` returned; in a finite score's, r tokens that have waited are folded.
+
+    An axis may lead, as of layers in a stack. No reverse derivative: how often it folds depends on the lengths.
+    """
+    if isinstance(cache, AttentionCache):
+        return attention_cache.append(new, cache)
+    op = make_operation(cache.keys.shape[-1], score, True, None, precision)
+    return recurrent_cache.append(op, new, cache, partition)
+
+
+def roll_back(cache: DecodingCache, counts) -> DecodingCache:
+    """The cache without its last `counts [B]` tokens: a finite score's last r at most, and only with `rollback`.
+
+    What follows has the bits that it would have had if those tokens had never been there. An axis may lead, as of
+    layers in a stack. Numbers are not checked; the start of a packed prompt's last document is as far back as this can
+    go.
+    """
+    if isinstance(cache, AttentionCache):
+        return cache._replace(length=cache.length - counts)
+    if cache.previous is None:
+        raise ValueError("this cache keeps one state only and cannot be rolled back: make it with rollback=True")
+    return recurrent_cache.roll_back(counts, cache)
+
+
+def _attend_finite(op, whole, read, q, k, v, log_decay, run, counts, cache: RecurrentCache, is_empty):
+    wide = cache.log_decay.dtype
+    decays = jnp.zeros(k.shape[:3], wide) if log_decay is None else clamp_log_decay(log_decay, q.dtype)
+    if run is not None:
+        edges = run != jnp.pad(run, ((0, 0), (1, 0)))[:, :-1]
+        decays = jnp.where(edges[..., None], SEGMENT_EDGE, decays)
+    # Zero keys and no decay: padding changes no state. Valid tokens never see it.
+    valid = valid_tokens(counts, k.shape[1])
+    keys, values = (jnp.where(valid[..., None, None], x, 0) for x in (k, v))
+    arrays = heads_first(q, keys, values, jnp.where(valid[..., None], decays, 0).astype(wide))
+
+    if q.shape[1] <= cache.fold_size:
+        y = recurrent_cache.attend(op, *arrays, cache, read)
+        new = NewTokens(*arrays[1:], jnp.zeros_like(counts), counts)
+    else:
+
+        def attend_all(lengths, state):
+            y, state = whole(lengths=lengths, initial_state=None if is_empty else state, return_final_state=True)
+            return grouped_queries(y, k.shape[2]), state
+
+        y, new = recurrent_cache.prefill(op, attend_all, *arrays, counts, cache)
+    return tokens_first(y).astype(q.dtype), new
+
+
+def _attend_exponential(op, whole, q, k, v, log_decay, run, counts, cache: AttentionCache, is_empty):
+    if (cache.log_decay is None) != (log_decay is None):
+        raise ValueError(
+            f"the cache is of a mixer {'without' if cache.log_decay is None else 'with'} a decay, and log_decay is "
+            f"{'None' if log_decay is None else 'given'}"
+        )
+    state = attention_cache.as_state(cache)
+    checks.check_state(op, q, k, v, state, counts)
+    y = poison_overflow(whole(lengths=counts, initial_state=None if is_empty else state), state, counts)
+    _, *arrays = heads_first(q, k, v, clamp_log_decay(log_decay, q.dtype))
+    start = attention_cache.segment_start(run, cache)
+    return y, NewTokens(*arrays, jnp.zeros_like(counts), counts, start=start)

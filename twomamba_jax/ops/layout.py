@@ -1,0 +1,24 @@
+"""Axes: public arrays are [B, T, heads, dim]; those inside are heads-first, with R = H // G query heads per group."""
+
+import jax.numpy as jnp
+
+
+def heads_first(q, k, v, log_decay):
+    """[B, T, H, K] -> [B, G, R, T, K]; [B, T, G, .] -> [B, G, T, .]; a `log_decay` of None stays None."""
+    return (
+        grouped_queries(q, k.shape[2]),
+        jnp.moveaxis(k, 1, 2),
+        jnp.moveaxis(v, 1, 2),
+        None if log_decay is None else jnp.moveaxis(log_decay, 1, 2),
+    )
+
+
+def grouped_queries(q, num_groups: int):
+    """[B, T, H, K] -> [B, G, R, T, K]."""
+    return jnp.moveaxis(q.reshape(*q.shape[:2], num_groups, -1, q.shape[-1]), 1, 3)
+
+
+def tokens_first(y):
+    """[B, G, R, T, V] -> [B, T, H, V]."""
+    y = jnp.moveaxis(y, 3, 1)
+    return y.reshape(*y.shape[:2], -1, y.shape[-1])

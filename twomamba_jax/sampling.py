@@ -1,0 +1,50 @@
+"""The choice of the next token from its logits."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from twomamba_jax.shapes import Array, Float, Int
+
+
+class Sampling(NamedTuple):
+    """How tokens are chosen: from softmax(logits / temperature), cut to the likeliest ones and renormalised.
+
+    `temperature` 0 takes the likeliest token. `top_k` keeps so many tokens; `top_p` the fewest whose probabilities
+    (after `top_k`) sum to at least `top_p`. None: no cut.
+    """
+
+    temperature: float | jax.Array = 0.0
+    top_k: int | None = None
+    top_p: float | jax.Array | None = None
+
+
+GREEDY = Sampling()
+
+
+def check_sampling(sampling: Sampling, vocab_size: int) -> None:
+    """Raises ValueError for a temperature below 0, a `top_k` outside [1, vocab_size], or a `top_p` outside (0, 1]."""
+    temperature, top_k, top_p = sampling
+    if not temperature >= 0:
+        raise ValueError(f"temperature={temperature} must be at least 0")
+    if top_k is not None and not (isinstance(top_k, int) and 1 <= top_k <= vocab_size):
+        raise ValueError(f"top_k={top_k} must be an integer from 1 to the vocabulary's {vocab_size}, or None")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p={top_p} must be above 0 and at most 1, or None")
+
+
+def sample(keys: jax.Array, logits: Float[Array, "B vocab"], temperature, top_k: int | None, top_p) -> Int[Array, "B"]:
+    """One token per row, int32, from the row's own logits and key `keys [B]` alone."""
+    scaled = logits / jnp.where(temperature > 0, temperature, 1)
+    if top_k is not None:
+        smallest = jax.lax.top_k(scaled, top_k)[0][..., -1:]
+        scaled = jnp.where(scaled < smallest, -jnp.inf, scaled)
+    if top_p is not None:
+        order = jnp.argsort(-scaled, axis=-1)
+        p = jax.nn.softmax(jnp.take_along_axis(scaled, order, axis=-1), axis=-1)
+        dropped = jnp.cumsum(p, axis=-1) - p >= top_p  # the likelier ones suffice
+        rank = jnp.argsort(order, axis=-1)
+        scaled = jnp.where(jnp.take_along_axis(dropped, rank, axis=-1), -jnp.inf, scaled)
+    sampled = jax.vmap(jax.random.categorical)(keys, scaled)
+    return jnp.where(temperature > 0, sampled, logits.argmax(-1)).astype(jnp.int32)
