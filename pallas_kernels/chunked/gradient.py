@@ -1,5 +1,7 @@
 """The gradient of the tokens that read from, or were added to, a state: dx_i = 2 Mat(S w_i) x_i."""
 
+import functools
+
 import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
@@ -16,6 +18,7 @@ CONSUMERS = 2
 BLOCKS = HEAD_DIM // BLOCK
 
 
+@functools.partial(jax.jit, static_argnames=("problem", "want_sums"))
 def gradient(problem: Problem, x, w, state, added, *, normalizer=None, factor=None, want_sums: bool = False):
     """added + 2 M_i x_i, with M_i = Mat(S_c w_i) + factor_i Z_c and S_c the state of the token's chunk.
 

@@ -1,5 +1,7 @@
 """What each chunk adds to the normaliser: Z = sum_t factor_t x_t x_t^T."""
 
+import functools
+
 import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
@@ -14,6 +16,7 @@ TOKENS = 64  # at a time
 STAGES = 4
 
 
+@functools.partial(jax.jit, static_argnames="problem")
 def normalizer(problem: Problem, x, factor):
     """[B, G, N, 64, 64] float32, summed over the tokens of each of N chunks and the heads of each of G groups.
 

@@ -1,5 +1,7 @@
 """What the tokens of each chunk read from the state before it: N_i = S^T phi(x_i)."""
 
+import functools
+
 import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
@@ -15,6 +17,7 @@ from pallas_kernels.ring import Ring
 CONSUMERS = 2
 
 
+@functools.partial(jax.jit, static_argnames=("problem", "power", "floor"))
 def query(problem: Problem, x, state, weight, added, *, power: float = 1.0, normalizer=None, own_norm=None, floor=0.0):
     """added + weight N, with N_i = S_c^T phi(power x_i) and S_c the state of the token's chunk and group.
 

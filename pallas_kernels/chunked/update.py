@@ -20,6 +20,7 @@ PIECE = CONSUMERS * HELD  # tiles of a program at a time: all of one kind
 PIECES = TILES // PIECE
 
 
+@functools.partial(jax.jit, static_argnames="problem")
 def update(problem: Problem, x, w):
     """[B, G, N, 40, 64, V] float32, summed over the tokens of each of N chunks and the heads of each of G groups.
 
