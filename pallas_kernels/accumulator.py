@@ -30,6 +30,25 @@ def columns(vector, shape):
     return lax.broadcast_in_dim(vector, shape, (1,))
 
 
+def anew(x):
+    """x, as a value of its own: what follows from it is computed where it is used and not kept in registers.
+
+    For what takes a few instructions to compute and a register, during a loop that has none left, to keep.
+    """
+    return lax.optimization_barrier(x)
+
+
+def positions(row, size: int):
+    """(a, b), [64, size] each, with a - b = row_i - j, of a number per row and the numbers of the columns.
+
+    b repeats every eight columns: the numbers of all would be kept in registers during every loop.
+    """
+    eight = columns(plgpu.broadcasted_iota(jnp.int32, (8,), 0, layout=COLUMN), (64, 8))
+    starts = range(0, size, 8)
+    of_rows = jnp.concatenate([rows(row - start, (64, 8)) for start in starts], axis=1)
+    return of_rows, jnp.concatenate([eight for _ in starts], axis=1)
+
+
 def operand(shape, depth: int = 64):
     """A shared memory buffer of bfloat16 that holds operands of matrix products in its last two dimensions.
 

@@ -2,10 +2,22 @@
 
 import dataclasses
 
+import jax.numpy as jnp
 from jax import lax
+
+from pallas_kernels.accumulator import anew
 
 # Bytes of keys and values that the programs running at one time may stream: well below the 50 MB of a Hopper L2.
 CACHED_BYTES = 16 << 20
+
+
+def each_piece(work: int, programs: int, program, body, carry):
+    """`carry = body(i, carry)` for each of the program's pieces of work, program + i programs; the last carry."""
+
+    def more(state):
+        return anew(program) + state[0] * programs < work
+
+    return lax.while_loop(more, lambda state: (state[0] + 1, body(*state)), (jnp.int32(0), carry))[1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,9 +48,9 @@ class Schedule:
         group = max(size for size in range(1, limit + 1) if heads % size == 0)
         return Schedule(heads, tiles, group, min(programs, heads * tiles), ascending)
 
-    def count(self, program):
-        """How many tiles the program computes."""
-        return lax.div(self.heads * self.tiles - program + self.programs - 1, self.programs)
+    def each(self, program, body, carry):
+        """`carry = body(i, carry)` for each tile of the program; the last carry."""
+        return each_piece(self.heads * self.tiles, self.programs, program, body, carry)
 
     def tile(self, program, i):
         """(head, tile) of the program's i-th piece of work."""

@@ -1,5 +1,6 @@
 """`benchmarks/attention.py` on the CPU at tiny sizes: what it selects, checks, refuses, derives and writes."""
 
+import dataclasses
 import importlib.util
 import json
 import sys
@@ -12,20 +13,25 @@ import numpy as np
 import oracle
 import pytest
 
+from pallas_kernels.chunked.table import Crossover
+from twomamba_jax import decay_attention
+
 PATH = Path(__file__).parents[1] / "benchmarks" / "attention.py"
 SIZES = ["--tokens", "20", "40", "--xla_tokens", "40", "--total", "80", "--heads", "4", "--kv_heads", "2"]
-SMALL = [*SIZES, "--head_dim", "8", "--scores", "squared", "--implementations", "xla", "--seed", "7"]
+SMALL = [*SIZES, "--head_dim", "8", "--scores", "squared", "--rows", "xla", "--seed", "7"]
 CEILINGS = {"tflops": 500.0, "terabytes_per_second": 3.0}
 
 
 @pytest.fixture
 def attention(monkeypatch):
     """The script as a module whose ceilings, prior checks and rounds are small."""
+    monkeypatch.syspath_prepend(PATH.parent)
     spec = importlib.util.spec_from_file_location("benchmark_attention", PATH)
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, spec.name, module)
     spec.loader.exec_module(module)
-    for name, value in (("SHORT_TOKENS", 15), ("CEILING_SIZE", 16), ("ROUND_SECONDS", 0.0)):
+    short = dict.fromkeys(module.ATTENTIONS, 15)
+    for name, value in (("SHORT_TOKENS", short), ("CEILING_SIZE", 16), ("ROUND_SECONDS", 0.0)):
         monkeypatch.setattr(module, name, value)
     return module
 
@@ -42,12 +48,15 @@ def prepared(attention, row, **changes):
 def test_selects_every_length_and_direction_and_xla_where_asked(attention, tmp_path):
     options = attention.parse(["--out", str(tmp_path / "a")])
     rows = list(attention.rows_of(options))
-    assert len(rows) == 6 * 2 * 4 + 2 * 2 * 3
-    assert {row.tokens * row.batch for row in rows} == {65536}
-    assert {row.tokens for row in rows if row.implementation == "xla"} == {2048, 8192}
-    assert {(row.score, row.decay) for row in rows if row.implementation == "cudnn"} == {("exp", None)}
-    assert {row.decay for row in rows if row.implementation != "cudnn"} == {-2e-3}
-    assert [attention.label_of(row) for row in rows[:2]] == ["cuDNN softmax", "squared, mosaic_gpu"]
+    # Softmax, three quadratic scores and one in chunks at 8 lengths both ways and at one forward; XLA's three at 3.
+    assert len(rows) == (8 * 2 + 1) * 5 + 3 * 2 * 3
+    assert {row.tokens * row.batch for row in rows} == {65536, 131072, 524288}
+    assert {row.direction for row in rows if row.tokens > 131072} == {"forward"}
+    assert {row.tokens for row in rows if row.attention == "xla"} == {2048, 8192, 131072}
+    assert {(row.score, row.decay) for row in rows if row.attention == "cudnn"} == {("exp", None)}
+    assert {row.score for row in rows if row.attention == "chunked"} == {"squared"}
+    assert {row.decay for row in rows if row.attention != "cudnn"} == {-2e-3}
+    assert [row.label for row in rows[:2]] == ["cuDNN softmax", "linear, quadratic"]
 
     options = attention.parse(
         [*SMALL, "--total", "30", "--no_decay", "--directions", "both", "--out", str(tmp_path / "a")]
@@ -56,10 +65,20 @@ def test_selects_every_length_and_direction_and_xla_where_asked(attention, tmp_p
     assert row == attention.Row("xla", "squared", "forward+backward", 40, 1, 4, 2, 8, None)
 
 
+@pytest.mark.parametrize(
+    ("name", "form", "implementation"), [("quadratic", "parallel", "mosaic_gpu"), ("chunked", "chunked", "mosaic_gpu")]
+)
+def test_asks_for_the_kernels_that_a_row_names(attention, monkeypatch, name, form, implementation):
+    asked = []
+    monkeypatch.setattr("attention_rows.decay_attention", lambda *x, **options: asked.append(options))
+    attention.function_of(dataclasses.replace(row_of(attention, "forward"), attention=name))(*range(5))
+    assert asked == [{"score": "squared", "form": form, "implementation": implementation}]
+
+
 def test_writes_a_table_the_figures_and_a_plot(attention, tmp_path, capsys):
     """cuDNN does not run on a CPU: its rows say why, and the others are there all the same."""
     out = tmp_path / "new" / "figure"
-    arguments = [*SMALL, "--implementations", "cudnn", "xla", "--out", str(out)]
+    arguments = [*SMALL, "--rows", "cudnn", "xla", "--out", str(out)]
     assert attention.run(attention.parse(arguments), ["python", "x.py", *arguments]) == 0
 
     report = json.loads(Path(f"{out}.json").read_text())
@@ -80,14 +99,16 @@ def test_writes_a_table_the_figures_and_a_plot(attention, tmp_path, capsys):
         assert row["runs"] == attention.ROUNDS
         assert row["clock"] in ("cupti", "wall")
         assert 0 < row["error_over_bound"] <= 1
-        assert row["temporary_bytes"] > 0
+        assert 0 < row["temporary_bytes"] < row["peak_bytes"]
 
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith(report["device"])
-    assert lines[2].startswith("| T | B | direction | attention | ms | TFLOP/s | of ceiling | over cuDNN | error |")
-    assert len(lines) == 4 + len(rows)
-    assert lines[-1].startswith("| 40 | 2 | forward+backward | squared, xla | ")
-    assert len({line.count("|") for line in lines[2:]}) == 1
+    assert lines[2].startswith(
+        "| T | B | direction | attention | ms | ns/token | TFLOP/s | of ceiling | over cuDNN | error |"
+    )
+    assert lines[3 + len(rows)].startswith("| 40 | 2 | forward+backward | squared, xla | ")
+    assert len({line.count("|") for line in lines[2 : 4 + len(rows)]}) == 1
+    assert lines[-1].startswith("ceilings: ")
     assert Path(f"{out}.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -98,6 +119,7 @@ def test_derives_flops_and_ratios(attention):
     rows = [row("cudnn", "forward", 2.0), row("xla", "forward", 1.0), row("xla", "forward+backward", 7.0)]
     rows.append(row("mosaic_gpu", "forward", None))
     cudnn, forward, both, untimed = attention.records_of(rows, CEILINGS)
+    assert forward["nanoseconds_per_token"] == pytest.approx(1e6 / 65536)
     flops = 2 * 8 * 16 * 8192**2 * 64  # forward: 2 B H T^2 K; with the backward's five products 3.5 times that
     assert forward["tflops"] == pytest.approx(flops / 1e-3 / 1e12)
     assert both["tflops"] == pytest.approx(3.5 * flops / 7e-3 / 1e12)
@@ -105,6 +127,53 @@ def test_derives_flops_and_ratios(attention):
     assert (cudnn["over_cudnn"], forward["over_cudnn"]) == (1, 0.5)
     assert "over_cudnn" not in both
     assert "tflops" not in untimed
+
+
+def report_of(attention, milliseconds: dict[str, list[float]], tokens: list[int]) -> dict:
+    """What a run with such times of squared attention forward has written, 65,536 tokens x 16 heads."""
+    rows = [
+        attention.Row(name, "exp" if name == "cudnn" else "squared", "forward", t, 65536 // t, 16, 16, 64, None, ms)
+        for name, times in milliseconds.items()
+        for t, ms in zip(tokens, times)
+    ]
+    report = {"device": "a GPU", "sizes": "16 heads", "versions": {"jax": "1"}, "ceilings": CEILINGS}
+    return report | {"rows": attention.records_of(rows, CEILINGS)}
+
+
+def test_shows_runs_as_one_with_the_ratios_of_each(attention, tmp_path, capsys):
+    """And says where the chunked kernels overtake: here half way, in logarithms, from 4096 to 16384."""
+    short = report_of(attention, {"cudnn": [1.0], "quadratic": [1.0], "chunked": [2.0]}, [4096])
+    long = report_of(attention, {"cudnn": [8.0, 16.0], "quadratic": [4.0, 8.0], "chunked": [2.0, 2.0]}, [16384, 32768])
+    paths = [tmp_path / "long.json", tmp_path / "short.json"]
+    for path, report in zip(paths, (long, short)):
+        path.write_text(json.dumps(report))
+    out = tmp_path / "both"
+    assert attention.main(["--out", str(out), "--plot", *map(str, paths)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    ratios = [(line.split(" | ")[0], line.split(" | ")[8]) for line in lines if "chunked |" in line]
+    assert ratios == [("| 4096", "2.000"), ("| 16384", "0.250"), ("| 32768", "0.125")]
+    assert lines[-1] == str(Crossover("a GPU", "squared", "forward", 64, 8200))
+    assert Path(f"{out}.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "No such file"),
+        ("[1]", "expected a JSON file that this script has written"),
+        ("{}", "no device"),
+        ('{"device": "another", "sizes": "16 heads", "versions": {"jax": "1"}, "rows": []}', "device is another, in "),
+    ],
+)
+def test_refuses_to_show_what_does_not_belong_together(attention, tmp_path, capsys, text, message):
+    one, other = tmp_path / "one.json", tmp_path / "other.json"
+    one.write_text(json.dumps(report_of(attention, {"cudnn": [1.0]}, [4096])))
+    if text:
+        other.write_text(text)
+    assert attention.main(["--out", str(tmp_path / "a"), "--plot", str(one), str(other)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"--plot {other}: ")
+    assert message in line
 
 
 @pytest.mark.parametrize("score", ["linear", "squared", "exp"])
@@ -115,7 +184,7 @@ def test_its_definition_is_the_oracles(attention, score, decay):
     q, k = (abs(q), abs(k)) if score == "linear" else (q, k)
     log_decay = -random.uniform(0, 0.3, size=30) * decay
     rows = np.array([0, 7, 29])
-    found = attention.definition(score, q, k, v, log_decay, dy, rows)
+    found = importlib.import_module("attention_check").definition(score, q, k, v, log_decay, dy, rows)
 
     arrays = [x[None, :, None] for x in (q, k, v, log_decay)]
     cotangent = np.zeros_like(dy)
@@ -131,7 +200,7 @@ def test_its_definition_is_the_oracles(attention, score, decay):
 @pytest.mark.parametrize("score", ["linear", "squared", "exp"])
 def test_outputs_and_gradients_in_bf16_pass_the_check(attention, score):
     """More rows than are sampled, and all of them."""
-    row = row_of(attention, attention.BOTH, score)
+    row = row_of(attention, "forward+backward", score)
     for every_row in (False, True):
         checked = prepared(attention, row, every_row=every_row)
         assert not checked.note
@@ -154,7 +223,7 @@ def _changed(index, change):
     ],
 )
 def test_refuses_what_is_wrong(attention, monkeypatch, direction, wrong):
-    monkeypatch.setattr(attention, "decay_attention", wrong(attention.decay_attention))
+    monkeypatch.setattr("attention_rows.decay_attention", wrong(decay_attention))
     row = row_of(attention, direction)
     checked, program = attention.prepare(row, seed=3, limit=2**30, every_row=True)
     assert checked.note.startswith("fails its check: ")
@@ -164,9 +233,9 @@ def test_refuses_what_is_wrong(attention, monkeypatch, direction, wrong):
 
 def test_does_not_time_what_fails_at_short_lengths(attention, monkeypatch, tmp_path, capsys):
     """Which is a failure of the program: the exit status is 1."""
-    right = attention.decay_attention
     monkeypatch.setattr(
-        attention, "decay_attention", lambda *x, **options: (1 + (x[0].shape[1] == 15)) * right(*x, **options)
+        "attention_rows.decay_attention",
+        lambda *x, **options: (1 + (x[0].shape[1] == 15)) * decay_attention(*x, **options),
     )
     options = attention.parse([*SMALL, "--directions", "forward", "--out", str(tmp_path / "a")])
     assert attention.run(options, []) == 1

@@ -28,15 +28,14 @@ from pallas_kernels.chunked.layout import (
     unpack,
     unpack_normalizer,
 )
-from pallas_kernels.chunked.problem import Problem, Tiles
+from pallas_kernels.chunked.normalizer import normalizer
+from pallas_kernels.chunked.problem import CHUNK, Problem, Tiles
 from pallas_kernels.chunked.query import query
 from pallas_kernels.chunked.scan import scan
 from pallas_kernels.chunked.update import update
 from pallas_kernels.device import in_32_bits
 from pallas_kernels.interpreter import interpreting
 from pallas_kernels.quadratic.attention import Attention, attend, differentiate
-
-CHUNK = 1024
 
 
 class StateArrays(NamedTuple):
@@ -130,17 +129,12 @@ def _call(spec, q, k, v, log_decay, run) -> _Call:
 
 def _states(problem: Problem, x, values, factor, keep, initial: StateArrays | None, reverse=False) -> _States:
     """The states that (x, values) and (x, factor) make, from `initial`."""
-    kv = normalizer = None
+    kv = z = None
     if initial is not None:
-        kv, normalizer = pack(initial.kv), pack_normalizer(initial.key_sum)[:, :, None]
-    shape = (problem.batch, problem.chunks, problem.chunk, problem.groups, problem.repeats, HEAD_DIM)
+        kv, z = pack(initial.kv), pack_normalizer(initial.key_sum)[:, :, None]
     before, final = scan(update(problem, x, values), keep, kv, reverse=reverse)
-    x = x.reshape(shape)
-    scaled = x if factor is None else x.astype(jnp.float32) * jnp.moveaxis(factor, 1, 2).reshape(*shape[:-1], 1)
-    high, low = _high_and_low(scaled)
-    outer = functools.partial(jnp.einsum, "bncgra,bncgre->bgnae", preferred_element_type=jnp.float32)
-    added = outer(x, high) if factor is None else outer(x, high) + outer(x, low)
-    before_z, final_z = scan(added[:, :, :, None], keep, normalizer, reverse=reverse, dtype=jnp.float32)
+    added_z = normalizer(problem, x, factor)[:, :, :, None]
+    before_z, final_z = scan(added_z, keep, z, reverse=reverse, dtype=jnp.float32)
     return _States(before, jnp.stack(_high_and_low(before_z[:, :, :, 0]), axis=3), final, final_z[:, :, 0])
 
 

@@ -1,12 +1,14 @@
 """The gradient of the tokens that read from, or were added to, a state: dx_i = 2 Mat(S w_i) x_i."""
 
+import functools
+
 import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.accumulator import ROW, TILE, Scratch, operand, read, rows
+from pallas_kernels.accumulator import ROW, TILE, Scratch, anew, operand, read, rows
 from pallas_kernels.chunked.layout import BLOCK, HEAD_DIM, TILES
 from pallas_kernels.chunked.problem import Problem
 from pallas_kernels.chunked.rows import Rows
@@ -16,6 +18,7 @@ CONSUMERS = 2
 BLOCKS = HEAD_DIM // BLOCK
 
 
+@functools.partial(jax.jit, static_argnames=("problem", "want_sums"))
 def gradient(problem: Problem, x, w, state, added, *, normalizer=None, factor=None, want_sums: bool = False):
     """added + 2 M_i x_i, with M_i = Mat(S_c w_i) + factor_i Z_c and S_c the state of the token's chunk.
 
@@ -49,7 +52,6 @@ def gradient(problem: Problem, x, w, state, added, *, normalizer=None, factor=No
         x_s, w_s, x_rows_s, y_s, state_s, barriers, x_full, x_empty, y_full, y_empty, done, scratch_buffers = refs
         ring = Ring(stages, *barriers)
         program, warpgroup = lax.axis_index("program"), lax.axis_index("warpgroup")
-        count = own.count(program)
 
         @pl.when(warpgroup == producer)
         def _load():
@@ -86,12 +88,12 @@ def gradient(problem: Problem, x, w, state, added, *, normalizer=None, factor=No
                                 to = state_s.at[slot, j, pl.ds(k * BLOCK, BLOCK)]
                                 plgpu.copy_gmem_to_smem(source, to, ring.full.at[slot])
 
-                    lax.fori_loop(0, BLOCK // states, fill, None)
+                    lax.fori_loop(0, anew(jnp.int32(BLOCK // states)), fill, None)
                     step = step + BLOCK // states
                 load_own(i, ((added_ref, y_s),), y_full, y_empty)
                 return step
 
-            ring.drain(lax.fori_loop(0, count, load, jnp.int32(0)))
+            ring.drain(own.each(program, load, jnp.int32(0)))
             for w in range(CONSUMERS):
                 plgpu.barrier_wait(x_empty.at[w])
                 plgpu.barrier_wait(y_empty.at[w])
@@ -161,7 +163,7 @@ def gradient(problem: Problem, x, w, state, added, *, normalizer=None, factor=No
                 plgpu.barrier_arrive(y_empty.at[warpgroup])
                 return step
 
-            lax.fori_loop(0, count, multiply, jnp.int32(0))
+            own.each(program, multiply, jnp.int32(0))
             plgpu.wait_smem_to_gmem(0)
 
         # A warpgroup that leaves while another one multiplies can fault.

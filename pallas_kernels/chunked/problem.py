@@ -4,6 +4,8 @@ import dataclasses
 
 from jax import lax
 
+CHUNK = 1024  # tokens of a chunk where nothing else is asked for
+
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:

@@ -1,13 +1,15 @@
 """What the tokens of each chunk read from the state before it: N_i = S^T phi(x_i)."""
 
+import functools
+
 import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.accumulator import ROW, TILE, Scratch, operand, read, rows
-from pallas_kernels.chunked.layout import BLOCK, HEAD_DIM, KINDS
+from pallas_kernels.accumulator import ROW, TILE, Scratch, anew, operand, read, rows
+from pallas_kernels.chunked.layout import BLOCK, HEAD_DIM, KINDS, TILES
 from pallas_kernels.chunked.problem import Problem
 from pallas_kernels.chunked.rows import Rows
 from pallas_kernels.ring import Ring
@@ -15,6 +17,7 @@ from pallas_kernels.ring import Ring
 CONSUMERS = 2
 
 
+@functools.partial(jax.jit, static_argnames=("problem", "power", "floor"))
 def query(problem: Problem, x, state, weight, added, *, power: float = 1.0, normalizer=None, own_norm=None, floor=0.0):
     """added + weight N, with N_i = S_c^T phi(power x_i) and S_c the state of the token's chunk and group.
 
@@ -54,7 +57,6 @@ def query(problem: Problem, x, state, weight, added, *, power: float = 1.0, norm
         x_s, x_rows_s, y_s, state_s, barriers, x_full, x_empty, y_full, y_empty, done, scratch_buffers = refs
         ring = Ring(stages, *barriers)
         program, warpgroup = lax.axis_index("program"), lax.axis_index("warpgroup")
-        count = own.count(program)
 
         @pl.when(warpgroup == producer)
         def _load():
@@ -82,12 +84,12 @@ def query(problem: Problem, x, state, weight, added, *, power: float = 1.0, norm
                     source = state_ref.at[b, g, c, pl.ds(n * states, states)]
                     plgpu.copy_gmem_to_smem(source, state_s.at[slot], ring.full.at[slot])
 
-                steps = sum(kind.count for kind in KINDS) // states
-                lax.fori_loop(0, steps, fill, None)
+                steps = TILES // states
+                lax.fori_loop(0, anew(jnp.int32(steps)), fill, None)
                 load_own(i, added_ref, y_s, y_full, y_empty)
                 return step + steps
 
-            ring.drain(lax.fori_loop(0, count, load, jnp.int32(0)))
+            ring.drain(own.each(program, load, jnp.int32(0)))
             for w in range(CONSUMERS):
                 plgpu.barrier_wait(x_empty.at[w])
                 plgpu.barrier_wait(y_empty.at[w])
@@ -181,7 +183,7 @@ def query(problem: Problem, x, state, weight, added, *, power: float = 1.0, norm
                 plgpu.barrier_arrive(y_empty.at[warpgroup])
                 return step
 
-            lax.fori_loop(0, count, multiply, jnp.int32(0))
+            own.each(program, multiply, jnp.int32(0))
             plgpu.wait_smem_to_gmem(0)
 
         # A warpgroup that leaves while another one multiplies can fault.

@@ -3,10 +3,10 @@
 import dataclasses
 
 import jax.experimental.pallas as pl
-from jax import lax
 
 from pallas_kernels.chunked.layout import HEAD_DIM
 from pallas_kernels.chunked.problem import Problem, split_index
+from pallas_kernels.schedule import each_piece
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,9 +30,9 @@ class Rows:
         """How many programs share them."""
         return min(self.problem.tiles.programs, self.work)
 
-    def count(self, program):
-        """How many are the program's."""
-        return lax.div(self.work - program + self.programs - 1, self.programs)
+    def each(self, program, body, carry):
+        """`carry = body(i, carry)` for each piece of the program; the last carry."""
+        return each_piece(self.work, self.programs, program, body, carry)
 
     def place(self, program, i):
         """Batch entry, group, chunk, head and first row of the program's i-th piece."""

@@ -1,5 +1,7 @@
 """The states before each chunk, from what each chunk adds."""
 
+import functools
+
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
@@ -8,6 +10,7 @@ from jax import lax
 HEIGHT = 64
 
 
+@functools.partial(jax.jit, static_argnames=("reverse", "dtype"))
 def scan(added, weight, initial, *, reverse: bool = False, dtype=jnp.bfloat16):
     """S_c = weight_c S_{c-1} + added_c over N chunks; backwards from the last chunk if `reverse`.
 

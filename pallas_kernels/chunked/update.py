@@ -12,6 +12,7 @@ from pallas_kernels.accumulator import COLUMN, TILE, Scratch, columns, operand, 
 from pallas_kernels.chunked.layout import BLOCK, HEAD_DIM, KINDS, TILES
 from pallas_kernels.chunked.problem import Problem, split_index
 from pallas_kernels.ring import Ring
+from pallas_kernels.schedule import each_piece
 
 CONSUMERS = 2
 HELD = 4  # tiles of a warpgroup
@@ -19,6 +20,7 @@ PIECE = CONSUMERS * HELD  # tiles of a program at a time: all of one kind
 PIECES = TILES // PIECE
 
 
+@functools.partial(jax.jit, static_argnames="problem")
 def update(problem: Problem, x, w):
     """[B, G, N, 40, 64, V] float32, summed over the tokens of each of N chunks and the heads of each of G groups.
 
@@ -41,7 +43,6 @@ def update(problem: Problem, x, w):
     def body(x_ref, w_ref, s_ref, x_s, features_s, w_s, barriers, done, scratch_buffers):
         ring = Ring(stages, *barriers)
         program, warpgroup = lax.axis_index("program"), lax.axis_index("warpgroup")
-        count = lax.div(work - program + programs - 1, programs)
 
         def place(i):
             """Batch entry, group of heads, chunk and first tile of the program's i-th piece of work."""
@@ -76,7 +77,7 @@ def update(problem: Problem, x, w):
                 lax.fori_loop(0, steps, fill, None)
                 return step + steps
 
-            ring.drain(lax.fori_loop(0, count, load, jnp.int32(0)))
+            ring.drain(each_piece(work, programs, program, load, jnp.int32(0)))
 
         @pl.when(warpgroup < producer)
         def _multiply():
@@ -114,7 +115,7 @@ def update(problem: Problem, x, w):
                     pl.when(inside)(functools.partial(tiles_of, kind))
                 return step + steps
 
-            lax.fori_loop(0, count, multiply, jnp.int32(0))
+            each_piece(work, programs, program, multiply, jnp.int32(0))
 
         # A warpgroup that leaves while another one multiplies can fault.
         plgpu.barrier_arrive(done)

@@ -9,9 +9,9 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.accumulator import ROW, TILE, Scratch, operand, read, rows
+from pallas_kernels.accumulator import ROW, TILE, Scratch, anew, operand, read, rows
 from pallas_kernels.quadratic.operands import Decay, Problem, slope_of
-from pallas_kernels.quadratic.queries import ROWS, Queries, QueryBuffers
+from pallas_kernels.quadratic.queries import ROWS, Place, Queries, QueryBuffers
 from pallas_kernels.quadratic.tuning import Tiles
 from pallas_kernels.schedule import Schedule
 
@@ -62,7 +62,6 @@ def backward_keys(
             buffers,
         )
         program, warpgroup = lax.axis_index("program"), lax.axis_index("warpgroup")
-        work = schedule.count(program)
 
         def tile_of(i):
             """Batch entry, key/value head and first key of the program's i-th tile."""
@@ -82,7 +81,7 @@ def backward_keys(
                     plgpu.copy_gmem_to_smem(v_ref.at[own], v_s.at[w], k_full.at[w])
                 return queries.load(step, b, g, start)
 
-            queries.ring.drain(lax.fori_loop(0, work, load_tile, jnp.int32(0)))
+            queries.ring.drain(schedule.each(program, load_tile, jnp.int32(0)))
             for w in range(consumers):
                 plgpu.barrier_wait(k_empty.at[w])
 
@@ -92,25 +91,36 @@ def backward_keys(
             scratch = Scratch.of(scratch_buffers, warpgroup)
 
             def differentiate_tile(i, step):
-                b, g, start = tile_of(i)
-                first_row = start + warpgroup * ROWS
-                own = pl.ds(first_row, ROWS)
-                plgpu.barrier_wait(k_full.at[warpgroup])
-                key = plgpu.load(k_s.at[warpgroup], layout=TILE) * p.query_power
+                def place():
+                    """Where this warpgroup's keys are."""
+                    b, g, start = tile_of(anew(i))
+                    w = anew(warpgroup)
+                    return Place(b, g, start, start + w * ROWS, w)
+
+                at = place()
+                w = at.warpgroup
+                plgpu.barrier_wait(k_full.at[w])
+                key = plgpu.load(k_s.at[w], layout=TILE) * p.query_power
                 if tiles.resident:
-                    value = plgpu.load(v_s.at[warpgroup], layout=TILE)
+                    value = plgpu.load(v_s.at[w], layout=TILE)
                     plgpu.commit_smem()
-                    plgpu.barrier_arrive(k_empty.at[warpgroup])
+                    plgpu.barrier_arrive(k_empty.at[w])
                 else:
-                    k_s[warpgroup] = key
+                    k_s[w] = key
                     plgpu.commit_smem()
-                    key, value = k_s.at[warpgroup], v_s.at[warpgroup]
 
-                def load_rows(ref):
+                def own_operands():
+                    """Of the products with a tile of queries."""
+                    if tiles.resident:
+                        return key, value
+                    w = anew(warpgroup)
+                    return k_s.at[w], v_s.at[w]
+
+                def load_rows(ref, at):
                     """Loaded where it is used, not kept: registers are scarce in the loop."""
-                    return plgpu.load(ref.at[b, g, own], layout=ROW, optimized=False)
+                    return plgpu.load(ref.at[at.b, at.g, pl.ds(at.first_row, ROWS)], layout=ROW, optimized=False)
 
-                suffix = load_rows(decay_ref.suffix) if decay is not None and score == "exp" else None
+                suffix = load_rows(decay_ref.suffix, at) if decay is not None and score == "exp" else None
 
                 def factor_from(s, logit, row, seen):
                     """What multiplies the score of each pair; for `exp` the whole weight."""
@@ -125,14 +135,14 @@ def backward_keys(
                     return jnp.exp2(total if seen is None else jnp.where(seen, total, -jnp.inf))
 
                 def differentiate(dk, dv):
-                    def tile(slot, release, columns_of, beside, carry):
+                    def tile(at, slot, release, columns_of, beside, carry):
                         for begin in range(0, tiles.streamed, tiles.columns):
                             part = pl.ds(begin, tiles.columns)
                             released = release if begin == 0 else lambda: None
-                            carry = differentiate_part(slot, part, released, columns_of, beside, carry)
+                            carry = differentiate_part(at, slot, part, released, columns_of, beside, carry)
                         return carry
 
-                    def differentiate_part(slot, part, release, columns_of, beside, carry):
+                    def differentiate_part(at, slot, part, release, columns_of, beside, carry):
                         early = None if lean else columns_of(part, tiles.columns)
 
                         def weigh(products):
@@ -143,7 +153,7 @@ def backward_keys(
                             t = t - delta if lean and delta is not None else t
                             factor = logit
                             if beside and decay is not None:
-                                factor = factor_from(s, logit, -load_rows(decay_ref.prefix), seen)
+                                factor = factor_from(s, logit, -load_rows(decay_ref.prefix, at), seen)
                             elif score == "exp":
                                 factor = factor_from(s, logit, suffix, seen)
                             slope = slope_of(score, s, factor)
@@ -164,6 +174,7 @@ def backward_keys(
                             return (carry[0] + (ds if score == "exp" else ds * s).sum(axis=1),)
 
                         start = None if lean or early[1] is None else -early[1]
+                        key, value = own_operands()
                         return scratch.multiply(
                             weigh,
                             (key, buffers.q.at[slot, part].T, None),
@@ -174,29 +185,31 @@ def backward_keys(
                         """From here on weights count from the key itself, no longer from the end of its tile."""
                         if decay is None or score == "exp":
                             return carry
-                        factor = jnp.exp2(load_rows(decay_ref.suffix))
+                        factor = jnp.exp2(load_rows(decay_ref.suffix, place()))
                         dk[...] = read(dk) * rows(factor, dk.shape)
                         dv[...] = read(dv) * rows(factor, dv.shape)
                         return (carry[0] * factor,)
 
                     zero = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), ROW)
-                    step_and_carry = queries.walk(step, b, start, first_row, tile, turn, (zero,))
+                    step_and_carry = queries.walk(step, place, tile, turn, (zero,))
                     return step_and_carry, read(dk), read(dv)
 
                 (step, (sums,)), dk, dv = scratch.accumulate(differentiate, (ROWS, p.head_dim), (ROWS, p.head_dim))
+                b, g, _, first_row, w = place()
+                own = pl.ds(first_row, ROWS)
                 if not tiles.resident:
-                    plgpu.barrier_arrive(k_empty.at[warpgroup])
+                    plgpu.barrier_arrive(k_empty.at[w])
                 if decay is not None:
                     sums_ref[b, g, own] = sums * p.output_scale
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                dk_s[warpgroup] = (dk * p.gradient_scale).astype(jnp.bfloat16)
-                dv_s[warpgroup] = (dv * p.output_scale).astype(jnp.bfloat16)
+                dk_s[w] = (dk * p.gradient_scale).astype(jnp.bfloat16)
+                dv_s[w] = (dv * p.output_scale).astype(jnp.bfloat16)
                 plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(dk_s.at[warpgroup], dk_ref.at[b, own, g])
-                plgpu.copy_smem_to_gmem(dv_s.at[warpgroup], dv_ref.at[b, own, g])
+                plgpu.copy_smem_to_gmem(dk_s.at[w], dk_ref.at[b, own, g])
+                plgpu.copy_smem_to_gmem(dv_s.at[w], dv_ref.at[b, own, g])
                 return step
 
-            queries.ring.release(lax.fori_loop(0, work, differentiate_tile, jnp.int32(0)) - 1)
+            queries.ring.release(schedule.each(program, differentiate_tile, jnp.int32(0)) - 1)
             plgpu.wait_smem_to_gmem(0)
 
         # A warpgroup that leaves while another one multiplies can fault.

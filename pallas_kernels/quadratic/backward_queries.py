@@ -38,7 +38,6 @@ def backward_queries(
         q_s, dy_s, dq_s, buffers, q_full, q_empty, done, scratch_buffers = refs
         keys = Keys(p, block_q, tiles.streamed, tiles.stages, k_ref, v_ref, decay_ref, first_ref, buffers)
         program, warpgroup = lax.axis_index("program"), lax.axis_index("warpgroup")
-        work = schedule.count(program)
 
         def tile_of(i):
             """Batch entry, head, key/value head and first row of the program's i-th tile."""
@@ -59,7 +58,7 @@ def backward_queries(
                     plgpu.copy_gmem_to_smem(dy_ref.at[own], dy_s.at[w], q_full.at[w])
                 return keys.load(step, b, g, start)
 
-            keys.ring.drain(lax.fori_loop(0, work, load_tile, jnp.int32(0)))
+            keys.ring.drain(schedule.each(program, load_tile, jnp.int32(0)))
             for w in range(consumers):
                 plgpu.barrier_wait(q_empty.at[w])
 
@@ -156,7 +155,7 @@ def backward_queries(
                 plgpu.copy_smem_to_gmem(dq_s.at[warpgroup], dq_ref.at[b, own, h])
                 return step
 
-            keys.ring.release(lax.fori_loop(0, work, differentiate_tile, jnp.int32(0)) - 1)
+            keys.ring.release(schedule.each(program, differentiate_tile, jnp.int32(0)) - 1)
             plgpu.wait_smem_to_gmem(0)
 
         # A warpgroup that leaves while another one multiplies can fault.

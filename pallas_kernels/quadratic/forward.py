@@ -39,7 +39,6 @@ def forward(
         q_s, y_s, buffers, q_full, q_empty, done, scratch_buffers = refs
         keys = Keys(p, block_q, tiles.streamed, tiles.stages, k_ref, v_ref, decay_ref, first_ref, buffers)
         program, warpgroup = lax.axis_index("program"), lax.axis_index("warpgroup")
-        work = schedule.count(program)
 
         def tile_of(i):
             """Batch entry, head, key/value head and first row of the program's i-th tile."""
@@ -59,7 +58,7 @@ def forward(
                     plgpu.copy_gmem_to_smem(q_ref.at[b, own, h], q_s.at[w], q_full.at[w])
                 return keys.load(step, b, g, start)
 
-            keys.ring.drain(lax.fori_loop(0, work, load_tile, jnp.int32(0)))
+            keys.ring.drain(schedule.each(program, load_tile, jnp.int32(0)))
             for w in range(consumers):
                 plgpu.barrier_wait(q_empty.at[w])
 
@@ -117,7 +116,7 @@ def forward(
                         # A mask and a decay for each pair take registers that a whole tile does not leave.
                         size = tiles.columns if mask_of is None or decay is None else ROWS
                         parts = [pl.ds(begin, size) for begin in range(0, tiles.streamed, size)]
-                        factors = [decays_of(part, size) for part in parts]
+                        factors = [decays_of(part, size) if mask_of is None else None for part in parts]
 
                         def weigh(products):
                             total, largest = carry
@@ -125,7 +124,9 @@ def forward(
                                 s = products.take(i)
                                 if i == 0:
                                     release()
-                                seen = None if mask_of is None else mask_of(part, size)
+                                seen = None
+                                if mask_of is not None:
+                                    factor, seen = decays_of(part, size), mask_of(part, size)  # registers are scarce
                                 pairwise = factor is not None and beside
                                 if pairwise:
                                     factor = jnp.exp2(jnp.where(seen, factor + rows(prefix, s.shape), -jnp.inf))
@@ -178,7 +179,7 @@ def forward(
                 plgpu.copy_smem_to_gmem(y_s.at[warpgroup], y_ref.at[b, own, h])
                 return step
 
-            keys.ring.release(lax.fori_loop(0, work, attend_tile, jnp.int32(0)) - 1)
+            keys.ring.release(schedule.each(program, attend_tile, jnp.int32(0)) - 1)
             plgpu.wait_smem_to_gmem(0)
 
         # A warpgroup that leaves while another one multiplies can fault.

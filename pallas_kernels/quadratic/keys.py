@@ -14,7 +14,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.accumulator import COLUMN, ROW, columns, load_rows, operand, rows, store_rows
+from pallas_kernels.accumulator import COLUMN, ROW, columns, load_rows, operand, positions, rows, store_rows
 from pallas_kernels.quadratic.operands import Decay, Problem
 from pallas_kernels.ring import Ring
 
@@ -202,12 +202,10 @@ class Keys:
 
     def _mask(self, b, at, size, first_row, segments):
         """Which keys from `at` on the rows see: 0 <= row - key, and with segments <= row - first_visible."""
-        shape = (ROWS, size)
         row = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=ROW) + first_row
-        key = plgpu.broadcasted_iota(jnp.int32, (size,), 0, layout=COLUMN)
-        row_at, key = rows(row - at, shape), columns(key, shape)
+        row_at, key = positions(row - at, size)
         if not segments:
             return row_at >= key
         first = plgpu.load(self.first_visible.at[b, pl.ds(first_row, ROWS)], layout=ROW, optimized=False)
         # As unsigned numbers, negative distances are the largest.
-        return (row_at - key).astype(jnp.uint32) <= rows((row - first).astype(jnp.uint32), shape)
+        return (row_at - key).astype(jnp.uint32) <= rows((row - first).astype(jnp.uint32), (ROWS, size))

@@ -14,11 +14,25 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.accumulator import COLUMN, ROW, columns, load_rows, operand, rows, store_rows
+from pallas_kernels.accumulator import COLUMN, ROW, columns, load_rows, operand, positions, rows, store_rows
 from pallas_kernels.quadratic.operands import Problem
 from pallas_kernels.ring import Ring
 
 ROWS = 64  # keys of one warpgroup
+
+
+class Place(NamedTuple):
+    """Which keys a warpgroup has.
+
+    b: batch entry; g: key/value head; start: first key of the key tile; first_row: of the warpgroup's part of it;
+    warpgroup: its number.
+    """
+
+    b: jax.Array
+    g: jax.Array
+    start: jax.Array
+    first_row: jax.Array
+    warpgroup: jax.Array
 
 
 class QueryTiles(NamedTuple):
@@ -161,30 +175,28 @@ class Queries:
             plgpu.commit_smem()
             plgpu.barrier_arrive(full)
 
-    def walk(self, step, b, start, first_row, tile, turn, carry):
-        """Takes 64 keys from `first_row` past the queries that see their key tile.
+    def walk(self, step, place, tile, turn, carry):
+        """Takes the 64 keys of a warpgroup past the queries that see their key tile.
 
         Args:
           step: of the ring.
-          b: batch entry.
-          start: first key of the key tile.
-          first_row: of this warpgroup.
-          tile: `tile(slot, release, columns_of, beside, carry) -> carry` for each query tile. `columns_of(part, size)`
-            are the logits, the deltas and the mask of a slice of its queries, spread over 64 rows, or None: a logit is
-            a factor after the key tile (exp: its logarithm), and its logarithm beside it if there is a decay.
-            `release()` is called once every product of the tile before has been awaited.
+          place: `place()` is where the keys are, computed anew at each call: registers are scarce in the loops.
+          tile: `tile(at, slot, release, columns_of, beside, carry) -> carry` for each query tile, `at` a Place.
+            `columns_of(part, size)` are the logits, the deltas and the mask of a slice of its queries, spread over 64
+            rows, or None: a logit is a factor after the key tile (exp: its logarithm), and its logarithm beside it if
+            there is a decay. `release()` is called once every product of the tile before has been awaited.
           turn: `turn(carry) -> carry`, between the queries after and those beside.
           carry: a tuple.
 
         Returns:
           The next step, and the carry. The last buffer is released in the next walk; the very last is for the caller.
         """
-        seeing = self.seeing(b, start)
+        segments = self.last_visible is not None
 
-        def visit(n, carry, beside, segments):
+        def visit(n, carry, at, beside):
             this, inner = carry
             slot = self.ring.receive(this)
-            at = start + n * self.block_q + (0 if beside else self.block_kv)
+            begin = at.start + n * self.block_q + (0 if beside else self.block_kv)
 
             def release():
                 @pl.when(this > 0)
@@ -198,33 +210,33 @@ class Queries:
                 logit = None if self.logit is None else vector(self.buffers.logit)
                 delta = None if self.delta is None else vector(self.buffers.delta)
                 masked = beside or segments
-                mask = self._mask(b, at + part.start, size, first_row, segments) if masked else None
+                mask = self._mask(at, begin + part.start, size, segments) if masked else None
                 return logit, delta, mask
 
-            return this + 1, tile(slot, release, columns_of, beside, inner)
+            return this + 1, tile(at, slot, release, columns_of, beside, inner)
 
-        def loop(begin, end, carry, **kind):
-            return lax.fori_loop(begin, end, lambda n, carry: visit(n, carry, **kind), carry)
+        def loop(carry, beside):
+            at = place()
+            seeing = self.seeing(at.b, at.start)
+            count = seeing.beside if beside else seeing.after
 
-        segments = self.last_visible is not None
+            def head(_, carry):
+                return lax.fori_loop(0, count, lambda n, carry: visit(n, carry, at, beside), carry)
 
-        carry = self._each_head(
-            lambda _, carry: loop(0, seeing.after, carry, beside=False, segments=segments), (step, carry)
-        )
-        carry = (carry[0], turn(carry[1]))
-        return self._each_head(lambda _, carry: loop(0, seeing.beside, carry, beside=True, segments=segments), carry)
+            return self._each_head(head, carry)
+
+        step, carry = loop((step, carry), beside=False)
+        return loop((step, turn(carry)), beside=True)
 
     def _each_head(self, body, carry):
         return body(0, carry) if self.repeats == 1 else lax.fori_loop(0, self.repeats, body, carry)
 
-    def _mask(self, b, at, size, first_row, segments):
-        """Which queries from `at` on see the keys: 0 <= query - key, and with segments <= last_visible - key."""
-        shape = (ROWS, size)
-        row = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=ROW) + first_row
-        query = plgpu.broadcasted_iota(jnp.int32, (size,), 0, layout=COLUMN)
-        row_at, query = rows(row - at, shape), columns(query, shape)
+    def _mask(self, at, begin, size, segments):
+        """Which queries from `begin` on see the keys: 0 <= query - key, and with segments <= last_visible - key."""
+        row = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=ROW) + at.first_row
+        row_at, query = positions(row - begin, size)
         if not segments:
             return query >= row_at
-        last = plgpu.load(self.last_visible.at[b, pl.ds(first_row, ROWS)], layout=ROW, optimized=False)
+        last = plgpu.load(self.last_visible.at[at.b, pl.ds(at.first_row, ROWS)], layout=ROW, optimized=False)
         # As unsigned numbers, negative distances are the largest.
-        return (query - row_at).astype(jnp.uint32) <= rows((last - row).astype(jnp.uint32), shape)
+        return (query - row_at).astype(jnp.uint32) <= rows((last - row).astype(jnp.uint32), (ROWS, size))

@@ -9,6 +9,7 @@ import pytest
 
 from pallas_kernels.chunked import layout
 from pallas_kernels.chunked.gradient import gradient
+from pallas_kernels.chunked.normalizer import normalizer
 from pallas_kernels.chunked.problem import Problem, Tiles
 from pallas_kernels.chunked.query import query
 from pallas_kernels.chunked.scan import scan
@@ -50,7 +51,8 @@ def full_state(seed):
     return tiles, full
 
 
-def normalizer(seed):
+def two_parts(seed):
+    """A normaliser as a sum of two bfloat16 matrices, and in float64."""
     z = wide(normal(seed, BATCH, GROUPS, CHUNKS, 64, 64, dtype=jnp.float32))
     z = (z @ z.swapaxes(-1, -2)).astype(np.float32)
     high = jnp.asarray(z, jnp.bfloat16)
@@ -85,6 +87,18 @@ def test_update():
     assert_near(got, want, 2**-8)
 
 
+@pytest.mark.parametrize("weighted", [True, False])
+def test_normalizer(weighted):
+    """Of factors of both signs, to float32 or nearly so."""
+    x = normal(0, BATCH, TOKENS, HEADS, 64)
+    factor = normal(1, BATCH, HEADS, TOKENS, dtype=jnp.float32) if weighted else None
+    with interpreted():
+        got = jax.jit(lambda x: normalizer(PROBLEM, x, factor))(x)
+    factors = by_chunk(factor.swapaxes(1, 2))[..., 0] if weighted else np.ones((BATCH, CHUNKS, CHUNK, HEADS))
+    want = np.einsum("bnch,bncha,bnche->bnae", factors, by_chunk(x), by_chunk(x))[:, None]
+    assert_near(got, want, 1e-5)
+
+
 @pytest.mark.parametrize(("reverse", "starts"), [(False, True), (True, False), (True, True)])
 def test_scan(reverse, starts):
     added = normal(0, 1, 2, 3, 2, 64, 64, dtype=jnp.float32)
@@ -103,7 +117,7 @@ def test_scan(reverse, starts):
 def test_query(normalize):
     x, added = normal(0, BATCH, TOKENS, HEADS, 64), normal(1, BATCH, TOKENS, HEADS, 64)
     tiles, full = full_state(2)
-    parts, z = normalizer(3)
+    parts, z = two_parts(3)
     weight = abs(normal(4, BATCH, GROUPS, TOKENS, dtype=jnp.float32))
     own_norm = normal(5, BATCH, HEADS, TOKENS, dtype=jnp.float32) + 8
     extra = {"normalizer": parts, "own_norm": own_norm} if normalize else {}
@@ -126,7 +140,7 @@ def test_query(normalize):
 def test_gradient(normalize):
     x, w, added = (normal(seed, BATCH, TOKENS, HEADS, 64) for seed in range(3))
     tiles, full = full_state(3)
-    parts, z = normalizer(4)
+    parts, z = two_parts(4)
     factor = normal(5, BATCH, HEADS, TOKENS, dtype=jnp.float32)
     extra = {"normalizer": parts, "factor": factor} if normalize else {}
     with interpreted():

@@ -210,7 +210,7 @@ def _choose_form(op: Operation, q, v, implementation, unsupported) -> Form:
     """
     if implementation != "xla":
         in_chunks = unsupported("chunked") is None
-        longest = kernels.CROSSOVER if in_chunks else kernels.LONGEST[op.score]
+        longest = kernels.crossover(op, q) if in_chunks else kernels.LONGEST[op.score]
         if q.shape[1] <= longest and not unsupported("parallel"):
             return "parallel"
         if in_chunks:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from pallas_kernels.device import unsupported_device
+from pallas_kernels.device import device_kind, unsupported_device
 from twomamba_jax.ops.operation import Operation
 from twomamba_jax.ops.state import FiniteState, LayerState
 
@@ -18,10 +18,9 @@ Implementation = Literal["xla", "mosaic_gpu"]
 IMPLEMENTATIONS = ("xla", "mosaic_gpu")
 MOSAIC_GPU = "mosaic_gpu"
 
-# Tokens up to which the quadratic kernels are faster on one H200 than XLA's chunked form, and than the chunked kernels
-# (forward and backward together; docs/kernels.md).
+# Tokens up to which the quadratic kernels are faster on one H200 than XLA's chunked form, forward and backward together
+# (docs/kernels.md).
 LONGEST = {"linear": 16384, "squared": 131072, "exp": sys.maxsize}
-CROSSOVER = 8192
 
 
 _log = logging.getLogger("twomamba_jax")
@@ -77,6 +76,13 @@ def unsupported(op: Operation, q, k, v, initial_state, partition: PartitionSpec 
     from pallas_kernels.chunked.attention import unsupported as unsupported_in_chunks
 
     return unsupported_in_chunks(q, score=op.score, chunk_size=chunk_size)
+
+
+def crossover(op: Operation, q) -> int:
+    """Tokens up to which the quadratic kernels are faster than the chunked ones, forward and backward together."""
+    from pallas_kernels.chunked.table import crossover as measured
+
+    return measured(device_kind(), op.score, "forward+backward", q.shape[0] * q.shape[2])
 
 
 def parallel(op: Operation, q, k, v, log_decay, run, partition: PartitionSpec | None):
