@@ -19,7 +19,7 @@ from rich.console import Console
 
 from train.checkpoint import Checkpoints
 from train.configuration import build_model, decay_steps, validate
-from train.data import held_out_batches, training_batches
+from train.data import abstract_batch, held_out_batches, training_batches
 from train.errors import UserError, one_line
 from train.evaluation import evaluate
 from train.metrics import MetricsWriter, read_metrics
@@ -29,6 +29,7 @@ from train.sample import sample_text
 from train.sharding import RULES, make_mesh
 from train.step import TrainState, make_eval_step, make_init, make_optimizer, make_train_step, warmup_linear
 from train.task import Task, make_task
+from train.tokenizers import keep_tokenizer
 from train.workdir import claim, replace
 from twomamba_jax.layers import LanguageModel
 
@@ -49,7 +50,7 @@ class Run:
     def evaluate(self, params: Any) -> dict[str, float]:
         """The held-out metrics of `params`."""
         batches = held_out_batches(self.task.held_out, self.config.batch_size, self.config.eval_rows)
-        return evaluate(self.eval_step, params, batches)
+        return evaluate(self.eval_step, params, batches, self.task.targets_per_byte)
 
 
 def run(config: ConfigDict, workdir: Path, warn: Callable[[str], None], console: Console) -> None:
@@ -61,8 +62,14 @@ def run(config: ConfigDict, workdir: Path, warn: Callable[[str], None], console:
     validate(config)
     mesh = make_mesh(config.mesh, config.batch_size)
     with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
-        current = build(config, workdir, mesh)
+
+        def report(message: str) -> None:
+            console.print(message, highlight=False, soft_wrap=True)
+
+        current = build(config, workdir, mesh, report)
         claim(workdir, config, current.task.identity)
+        if current.task.tokenizer is not None:
+            keep_tokenizer(config.data.tokenizer, workdir)
         checkpoints = Checkpoints(workdir, config.checkpoints_kept)
         try:
             restored = checkpoints.restore(current.abstract, warn)
@@ -84,18 +91,20 @@ def run(config: ConfigDict, workdir: Path, warn: Callable[[str], None], console:
         finish(current, state, console)
 
 
-def build(config: ConfigDict, workdir: Path, mesh: Mesh) -> Run:
-    """The data, the model and its jitted steps, traced but not run; under `jax.set_mesh(mesh)` and the rules."""
+def build(config: ConfigDict, workdir: Path, mesh: Mesh, report: Callable[[str], None] = lambda _: None) -> Run:
+    """The data, the model and its jitted steps, traced but not run; under `jax.set_mesh(mesh)` and the rules.
+
+    `report` is told what takes time.
+    """
     model = build_model(config)
-    task = make_task(config)
+    task = make_task(config, report)
     schedule = warmup_linear(config.optimizer.learning_rate, config.optimizer.warmup_steps, decay_steps(config))
     options = {key: config.optimizer[key] for key in ("b1", "b2", "eps", "weight_decay", "clip_norm")}
     optimizer = make_optimizer(schedule, **options)
-    rows = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((config.batch_size, *leaf.shape), leaf.dtype), task.train[0])
     try:
         init, abstract = make_init(model, optimizer, mesh)
         eval_step = make_eval_step(model, abstract, mesh)
-        jax.eval_shape(eval_step, abstract.params, rows)
+        jax.eval_shape(eval_step, abstract.params, abstract_batch(config.batch_size, config.length))
     except ValueError as error:
         # Tracing is where the library says that a form or an implementation cannot run this model.
         raise UserError(one_line(error)) from error

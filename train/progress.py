@@ -83,7 +83,5 @@ class ProgressDisplay:
 
 def held_out_figures(record: Mapping[str, float]) -> str:
     """The held-out metrics of a record in words."""
-    return (
-        f"held-out loss {record['eval/loss']:.4f} nats, {record['eval/bits_per_byte']:.4f} bits per byte, "
-        f"accuracy {100 * record['eval/accuracy']:.2f} %"
-    )
+    bits = f"{record['eval/bits_per_byte']:.4f} bits per byte, " if "eval/bits_per_byte" in record else ""
+    return f"held-out loss {record['eval/loss']:.4f} nats, {bits}accuracy {100 * record['eval/accuracy']:.2f} %"

@@ -17,7 +17,10 @@ from train.errors import UserError
 
 # These leave the parameters after a given number of steps as they are (a mesh changes only the rounding), so a run
 # may go on under other values: observing it more often, or on another number of devices, makes no other run of it.
-FREE_ON_RESUME = ("log_every", "eval_every", "eval_rows", "checkpoint_every", "checkpoints_kept", "sample.", "mesh.")
+FREE_ON_RESUME = (
+    "log_every", "eval_every", "eval_rows", "checkpoint_every", "checkpoints_kept", "sample.", "mesh.",
+    "data.cache_dir",
+)  # fmt: skip
 
 
 def free_on_resume(key: str, config: Mapping[str, Any]) -> bool:
@@ -49,7 +52,7 @@ def default_workdir(config: ConfigDict, defaults: ConfigDict) -> Path:
 def claim(workdir: Path, config: ConfigDict, corpus: Mapping[str, Any]) -> None:
     """Writes config.json and corpus.json into a new `workdir`; in an old one, checks that they are this run's.
 
-    Raises UserError naming each key that differs with both of its values, or the two digests of the data.
+    Raises UserError naming each key that differs with both of its values, or the two digests of the data or tokenizer.
     """
     if workdir.exists() and not workdir.is_dir():
         raise UserError(f"workdir {workdir} is not a directory")
@@ -68,12 +71,13 @@ def claim(workdir: Path, config: ConfigDict, corpus: Mapping[str, Any]) -> None:
         if differing:
             raise UserError(f"workdir {workdir} holds another run: {'; '.join(differing)}; choose another --workdir")
     if (workdir / "corpus.json").exists():
-        digest = _read(workdir / "corpus.json").get("digest")
-        if digest != corpus["digest"]:
-            raise UserError(
-                f"workdir {workdir} was trained on other data: its digest is {digest}, this data's is "
-                f"{corpus['digest']}; bring that data back, or choose another --workdir"
-            )
+        theirs = _read(workdir / "corpus.json")
+        for key, thing in (("digest", "data"), ("tokenizer", "tokenizer")):
+            if theirs.get(key) != corpus.get(key):
+                raise UserError(
+                    f"workdir {workdir} was trained on other {thing}: its digest is {theirs.get(key)}, this {thing}'s "
+                    f"is {corpus.get(key)}; bring that {thing} back, or choose another --workdir"
+                )
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         replace(workdir / "corpus.json", json.dumps(dict(corpus), indent=2, sort_keys=True) + "\n")
@@ -82,10 +86,10 @@ def claim(workdir: Path, config: ConfigDict, corpus: Mapping[str, Any]) -> None:
         raise UserError(f"cannot write to workdir {workdir}: {error.strerror}") from error
 
 
-def replace(path: Path, text: str) -> None:
-    """Writes `text` so that a reader, or a run after a kill, finds the old text or the new, never half of it."""
+def replace(path: Path, content: str | bytes) -> None:
+    """Writes `content` so that a reader, or a run after a kill, finds the old or the new, never half of it."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
+    partial.write_bytes(content.encode() if isinstance(content, str) else content)
     partial.replace(path)
 
 

@@ -121,14 +121,14 @@ def test_a_batch_without_weights_changes_nothing_but_by_decay():
 
 def test_evaluation_weights_by_token_across_batches():
     sums = {"a": Sums(6.0, 2.0, 3.0), "b": Sums(4.0, 0.0, 1.0)}
-    figures = evaluate(lambda _, name: sums[name], None, ["a", "b"])
+    figures = evaluate(lambda _, name: sums[name], None, ["a", "b"], targets_per_byte=0.25)
     assert figures == pytest.approx(
         {
             "eval/loss": 2.5,
             "eval/accuracy": 0.5,
             "eval/perplexity": np.exp(2.5),
-            "eval/bits_per_byte": 2.5 / np.log(2),
+            "eval/bits_per_byte": 2.5 / np.log(2) / 4,
         }
     )
     with pytest.raises(UserError, match="no token to predict"):
-        evaluate(lambda *_: Sums(0.0, 0.0, 0.0), None, ["a"])
+        evaluate(lambda *_: Sums(0.0, 0.0, 0.0), None, ["a"], 1.0)
