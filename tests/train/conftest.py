@@ -15,6 +15,7 @@ import tokenizers
 import train
 from train.corpus import read_corpus
 from train.main import main
+from train.meter import COSTS
 from train.metrics import read_metrics
 
 # Where `python -m train.main` works: the directory that holds the package under test.
@@ -166,7 +167,7 @@ def flatten(tree, path=""):
 
 
 def without_times(records):
-    return [{key: value for key, value in record.items() if key != "tokens_per_second"} for record in records]
+    return [{key: value for key, value in record.items() if key not in COSTS} for record in records]
 
 
 @pytest.fixture(scope="session")

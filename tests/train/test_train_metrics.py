@@ -7,10 +7,13 @@ import pytest
 from rich.console import Console
 
 from train.metrics import MetricsWriter, read_metrics
-from train.plot import plot_loss
+from train.plot import plot_runs
 from train.progress import ProgressDisplay, duration
 
-RECORD = {"step": 10, "train/loss": 2.5, "tokens_per_second": 1234.6}
+RECORD = {
+    "step": 10, "train/loss": 2.5, "train/skipped": 0,
+    "tokens_per_second": 1234.6, "seconds_per_step": 2.0, "mfu": 0.4123,
+}  # fmt: skip
 HELD_OUT = {"eval/loss": 2.0, "eval/accuracy": 0.25, "eval/bits_per_byte": 2.885}
 
 
@@ -42,7 +45,7 @@ def test_no_file_has_no_records(tmp_path):
 
 @pytest.mark.parametrize("records", [[], [{"step": 1, "train/loss": 3.0}, {"step": 2, "eval/loss": 2.0}]])
 def test_plot_is_a_png(tmp_path, records):
-    plot_loss(records, "title", tmp_path / "curve.png")
+    plot_runs({"title": records}, tmp_path / "curve.png")
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -55,9 +58,9 @@ def test_plain_lines_where_there_is_no_terminal():
     output = io.StringIO()
     with ProgressDisplay(Console(file=output), 0, 20) as display:
         display.advance(5)
-        display.report(RECORD | HELD_OUT, seconds_per_step=2.0)
+        display.report(RECORD | HELD_OUT)
     assert output.getvalue() == (
-        "step 10/20  loss 2.5000  1,235 tokens/s  20s left  "
+        "step 10/20  loss 2.5000  1,235 tokens/s  MFU 41.2 %  20s left  "
         "held-out loss 2.0000 nats, 2.8850 bits per byte, accuracy 25.00 %\n"
     )
 
@@ -67,7 +70,7 @@ def test_a_bar_on_a_terminal():
     console = Console(file=output, force_terminal=True, width=120)
     with ProgressDisplay(console, 0, 20) as display:
         display.advance(10)
-        display.report(RECORD, seconds_per_step=2.0)
+        display.report(RECORD)
     text = output.getvalue()
     assert "10/20" in text
-    assert "loss 2.5000  1,235 tokens/s  20s left" in text
+    assert "loss 2.5000  1,235 tokens/s  MFU 41.2 %  20s left" in text
