@@ -35,7 +35,7 @@ from train.sharding import RULES, make_mesh
 from train.step import TrainState, make_eval_step, make_init, make_optimizer, make_train_step, warmup_linear
 from train.task import Task, make_task
 from train.tokenizers import keep_tokenizer
-from train.trackers import open_trackers
+from train.trackers import check_trackers, open_trackers
 from train.workdir import claim, replace, writing
 from twomamba_jax.layers import LanguageModel
 
@@ -77,6 +77,7 @@ def run(config: ConfigDict, workdir: Path, warn: Callable[[str], None], console:
         console.print(message, highlight=False, soft_wrap=True)
 
     validate(config)
+    check_trackers(config)
     mesh = make_mesh(config.mesh, config.batch_size)
     with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
         current = build(config, workdir, mesh, report)
@@ -143,9 +144,7 @@ def train(
         stack.callback(batches.close)
         if position is not None:
             batches.set_state(position)
-        trackers = open_trackers(config, run.workdir, start)
-        for tracker in trackers:
-            stack.callback(tracker.close)
+        trackers = open_trackers(config, run.workdir, start, stack)
         profiler = ProfilerWindow(config.profile.start, config.profile.steps, run.workdir / "profile")
         stack.callback(profiler.close)
         display = stack.enter_context(ProgressDisplay(console, start, config.steps))

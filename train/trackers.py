@@ -1,6 +1,7 @@
 """Where the records of a run go: metrics.jsonl always, TensorBoard and Weights & Biases where they are asked for."""
 
 import secrets
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -75,11 +76,24 @@ class WeightsAndBiases:
         self._run.finish()
 
 
-def open_trackers(config: ConfigDict, workdir: Path, resumed_step: int) -> list[Tracker]:
-    """The trackers of a run that goes on after `resumed_step`. Raises UserError for a missing extra."""
-    trackers: list[Tracker] = [MetricsWriter(workdir / "metrics.jsonl", resumed_step)]
+def check_trackers(config: ConfigDict) -> None:
+    """Raises UserError where a tracker of `config.log` is not installed."""
+    for asked, module in ((config.log.tensorboard, "tensorboardX"), (config.log.wandb, "wandb")):
+        if asked:
+            import_extra(module, "log")
+
+
+def open_trackers(config: ConfigDict, workdir: Path, resumed_step: int, stack: ExitStack) -> list[Tracker]:
+    """The trackers of a run that goes on after `resumed_step`; `stack` closes them."""
+    trackers: list[Tracker] = []
+
+    def add(tracker: Tracker) -> None:
+        trackers.append(tracker)
+        stack.callback(tracker.close)
+
+    add(MetricsWriter(workdir / "metrics.jsonl", resumed_step))
     if config.log.tensorboard:
-        trackers.append(TensorBoard(workdir, resumed_step))
+        add(TensorBoard(workdir, resumed_step))
     if config.log.wandb:
-        trackers.append(WeightsAndBiases(workdir, config.log.wandb_project, config))
+        add(WeightsAndBiases(workdir, config.log.wandb_project, config))
     return trackers

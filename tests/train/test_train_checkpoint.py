@@ -1,5 +1,6 @@
 """Checkpoints: what is saved comes back, and no damage goes unnoticed."""
 
+import gc
 import json
 import resource
 import shutil
@@ -208,8 +209,7 @@ def test_a_save_goes_on_behind_and_holds_the_state_of_its_moment(tmp_path):
     assert_is(restore(tmp_path)[0], 1)
 
 
-# Orbax closes its event loop at the first failed write; those of TensorStore that fail after it find the loop closed.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # see test_train_faults.py
 def test_a_full_disk_is_one_line_and_leaves_the_checkpoint_before(tmp_path):
     save_all(tmp_path, {1: None}, keep=3)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -221,6 +221,7 @@ def test_a_full_disk_is_one_line_and_leaves_the_checkpoint_before(tmp_path):
             UserError, match=r"cannot save the checkpoint of step 2 .*that of step 1; make room"
         ) as error:
             checkpoints.close()
+        gc.collect()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert "\n" not in str(error.value)
