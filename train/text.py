@@ -92,13 +92,13 @@ def _identified(config: ConfigDict, digest: str, train: Split | StreamedRows, he
     """The splits with their digest and sizes. Raises UserError where one of them is empty."""
     data = config.data
     identity: dict[str, Any] = {"digest": digest}
-    for name, split in (("train", train), ("held_out", held_out)):
+    for name, described, split in (("train", "training", train), ("held_out", "held-out", held_out)):
         if isinstance(split, StreamedRows):
             continue
         if not len(split):
             raise UserError(
-                f"the {name.replace('train', 'training').replace('_', '-')} split has no document: change "
-                f"data.held_out_percent={data.held_out_percent}, or name its own data (docs/data.md)"
+                f"the {described} split has no document: change data.held_out_percent={data.held_out_percent}, or name "
+                "its own data (docs/data.md)"
             )
         identity[f"{name}_documents"] = len(split)
         identity[f"{name}_tokens"] = int(split.tokens.size)

@@ -45,6 +45,11 @@ SOURCES = {
         "data.source": "huggingface", "data.dataset": "jsonl", "data.streaming": True, "data.held_out_documents": 5,
         "data.shuffle_rows": 8,
     },
+    "jsonl stream, one document a row": {
+        "data.source": "huggingface", "data.dataset": "jsonl", "data.streaming": True, "data.packing": "documents",
+        "data.held_out_split": "validation", "data.shuffle_rows": 8,
+    },
+    "corpus, one document a row": {"data.packing": "documents"},
     "jsonl files, one document a row": {
         "data.source": "files", "data.paths": "jsonl/train*", "data.packing": "documents",
     },
@@ -67,8 +72,10 @@ def test_a_run_goes_through_and_resumes_bit_for_bit(arguments, directory, tmp_pa
     same_end(resumed, whole, 12)
 
     identity = json.loads((whole / "corpus.json").read_text())
-    if "streaming" not in str(changes):
-        assert identity["train_documents"] + identity["held_out_documents"] == (67 if "dataset" in source else 60)
+    if "stream" not in source:
+        documents = {"parquet dataset": 67, "corpus, one document a row": 40}.get(source, 60)
+        assert identity["train_documents"] + identity["held_out_documents"] == documents
+    assert ("held_out_tokens_cut_off" in identity) == ("one document" in source)
     record = read_metrics(whole / "metrics.jsonl")[-1]
     # 400 tokens for 256 bytes: a token is more than a byte.
     assert record["eval/bits_per_byte"] < 0.8 * record["eval/loss"] / 0.6931
