@@ -87,10 +87,11 @@ class Checkpoints:
         """The latest readable state, with the shardings of `abstract`, and the data's position; None in a new run.
 
         Later ones that cannot be read are moved to `workdir/unreadable`, with a warning that names the step and the
-        step that is used in its place; what a kill left half-written is removed. Raises UserError where there are
+        step that is used in its place; what a save that did not end left is removed. Raises UserError where there are
         checkpoints and none can be read.
         """
-        self._remove_partial()
+        for path in self._directory.glob("*.orbax-checkpoint-tmp*"):
+            shutil.rmtree(path, ignore_errors=True)  # not worth an end: it takes room and nothing else
         arrays = describe_arrays(abstract)
         damaged: dict[int, str] = {}
         for step in reversed(checkpoint_steps(self._directory)):
@@ -156,7 +157,6 @@ class Checkpoints:
             shutil.rmtree(self._directory / str(old))
 
     def _failure(self, error: Exception) -> UserError:
-        self._remove_partial()
         steps = [
             step for step in checkpoint_steps(self._directory) if (self._directory / str(step) / MANIFEST).exists()
         ]
@@ -165,11 +165,6 @@ class Checkpoints:
             f"cannot save the checkpoint of step {self._step} in {self._directory} ({one_line(error)}): {kept}; "
             "make room, and run again to resume"
         )
-
-    def _remove_partial(self) -> None:
-        """Removes what an interrupted save left: Orbax's temporary directories."""
-        for path in self._directory.glob("*.orbax-checkpoint-tmp*"):
-            shutil.rmtree(path, ignore_errors=True)
 
     def _set_aside(self, damaged: dict[int, str], fallback: int, warn: Callable[[str], None]) -> None:
         for step, damage in damaged.items():

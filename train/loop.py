@@ -14,13 +14,13 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 from rich.console import Console
 
 from train.checkpoint import Checkpoints
 from train.configuration import build_model, decay_steps, validate
-from train.data import abstract_batch, held_out_batches, training_batches
+from train.data import Batch, abstract_batch, held_out_batches, training_batches
 from train.errors import UserError, one_line
 from train.evaluation import evaluate
 from train.flops import peak_flops, training_flops_per_token
@@ -31,7 +31,7 @@ from train.plot import plot_runs
 from train.profiler import ProfilerWindow
 from train.progress import ProgressDisplay, held_out_figures
 from train.sample import sample_text
-from train.sharding import RULES, make_mesh
+from train.sharding import RULES, batch_sharding, make_mesh
 from train.step import TrainState, make_eval_step, make_init, make_optimizer, make_train_step, warmup_linear
 from train.task import Task, make_task
 from train.tokenizers import keep_tokenizer
@@ -52,10 +52,16 @@ class Run:
     init: Callable[[jax.Array], TrainState]
     train_step: Callable[..., Any]
     eval_step: Callable[..., Any]
+    batch_sharding: NamedSharding
+
+    def place(self, batch: Batch) -> dict[str, jax.Array]:
+        """The batch on the devices: each process has its own rows of it."""
+        return {key: jax.make_array_from_process_local_data(self.batch_sharding, rows) for key, rows in batch.items()}
 
     def evaluate(self, params: Any) -> dict[str, float]:
         """The held-out metrics of `params`."""
-        batches = held_out_batches(self.task.held_out, self.config.batch_size, self.config.eval_rows)
+        config, shard = self.config, (jax.process_index(), jax.process_count())
+        batches = map(self.place, held_out_batches(self.task.held_out, config.batch_size, config.eval_rows, *shard))
         return evaluate(self.eval_step, params, batches, self.task.targets_per_byte)
 
     def make_meter(self) -> Meter:
@@ -122,7 +128,7 @@ def build(config: ConfigDict, workdir: Path, mesh: Mesh, report: Callable[[str],
         # Tracing is where the library says that a form or an implementation cannot run this model.
         raise UserError(one_line(error)) from error
     train_step = make_train_step(model, optimizer, schedule, abstract, mesh)
-    return Run(config, workdir, task, model, abstract, init, train_step, eval_step)
+    return Run(config, workdir, task, model, abstract, init, train_step, eval_step, batch_sharding(mesh))
 
 
 def train(
@@ -140,7 +146,8 @@ def train(
     config = run.config
     start = int(state.step)
     with ExitStack() as stack:
-        batches = training_batches(run.task.train, config.batch_size, config.seed)
+        shard = jax.process_index(), jax.process_count()
+        batches = training_batches(run.task.train, config.batch_size, config.seed, *shard)
         stack.callback(batches.close)
         if position is not None:
             batches.set_state(position)
@@ -149,14 +156,14 @@ def train(
         stack.callback(profiler.close)
         display = stack.enter_context(ProgressDisplay(console, start, config.steps))
 
-        batch = next(batches)
+        batch = run.place(next(batches))
         train_step = run.train_step.lower(state, batch).compile()
         meter, best, logged = run.make_meter(), checkpoints.best_loss, start
         meter.training.resume()
         for step in range(start + 1, config.steps + 1):
             if step > start + 1:
                 with meter.data.running():
-                    batch = next(batches)
+                    batch = run.place(next(batches))
                 # Waiting for the step before keeps the bar honest, and the device is never more than one ahead.
                 jax.block_until_ready(metrics)
                 check_skipped(state, metrics, config.skip_limit)

@@ -228,4 +228,10 @@ def test_a_full_disk_is_one_line_and_leaves_the_checkpoint_before(tmp_path):
     restored, warnings = restore(tmp_path)
     assert_is(restored, 1)
     assert warnings == []
-    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["1"]
+    assert checkpoint_steps(tmp_path / "checkpoints") == [1]
+
+
+def test_what_a_save_that_did_not_end_left_is_removed(workdir):
+    (workdir / "checkpoints/40.orbax-checkpoint-tmp/state").mkdir(parents=True)
+    assert_is(restore(workdir)[0], 30)
+    assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["20", "30"]
