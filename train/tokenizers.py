@@ -170,6 +170,8 @@ def load_kept_tokenizer(data: Any, workdir: Path) -> Tokenizer:
 
     Raises UserError where the copy is missing or is not the one that the run was trained with.
     """
+    if "tokenizer" not in data:
+        raise UserError(f"the run in {workdir} has no tokenizer: its data.source={data['source']!r} is no text")
     spec = data["tokenizer"]
     tokenizer = load_tokenizer(
         "bytes" if spec == "bytes" else str(_kept(spec, workdir)), data["eos_token"], data["bos_token"]

@@ -80,12 +80,14 @@ def test_a_run_keeps_its_own_tokenizer(spec, tmp_path, tokenizer_json):
     tokenizer = load_tokenizer(spec)
     (tmp_path / "corpus.json").write_text(json.dumps({"tokenizer": tokenizer.digest}))
     keep_tokenizer(spec, tmp_path)
-    data = {"tokenizer": spec and f"/gone/{spec}" if spec != "bytes" else spec, "eos_token": None, "bos_token": None}
+    data = {"tokenizer": spec if spec == "bytes" else f"/gone{spec}", "eos_token": None, "bos_token": None}
     kept = load_kept_tokenizer(data, tmp_path)
     assert np.array_equal(kept.encode(TEXT), tokenizer.encode(TEXT))
     (tmp_path / "corpus.json").write_text(json.dumps({"tokenizer": "another"}))
     with pytest.raises(UserError, match="tokenizer mismatch"):
         load_kept_tokenizer(data, tmp_path)
+    with pytest.raises(UserError, match="has no tokenizer: its data.source='recall' is no text"):
+        load_kept_tokenizer({"source": "recall"}, tmp_path)
     (tmp_path / "corpus.json").unlink()
     with pytest.raises(UserError, match="does not say which tokenizer"):
         load_kept_tokenizer(data, tmp_path)
