@@ -86,7 +86,7 @@ def test_a_run_keeps_its_own_tokenizer(spec, tmp_path, tokenizer_json):
     (tmp_path / "corpus.json").write_text(json.dumps({"tokenizer": "another"}))
     with pytest.raises(UserError, match="tokenizer mismatch"):
         load_kept_tokenizer(data, tmp_path)
-    with pytest.raises(UserError, match="has no tokenizer: its data.source='recall' is no text"):
+    with pytest.raises(UserError, match=r"has no tokenizer: its data\.source='recall' is no text"):
         load_kept_tokenizer({"source": "recall"}, tmp_path)
     (tmp_path / "corpus.json").unlink()
     with pytest.raises(UserError, match="does not say which tokenizer"):
