@@ -29,7 +29,10 @@ class Source(NamedTuple):
 
 
 class StreamedRows(grain.IterDataset[Batch]):
-    """Rows [length] of the documents of `source` without end, packed or one document a row, in windows of `window`."""
+    """Rows [length] of the documents of `source` without end, packed or one document a row, in windows of `window`.
+
+    One iterator at a time: the place in the stream is the stream's own.
+    """
 
     def __init__(self, source: Source, packing: str, length: int, window: int, seed: int):
         """Nothing is read yet."""

@@ -35,6 +35,9 @@ def read_files(config: ConfigDict, tokenizer: Tokenizer, report: Callable[[str],
     train, held_out = find_inputs("data.paths", data.paths), []
     if data.held_out_paths is not None:
         held_out = find_inputs("data.held_out_paths", data.held_out_paths)
+        both = {one.path.resolve() for one in train} & {one.path.resolve() for one in held_out}
+        if both:
+            raise UserError(f"{min(both)} is in data.paths and in data.held_out_paths: it would be trained on")
 
     def documents() -> Iterator[tuple[bool, str]]:
         for name, text in read_documents(train, data.text_key):

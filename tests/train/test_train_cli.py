@@ -93,6 +93,14 @@ def test_a_line_that_is_no_document_is_named(user_error, tiny, tmp_path):
     assert sorted(entry.name for entry in tmp_path.rglob("*")) == ["texts.jsonl", "tokens"]
 
 
+def test_a_file_to_train_on_and_to_hold_out(user_error, tiny, tmp_path):
+    (tmp_path / "texts.jsonl").write_text('{"text": "fine"}\n')
+    paths = {"data.paths": tmp_path, "data.held_out_paths": tmp_path / "texts.jsonl"}
+    assert "texts.jsonl is in data.paths and in data.held_out_paths" in user_error(
+        tiny(tmp_path / "run", **{"data.source": "files"}, **paths)
+    )
+
+
 def test_a_tokenizer_with_more_tokens_than_the_model_has(user_error, tiny, tmp_path, tokenizer_json):
     options = {"data.tokenizer": tokenizer_json, "model.vocab_size": 300}
     assert "model.vocab_size=300 is too small: the data has tokens up to 399" in user_error(tiny(tmp_path, **options))
