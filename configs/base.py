@@ -60,6 +60,24 @@ def get_config(name: str, variant: str, size: str) -> ConfigDict:
     config.data.root = optional(str)  # None: the source of Python's own standard library
     config.data.suffix = ".py"
     config.data.held_out_percent = 5
+    config.data.tokenizer = "bytes"  # or the path of a tokenizer.json or a SentencePiece .model
+    config.data.eos_token = optional(str)  # of a tokenizer.json: what closes a document; None: a known name in it
+    config.data.bos_token = optional(str)  # and what opens one
+    config.data.packing = "packed"  # or "documents": one a row, as the paper did, cut off at `length`
+    # source "files": files, directories and patterns, separated by commas
+    config.data.paths = ""
+    config.data.held_out_paths = optional(str)  # None: held_out_percent of the documents of `paths`
+    config.data.text_key = "text"  # where JSON lines, Parquet and Arrow have the text
+    config.data.cache_dir = "runs/tokens"
+    # source "huggingface": a directory, or a dataset of the Hub with the commit as its revision
+    config.data.dataset = ""
+    config.data.revision = optional(str)
+    config.data.subset = optional(str)
+    config.data.split = "train"
+    config.data.held_out_split = optional(str)  # None: held_out_percent of the documents of `split`
+    config.data.streaming = False  # True: packed as it comes, no cache
+    config.data.held_out_documents = 1000  # of a stream: its first
+    config.data.shuffle_rows = 1024  # of a stream: rows that are shuffled with one another
 
     config.steps = 100_000
     config.batch_size = 32
@@ -81,7 +99,11 @@ def get_config(name: str, variant: str, size: str) -> ConfigDict:
     config.eval_every = 1000
     config.eval_rows = optional(int, 1024)  # spread evenly over the held-out split; None: all of it
     config.checkpoint_every = 1000
-    config.checkpoints_kept = 3
+    config.checkpoints_kept = 3  # the last; the best held-out one is kept besides
+    config.skip_limit = 10  # so many steps in a row with a loss or gradient that is not finite end the run
+
+    config.log = ConfigDict({"tensorboard": False, "wandb": False, "wandb_project": "twomamba"})
+    config.profile = ConfigDict({"start": optional(int), "steps": 5})  # steps under JAX's profiler
 
     config.sample = ConfigDict({"prompt": "def ", "tokens": 256, "temperature": 0.7})
 

@@ -1,61 +1,22 @@
-"""Checkpoints by Orbax, each with a manifest of its own, so that a damaged one is found before it is read.
+"""Checkpoints by Orbax, written while the training goes on; the last ones and the best one are kept.
 
-Orbax takes a directory without its commit marker for a checkpoint, casts silently to the dtypes asked for, and reads
-some damaged files without complaint. `files.json`, written into a checkpoint when all else is on the disk, lists the
-SHA-256 of every file and the shape and dtype of every array. A checkpoint counts only where the list holds.
+Each has a manifest (train/manifest.py), written when all else is on the disk; without it a checkpoint does not count.
 """
 
-import hashlib
-import json
+import math
+import shutil
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import jax
 import orbax.checkpoint as ocp
 
-from train.errors import UserError
+from train.errors import UserError, one_line
+from train.manifest import MANIFEST, describe_arrays, find_damage, read_held_out_loss, write_manifest
 from train.step import TrainState
-from train.workdir import replace
 
-MANIFEST = "files.json"
-
-
-def describe_arrays(state: TrainState) -> dict[str, str]:
-    """Path, dtype and shape of every array of a state, which may be abstract."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(state)
-    return {jax.tree_util.keystr(path): f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves}
-
-
-def describe_files(directory: Path) -> dict[str, str]:
-    """Path and SHA-256 of every file below `directory`, the manifest itself left out."""
-    digests = {}
-    for path in sorted(directory.rglob("*")):
-        name = path.relative_to(directory).as_posix()
-        if path.is_file() and name != MANIFEST:
-            with path.open("rb") as file:
-                digests[name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return digests
-
-
-def find_damage(directory: Path, arrays: dict[str, str]) -> str | None:
-    """Why the checkpoint in `directory` cannot be restored into a state of these `arrays`; None where it can."""
-    try:
-        manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
-        saved_files, saved_arrays = dict(manifest["files"]), dict(manifest["arrays"])
-    except FileNotFoundError:
-        return f"{MANIFEST} is missing, so it was never completed"
-    except (ValueError, KeyError, TypeError):
-        return f"{MANIFEST} is damaged"
-    found = describe_files(directory)
-    for name, digest in saved_files.items():
-        if found.get(name) != digest:
-            return f"{name} is {'damaged' if name in found else 'missing'}"
-    for name in sorted(arrays.keys() | saved_arrays.keys()):
-        saved, wanted = saved_arrays.get(name, "absent"), arrays.get(name, "absent")
-        if saved != wanted:
-            return f"{name} is {saved} there, but the model's is {wanted}"
-    return None
+Which = Literal["best", "latest"]
 
 
 def checkpoint_steps(directory: Path) -> list[int]:
@@ -63,65 +24,147 @@ def checkpoint_steps(directory: Path) -> list[int]:
     return sorted(int(path.name) for path in directory.glob("*") if path.name.isdecimal() and path.is_dir())
 
 
+def best_first(directory: Path) -> list[int]:
+    """The steps by their held-out loss, the lowest first, those without one last; the later of equals first."""
+    losses = {step: read_held_out_loss(directory / str(step)) for step in checkpoint_steps(directory)}
+    return sorted(losses, key=lambda step: (math.inf if losses[step] is None else losses[step], -step))
+
+
+def restore_params(workdir: Path, params: Any, which: Which, warn: Callable[[str], None]) -> tuple[Any, int]:
+    """The parameters of the best or the latest readable checkpoint of a run, and its step; nothing is changed there.
+
+    `params` is their tree as ShapeDtypeStructs, with shardings. A checkpoint that cannot be read is named to `warn`,
+    and the next best or next latest is taken. Raises UserError where none can be read.
+    """
+    directory = (workdir / "checkpoints").resolve()
+    steps = best_first(directory) if which == "best" else checkpoint_steps(directory)[::-1]
+    if not steps:
+        raise UserError(f"there is no checkpoint in {directory}")
+    arrays = describe_arrays(params, ".params")
+    damaged: dict[int, str] = {}
+    for step in steps:
+        damage = find_damage(directory / str(step), arrays, ".params")
+        if damage is None:
+            item = {"params": params}
+            restore_args = ocp.checkpoint_utils.construct_restore_args(item)
+            with ocp.PyTreeCheckpointer() as checkpointer:
+                restored = checkpointer.restore(
+                    directory / str(step) / "state",
+                    args=ocp.args.PyTreeRestore(item=item, restore_args=restore_args, partial_restore=True),
+                )
+            return restored["params"], step
+        warn(f"the checkpoint of step {step} is unreadable ({damage})")
+        damaged[step] = damage
+    raise UserError(f"no readable checkpoint in {directory} ({_listed(damaged)})")
+
+
+def _listed(damaged: dict[int, str]) -> str:
+    return "; ".join(f"step {step}: {damage}" for step, damage in damaged.items())
+
+
 class Checkpoints:
-    """The checkpoints of a run in `workdir/checkpoints`, the last `keep` of them."""
+    """The checkpoints of a run in `workdir/checkpoints`: the last `keep` of them, and the best of those evaluated."""
 
     def __init__(self, workdir: Path, keep: int):
         """Nothing is read or written yet."""
         self._directory = (workdir / "checkpoints").resolve()
         self._aside = workdir / "unreadable"
         self._keep = keep
-        self._manager: ocp.CheckpointManager | None = None
+        # Directories made at once: otherwise an interrupt in the middle of a save leaves threads that wait 5 minutes.
+        options = ocp.AsyncOptions(create_directories_asynchronously=False)
+        self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(), async_options=options)
+        self._thread = ThreadPoolExecutor(1, "seal")
+        self._sealing: Future[None] | None = None
+        self._step = 0  # of the checkpoint that is being written
+
+    @property
+    def best_loss(self) -> float:
+        """The lowest held-out loss of a checkpoint; infinite where none has one."""
+        losses = (read_held_out_loss(self._directory / str(step)) for step in checkpoint_steps(self._directory))
+        return min((loss for loss in losses if loss is not None), default=math.inf)
 
     def restore(self, abstract: TrainState, warn: Callable[[str], None]) -> tuple[TrainState, dict[str, Any]] | None:
         """The latest readable state, with the shardings of `abstract`, and the data's position; None in a new run.
 
         Later ones that cannot be read are moved to `workdir/unreadable`, with a warning that names the step and the
-        step that is used in its place. Raises UserError where there are checkpoints and none can be read.
+        step that is used in its place; what a save that did not end left is removed. Raises UserError where there are
+        checkpoints and none can be read.
         """
+        for path in self._directory.glob("*.orbax-checkpoint-tmp*"):
+            shutil.rmtree(path, ignore_errors=True)  # not worth an end: it takes room and nothing else
         arrays = describe_arrays(abstract)
         damaged: dict[int, str] = {}
         for step in reversed(checkpoint_steps(self._directory)):
             damage = find_damage(self._directory / str(step), arrays)
             if damage is None:
                 self._set_aside(damaged, step, warn)
-                restored = self._open().restore(
-                    step,
+                restored = self._checkpointer.restore(
+                    self._directory / str(step),
                     args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract), position=ocp.args.JsonRestore()),
                 )
                 return restored.state, restored.position
             damaged[step] = damage
         if damaged:
-            reasons = "; ".join(f"step {step}: {damage}" for step, damage in damaged.items())
             raise UserError(
-                f"no readable checkpoint in {self._directory} ({reasons}); move it away to start from the beginning"
+                f"no readable checkpoint in {self._directory} ({_listed(damaged)}); move it away to start from the "
+                "beginning"
             )
         return None
 
-    def save(self, state: TrainState, position: dict[str, Any]) -> None:
-        """Saves the state and the data's position under the state's step; on the disk when this returns."""
-        step = int(state.step)
-        self._open().save(
-            step,
-            args=ocp.args.Composite(state=ocp.args.StandardSave(state), position=ocp.args.JsonSave(position)),
-        )
-        directory = self._directory / str(step)
-        manifest = {"files": describe_files(directory), "arrays": describe_arrays(state)}
-        replace(directory / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+    def save(self, state: TrainState, position: dict[str, Any], held_out_loss: float | None = None) -> None:
+        """Saves the state and the data's position under the state's step, with its held-out loss if it was measured.
+
+        Waits for the save before, copies the state, and returns; the rest happens behind the training. Raises UserError
+        where this or the save before fails (a full disk): what was saved earlier is whole.
+        """
+        self.wait()
+        self._step = int(state.step)
+        try:
+            self._checkpointer.save(
+                self._directory / str(self._step),
+                args=ocp.args.Composite(state=ocp.args.StandardSave(state), position=ocp.args.JsonSave(position)),
+            )
+        except Exception as error:
+            raise self._failure(error) from error
+        self._sealing = self._thread.submit(self._seal, self._step, describe_arrays(state), held_out_loss)
+
+    def wait(self) -> None:
+        """Returns when the last save is on the disk. Raises UserError where it fails."""
+        if self._sealing is None:
+            return
+        sealing, self._sealing = self._sealing, None
+        try:
+            sealing.result()
+        except Exception as error:  # Orbax and TensorStore raise a full disk as many types.
+            raise self._failure(error) from error
 
     def close(self) -> None:
-        """Ends Orbax's threads."""
-        if self._manager is not None:
-            self._manager.close()
+        """Waits, and ends the threads. Raises UserError where the last save fails."""
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown()
+            self._checkpointer.close()
 
-    def _open(self) -> ocp.CheckpointManager:
-        # Opened late: the manager reads the directory once, so damaged checkpoints have to be out of it before.
-        if self._manager is None:
-            options = ocp.CheckpointManagerOptions(
-                max_to_keep=self._keep, enable_async_checkpointing=False, cleanup_tmp_directories=True
-            )
-            self._manager = ocp.CheckpointManager(self._directory, options=options)
-        return self._manager
+    def _seal(self, step: int, arrays: dict[str, str], held_out_loss: float | None) -> None:
+        """Completes the checkpoint of `step` when Orbax is done with it, then deletes those that are not kept."""
+        self._checkpointer.wait_until_finished()
+        write_manifest(self._directory / str(step), arrays, held_out_loss)
+        steps = checkpoint_steps(self._directory)
+        for old in set(steps[: -self._keep]) - set(best_first(self._directory)[:1]):
+            # Without its manifest it does not count, so a kill in the middle of this leaves no half of one.
+            (self._directory / str(old) / MANIFEST).unlink(missing_ok=True)
+            shutil.rmtree(self._directory / str(old))
+
+    def _failure(self, error: Exception) -> UserError:
+        steps = [
+            step for step in checkpoint_steps(self._directory) if (self._directory / str(step) / MANIFEST).exists()
+        ]
+        kept = f"the last whole one is that of step {steps[-1]}" if steps else "there is no earlier one"
+        return UserError(
+            f"cannot save the checkpoint of step {self._step} in {self._directory} ({one_line(error)}): {kept}; "
+            "make room, and run again to resume"
+        )
 
     def _set_aside(self, damaged: dict[int, str], fallback: int, warn: Callable[[str], None]) -> None:
         for step, damage in damaged.items():

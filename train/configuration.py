@@ -115,9 +115,18 @@ def flatten(config: Mapping[str, Any] | ConfigDict, prefix: str = "") -> dict[st
 
 def validate(config: ConfigDict) -> None:
     """Raises UserError where a value could not be trained with; the model's own values are build_model's matter."""
-    for key in ("steps", "batch_size", "length", "log_every", "eval_every", "checkpoint_every", "checkpoints_kept"):
-        if config[key] < 1:
-            raise UserError(f"{key}={config[key]} must be at least 1")
+    flat = flatten(config)
+    counts = ("steps", "batch_size", "length", "log_every", "eval_every", "checkpoint_every", "checkpoints_kept")
+    for key in (
+        *counts,
+        "skip_limit",
+        "profile.start",
+        "profile.steps",
+        "data.held_out_documents",
+        "data.shuffle_rows",
+    ):
+        if flat.get(key) is not None and flat[key] < 1:
+            raise UserError(f"{key}={flat[key]} must be at least 1")
     if config.eval_rows is not None and config.eval_rows < 1:
         raise UserError(f"eval_rows={config.eval_rows} must be at least 1, or None for the whole held-out split")
     if config.seed < 0:

@@ -1,4 +1,4 @@
-"""The default corpus: source text on this disk, one document a file, tokens are bytes.
+"""The default corpus: source text on this disk, one document a file.
 
 Without a root it is the source of Python's own standard library, so a first run needs no download. Tests, installed
 packages and caches are left out. A file belongs to the held-out split by a hash of its relative path, so it stays there
@@ -14,9 +14,6 @@ from pathlib import Path
 import numpy as np
 
 from train.errors import UserError
-
-END_OF_DOCUMENT = 256
-NUM_TOKENS = 257
 
 EXCLUDED_DIRECTORIES = frozenset(
     {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "node_modules", ".git"}

@@ -1,16 +1,18 @@
-"""From documents to batches: packed rows, and an iterator whose position can be saved.
+"""From documents to batches: rows, packed or of one document, and iterators whose position can be saved.
 
 A row is a dict of arrays [T]: `tokens`, `targets` (the next token) and `segment_ids` int32, and `weights` float32, 0
 where a target belongs to another document than its token, or to padding. A batch has the same keys, [B, T].
 """
 
-from collections.abc import Iterator, Sequence
-from typing import Protocol
+from collections.abc import Iterator
+from typing import Any, Protocol
 
 import grain
+import jax
 import numpy as np
 
-from train.corpus import END_OF_DOCUMENT
+from train.errors import UserError
+from train.tokenized import Split
 
 Batch = dict[str, np.ndarray]
 
@@ -23,51 +25,103 @@ class Rows(Protocol):
     def __getitem__(self, index: int) -> Batch: ...
 
 
+def make_row(tokens: np.ndarray, segment_ids: np.ndarray, length: int, padding: int) -> Batch:
+    """A row of `length` targets from at most `length` + 1 tokens and their segments, from 1; padding is segment 0."""
+    missing = (0, length + 1 - tokens.size)
+    tokens = np.pad(tokens.astype(np.int32), missing, constant_values=padding)
+    segment_ids = np.pad(segment_ids.astype(np.int32), missing)
+    return {
+        "tokens": tokens[:-1],
+        "targets": tokens[1:],
+        "segment_ids": segment_ids[:-1],
+        "weights": (segment_ids[1:] == segment_ids[:-1]).astype(np.float32) * (segment_ids[1:] > 0),
+    }
+
+
 class PackedRows:
-    """Documents laid end to end, each closed by END_OF_DOCUMENT, and cut into rows of `length` targets.
+    """Documents laid end to end and cut into rows of `length` targets.
 
     Neighbouring rows share one token (the last target of one is the first token of the next), so every token but the
-    first of a document is a target once. A document is a segment; the padding of the last row is segment 0.
+    first of a document is a target once. A document is a segment, numbered in its row; where a cut goes through it, its
+    second part sees nothing of the first.
     """
 
-    def __init__(self, documents: Sequence[np.ndarray], length: int):
-        """`documents` are uint8 [bytes], at least one of them with a byte."""
-        sizes = [document.size + 1 for document in documents]
-        self._tokens = np.full(sum(sizes), END_OF_DOCUMENT, np.uint16)
-        for document, end in zip(documents, np.cumsum(sizes), strict=True):
-            self._tokens[end - 1 - document.size : end - 1] = document
-        self._segment_ids = np.repeat(np.arange(1, len(sizes) + 1, dtype=np.int32), sizes)
-        self._length = length
+    def __init__(self, documents: Split, length: int, padding: int):
+        """`documents` are one at least; `padding` is the token that fills the last row up."""
+        self._documents, self._length, self._padding = documents, length, padding
 
     def __len__(self) -> int:
-        return -(-(self._tokens.size - 1) // self._length)
+        return -(-(self._documents.tokens.size - 1) // self._length)
 
     def __getitem__(self, index: int) -> Batch:
         start = index * self._length
-        piece = slice(start, start + self._length + 1)
-        padding = (0, self._length + 1 - self._tokens[piece].size)
-        tokens = np.pad(self._tokens[piece].astype(np.int32), padding, constant_values=END_OF_DOCUMENT)
-        segment_ids = np.pad(self._segment_ids[piece], padding)
-        return {
-            "tokens": tokens[:-1],
-            "targets": tokens[1:],
-            "segment_ids": segment_ids[:-1],
-            "weights": (segment_ids[1:] == segment_ids[:-1]).astype(np.float32) * (segment_ids[1:] > 0),
-        }
+        tokens = self._documents.tokens[start : start + self._length + 1]
+        starts = self._documents.starts
+        first = np.searchsorted(starts, start, "right") - 1
+        last = np.searchsorted(starts, start + tokens.size, "left")
+        segment_ids = np.searchsorted(starts[first:last], np.arange(start, start + tokens.size), "right")
+        return make_row(tokens, segment_ids, self._length, self._padding)
 
 
-def training_batches(rows: Rows, batch_size: int, seed: int) -> grain.DatasetIterator[Batch]:
-    """Batches of `rows` without end, shuffled anew in every pass; `get_state()` is its position as JSON values."""
-    dataset = grain.MapDataset.source(rows).seed(seed).shuffle().repeat().batch(batch_size)
+class DocumentRows:
+    """One document a row, cut at `length` targets or padded to them, as the paper trained."""
+
+    def __init__(self, documents: Split, length: int, padding: int):
+        """`documents` are one at least; `padding` is the token that fills rows up."""
+        self._documents, self._length, self._padding = documents, length, padding
+
+    def __len__(self) -> int:
+        return len(self._documents)
+
+    def __getitem__(self, index: int) -> Batch:
+        start, end = self._documents.starts[index : index + 2].tolist()
+        tokens = self._documents.tokens[start : min(end, start + self._length + 1)]
+        return make_row(tokens, np.ones(tokens.size), self._length, self._padding)
+
+
+PACKINGS = {"packed": PackedRows, "documents": DocumentRows}
+
+
+def training_batches(
+    rows: Rows | grain.IterDataset, batch_size: int, seed: int, process: int = 0, num_processes: int = 1
+) -> grain.DatasetIterator[Batch]:
+    """Batches of `rows` without end, shuffled anew in every pass; `get_state()` is its position as JSON values.
+
+    Of each batch, process p of P gets rows p, p + P, and so on: the P processes together have the batch that one would
+    have alone, so a position is the same for all of them and for any number of them. Rows that are a stream come in
+    the stream's own order. Raises UserError where the processes do not divide `batch_size`.
+    """
+    if batch_size % num_processes:
+        raise UserError(f"batch_size={batch_size} must be a multiple of the number of processes, {num_processes}")
+    if isinstance(rows, grain.IterDataset):
+        dataset = rows.batch(batch_size).map(lambda batch: _own_rows(batch, process, num_processes))
+        return iter(grain.experimental.ThreadPrefetchIterDataset(dataset, prefetch_buffer_size=8))
+    dataset = grain.MapDataset.source(rows).seed(seed).shuffle().repeat()[process::num_processes]
+    dataset = dataset.batch(batch_size // num_processes)
     return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)))
 
 
-def held_out_batches(rows: Rows, batch_size: int, limit: int | None) -> Iterator[Batch]:
-    """`limit` of the rows (None: all), spread evenly and in order; the last batch is filled up with weights of 0."""
+def held_out_batches(
+    rows: Rows, batch_size: int, limit: int | None, process: int = 0, num_processes: int = 1
+) -> Iterator[Batch]:
+    """`limit` of the rows (None: all), spread evenly and in order; the last batch is filled up with weights of 0.
+
+    Processes share each batch as those of `training_batches` do.
+    """
     count = len(rows) if limit is None else min(limit, len(rows))
     indices = [number * len(rows) // count for number in range(count)]
     for start in range(0, count, batch_size):
         batch = [rows[index] for index in indices[start : start + batch_size]]
         filling = batch_size - len(batch)
         batch += [{**batch[-1], "weights": np.zeros_like(batch[-1]["weights"])}] * filling
-        yield {key: np.stack([row[key] for row in batch]) for key in batch[0]}
+        yield _own_rows({key: np.stack([row[key] for row in batch]) for key in batch[0]}, process, num_processes)
+
+
+def _own_rows(batch: Batch, process: int, num_processes: int) -> Batch:
+    return {key: array[process::num_processes] for key, array in batch.items()}
+
+
+def abstract_batch(batch_size: int, length: int) -> dict[str, Any]:
+    """A batch's arrays as `jax.ShapeDtypeStruct`s."""
+    kinds = {"tokens": np.int32, "targets": np.int32, "segment_ids": np.int32, "weights": np.float32}
+    return {key: jax.ShapeDtypeStruct((batch_size, length), kind) for key, kind in kinds.items()}

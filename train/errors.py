@@ -1,7 +1,9 @@
 """The one exception that stands for a mistake of the user, and the hint that goes with most of them."""
 
 import difflib
+import importlib
 from collections.abc import Iterable
+from types import ModuleType
 
 
 class UserError(Exception):
@@ -19,3 +21,13 @@ def one_line(error: BaseException, limit: int = 300) -> str:
     """The message of `error` on one line of at most `limit` characters, with its type where it has no message."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def import_extra(module: str, extra: str) -> ModuleType:
+    """The module, which the package's `extra` installs. Raises UserError naming the extra where it is missing."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise UserError(
+            f"this needs the package {module!r} ({one_line(error)}): pip install 'twomamba-jax[{extra}]'"
+        ) from error

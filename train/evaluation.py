@@ -11,11 +11,13 @@ from train.errors import UserError
 from train.step import Sums
 
 
-def evaluate(eval_step: Callable[[Any, Batch], Sums], params: Any, batches: Iterable[Batch]) -> dict[str, float]:
-    """Metrics of `params` over `batches`: eval/loss in nats a token, its perplexity and bits, eval/accuracy.
+def evaluate(
+    eval_step: Callable[[Any, Batch], Sums], params: Any, batches: Iterable[Batch], targets_per_byte: float | None
+) -> dict[str, float]:
+    """Metrics of `params` over `batches`: eval/loss in nats a token, its perplexity, eval/accuracy, and bits per byte.
 
-    With byte tokens the bits are per byte; the end of a document counts as one more byte. Raises UserError where the
-    batches hold no target with a weight.
+    The bits of a byte of text are those of a token times `targets_per_byte` of the whole held-out text; None where the
+    data is no text, which has no such figure. Raises UserError where the batches hold no target with a weight.
     """
     totals = np.zeros(3)  # float64: a large split has more tokens than float32 counts
     for batch in batches:
@@ -24,9 +26,11 @@ def evaluate(eval_step: Callable[[Any, Batch], Sums], params: Any, batches: Iter
     if weight == 0:
         raise UserError("the held-out split has no token to predict: its documents are too short")
     loss /= weight
-    return {
+    figures = {
         "eval/loss": loss,
         "eval/accuracy": correct / weight,
         "eval/perplexity": math.exp(min(loss, 700.0)),  # exp overflows a float64 above 709
-        "eval/bits_per_byte": loss / math.log(2),
     }
+    if targets_per_byte is not None:
+        figures["eval/bits_per_byte"] = loss / math.log(2) * targets_per_byte
+    return figures

@@ -5,31 +5,38 @@ random but the initial parameters and the order of the rows, both from `seed`. S
 again ends with the same bits, and with the same metrics (times aside), as one that never stopped.
 """
 
-import math
 from collections.abc import Callable
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
 import jax
-from jax.sharding import Mesh
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 from rich.console import Console
 
 from train.checkpoint import Checkpoints
 from train.configuration import build_model, decay_steps, validate
-from train.data import held_out_batches, training_batches
+from train.data import Batch, abstract_batch, held_out_batches, training_batches
 from train.errors import UserError, one_line
 from train.evaluation import evaluate
-from train.metrics import MetricsWriter, read_metrics
-from train.plot import plot_loss
-from train.progress import ProgressDisplay, Stopwatch, held_out_figures
+from train.flops import peak_flops, training_flops_per_token
+from train.interruption import Interruption
+from train.meter import Meter
+from train.metrics import only_finite, read_metrics
+from train.plot import plot_runs
+from train.profiler import ProfilerWindow
+from train.progress import ProgressDisplay, held_out_figures
 from train.sample import sample_text
-from train.sharding import RULES, make_mesh
+from train.sharding import RULES, batch_sharding, make_mesh
 from train.step import TrainState, make_eval_step, make_init, make_optimizer, make_train_step, warmup_linear
 from train.task import Task, make_task
-from train.workdir import claim, replace
+from train.tokenizers import keep_tokenizer
+from train.trackers import check_trackers, open_trackers
+from train.workdir import claim, replace, writing
 from twomamba_jax.layers import LanguageModel
 
 
@@ -45,117 +52,169 @@ class Run:
     init: Callable[[jax.Array], TrainState]
     train_step: Callable[..., Any]
     eval_step: Callable[..., Any]
+    batch_sharding: NamedSharding
+
+    def place(self, batch: Batch) -> dict[str, jax.Array]:
+        """The batch on the devices: each process has its own rows of it."""
+        return {key: jax.make_array_from_process_local_data(self.batch_sharding, rows) for key, rows in batch.items()}
 
     def evaluate(self, params: Any) -> dict[str, float]:
         """The held-out metrics of `params`."""
-        batches = held_out_batches(self.task.held_out, self.config.batch_size, self.config.eval_rows)
-        return evaluate(self.eval_step, params, batches)
+        config, shard = self.config, (jax.process_index(), jax.process_count())
+        batches = map(self.place, held_out_batches(self.task.held_out, config.batch_size, config.eval_rows, *shard))
+        return evaluate(self.eval_step, params, batches, self.task.targets_per_byte)
+
+    def make_meter(self) -> Meter:
+        """What the steps cost, on the devices that JAX sees."""
+        flops = training_flops_per_token(self.model.config, self.abstract.params, self.config.length)
+        tokens = self.config.batch_size * self.config.length
+        return Meter(tokens, flops, peak_flops(jax.devices()), jax.local_devices()[0])
 
 
-def run(config: ConfigDict, workdir: Path, warn: Callable[[str], None], console: Console) -> None:
+def run(config: ConfigDict, workdir: Path, warn: Callable[[str], None], console: Console) -> int:
     """Trains `config` in `workdir`, from the latest checkpoint there if there is one, and prints the figures.
 
-    Raises UserError for everything that the user can put right; nothing is written before the configuration has
-    passed all checks. One device or many, the mesh of `config.mesh` spans all that JAX sees.
+    Returns the step that the run is at: below `config.steps` where SIGTERM or SIGINT asked it to save and stop. Raises
+    UserError for everything that the user can put right; nothing but a token cache is written before the configuration
+    has passed all checks. One device or many, the mesh of `config.mesh` spans all that JAX sees.
     """
+
+    def report(message: str) -> None:
+        console.print(message, highlight=False, soft_wrap=True)
+
     validate(config)
+    check_trackers(config)
     mesh = make_mesh(config.mesh, config.batch_size)
     with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
-        current = build(config, workdir, mesh)
-        claim(workdir, config, current.task.identity)
-        checkpoints = Checkpoints(workdir, config.checkpoints_kept)
-        try:
+        current = build(config, workdir, mesh, report)
+        with writing(workdir):
+            claim(workdir, config, current.task.identity)
+            if current.task.tokenizer is not None:
+                keep_tokenizer(config.data.tokenizer, workdir)
+        with Interruption() as interruption, closing(Checkpoints(workdir, config.checkpoints_kept)) as checkpoints:
             restored = checkpoints.restore(current.abstract, warn)
             state, position = restored or (current.init(jax.random.key(config.seed)), None)
             start = int(state.step)
             count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-            console.print(
+            report(
                 f"{config.name}-{config.size}: {config.variant}, {count:,} parameters, {mesh.size} device(s), "
-                f"step {start} of {config.steps}, workdir {workdir}",
-                highlight=False,
-                soft_wrap=True,
+                f"step {start} of {config.steps}, workdir {workdir}"
             )
             if start >= config.steps:
-                console.print(f"the run in {workdir} is finished", highlight=False, soft_wrap=True)
+                report(f"the run in {workdir} is finished")
             else:
-                state = train(current, state, position, checkpoints, console)
-        finally:
-            checkpoints.close()
-        finish(current, state, console)
+                state = train(current, state, position, checkpoints, interruption, console)
+            checkpoints.wait()
+            if int(state.step) >= config.steps:
+                finish(current, state, console)
+            return int(state.step)
 
 
-def build(config: ConfigDict, workdir: Path, mesh: Mesh) -> Run:
-    """The data, the model and its jitted steps, traced but not run; under `jax.set_mesh(mesh)` and the rules."""
+def build(config: ConfigDict, workdir: Path, mesh: Mesh, report: Callable[[str], None] = lambda _: None) -> Run:
+    """The data, the model and its jitted steps, traced but not run; under `jax.set_mesh(mesh)` and the rules.
+
+    `report` is told what takes time.
+    """
     model = build_model(config)
-    task = make_task(config)
+    task = make_task(config, report)
     schedule = warmup_linear(config.optimizer.learning_rate, config.optimizer.warmup_steps, decay_steps(config))
     options = {key: config.optimizer[key] for key in ("b1", "b2", "eps", "weight_decay", "clip_norm")}
     optimizer = make_optimizer(schedule, **options)
-    rows = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((config.batch_size, *leaf.shape), leaf.dtype), task.train[0])
     try:
         init, abstract = make_init(model, optimizer, mesh)
         eval_step = make_eval_step(model, abstract, mesh)
-        jax.eval_shape(eval_step, abstract.params, rows)
+        jax.eval_shape(eval_step, abstract.params, abstract_batch(config.batch_size, config.length))
     except ValueError as error:
         # Tracing is where the library says that a form or an implementation cannot run this model.
         raise UserError(one_line(error)) from error
     train_step = make_train_step(model, optimizer, schedule, abstract, mesh)
-    return Run(config, workdir, task, model, abstract, init, train_step, eval_step)
+    return Run(config, workdir, task, model, abstract, init, train_step, eval_step, batch_sharding(mesh))
 
 
 def train(
-    run: Run, state: TrainState, position: dict[str, Any] | None, checkpoints: Checkpoints, console: Console
+    run: Run,
+    state: TrainState,
+    position: dict[str, Any] | None,
+    checkpoints: Checkpoints,
+    interruption: Interruption,
+    console: Console,
 ) -> TrainState:
-    """Makes the steps that are left after `state`, and returns the last state; `position` is the data's, if resumed."""
+    """Makes the steps that are left after `state`, and returns the last state; `position` is the data's, if resumed.
+
+    Where `interruption` is requested, the last state is that of the step under way, saved.
+    """
     config = run.config
     start = int(state.step)
-    batches = training_batches(run.task.train, config.batch_size, config.seed)
-    if position is not None:
-        batches.set_state(position)
-    writer = MetricsWriter(run.workdir / "metrics.jsonl", start)
-    try:
-        with ProgressDisplay(console, start, config.steps) as display:
-            batch = next(batches)
-            train_step = run.train_step.lower(state, batch).compile()
-            watch, logged = Stopwatch(), start
-            for step in range(start + 1, config.steps + 1):
-                if step > start + 1:
-                    # Waiting for the step before keeps the bar honest, and the device is never more than one ahead.
-                    batch = next(batches)
-                    jax.block_until_ready(metrics)
-                state, metrics = train_step(state, batch)
-                display.advance(step)
-                last = step == config.steps
-                log, evaluates, saves = (
-                    last or step % every == 0
-                    for every in (config.log_every, config.eval_every, config.checkpoint_every)
-                )
-                if not (log or evaluates or saves):
-                    continue
-                loss = float(metrics["loss"])
-                if not math.isfinite(loss):
-                    raise UserError(
-                        f"the loss is {loss} at step {step}: lower optimizer.learning_rate or set optimizer.clip_norm"
-                    )
-                record: dict[str, Any] = {"step": step}
-                if log:
-                    seconds_per_step = watch.lap() / (step - logged)
-                    record |= {f"train/{key}": float(value) for key, value in metrics.items()}
-                    record["tokens_per_second"] = config.batch_size * config.length / seconds_per_step
-                    logged = step
-                watch.pause()
-                if evaluates:
-                    record |= run.evaluate(state.params)
-                if log or evaluates:
-                    writer.write(record)
-                    display.report(record, seconds_per_step if log else 0.0)
-                if saves:
-                    checkpoints.save(state, batches.get_state())
-                watch.resume()
-    finally:
-        writer.close()
-        batches.close()
+    with ExitStack() as stack:
+        shard = jax.process_index(), jax.process_count()
+        batches = training_batches(run.task.train, config.batch_size, config.seed, *shard)
+        stack.callback(batches.close)
+        if position is not None:
+            batches.set_state(position)
+        trackers = open_trackers(config, run.workdir, start, stack)
+        profiler = ProfilerWindow(config.profile.start, config.profile.steps, run.workdir / "profile")
+        stack.callback(profiler.close)
+        display = stack.enter_context(ProgressDisplay(console, start, config.steps))
+
+        batch = run.place(next(batches))
+        train_step = run.train_step.lower(state, batch).compile()
+        meter, best, logged = run.make_meter(), checkpoints.best_loss, start
+        meter.training.resume()
+        for step in range(start + 1, config.steps + 1):
+            if step > start + 1:
+                with meter.data.running():
+                    batch = run.place(next(batches))
+                # Waiting for the step before keeps the bar honest, and the device is never more than one ahead.
+                jax.block_until_ready(metrics)
+                check_skipped(state, metrics, config.skip_limit)
+            profiler.before(step)
+            state, metrics = train_step(state, batch)
+            display.advance(step)
+            log, evaluates, saves = (
+                step == config.steps or step % every == 0
+                for every in (config.log_every, config.eval_every, config.checkpoint_every)
+            )
+            stops = interruption.requested
+            if not (log or evaluates or saves or stops):
+                continue
+            record: dict[str, Any] = {"step": step}
+            if log:
+                record |= {f"train/{key}": value.item() for key, value in metrics.items() if key != "skipped_in_a_row"}
+                record |= meter.lap(step - logged)
+                logged = step
+            meter.training.pause()
+            if evaluates:
+                record |= run.evaluate(state.params)
+                # The best is saved when it is met, also between the steps that are saved anyway.
+                saves |= record["eval/loss"] < best
+                best = min(record["eval/loss"], best)
+            if log or evaluates:
+                record = only_finite(record)
+                for tracker in trackers:
+                    tracker.write(record)
+                display.report(record)
+            if saves or stops:
+                checkpoints.save(state, batches.get_state(), record.get("eval/loss"))
+            if stops:
+                break
+            meter.training.resume()
+        check_skipped(state, metrics, config.skip_limit)
     return state
+
+
+def check_skipped(state: TrainState, metrics: dict[str, jax.Array], limit: int) -> None:
+    """Raises UserError with what is known where the last `limit` steps were all skipped; `state` is after them."""
+    in_a_row = int(metrics["skipped_in_a_row"])
+    if in_a_row < limit:
+        return
+    step, damaged = int(state.step), sum(int(jnp.sum(~jnp.isfinite(leaf))) for leaf in jax.tree.leaves(state.params))
+    shown = {"loss": "loss", "gradient norm": "grad_norm", "learning rate": "learning_rate"}
+    figures = ", ".join(f"{name} {metrics[key].item():.6g}" for name, key in shown.items())
+    raise UserError(
+        f"steps {step - in_a_row + 1} to {step} were skipped: their loss or gradient is not finite; at step {step} "
+        f"{figures}; {damaged} parameters are not finite, {int(state.skipped)} steps were skipped in all; lower "
+        "optimizer.learning_rate or set optimizer.clip_norm, and look at the data of these steps"
+    )
 
 
 def finish(run: Run, state: TrainState, console: Console) -> None:
@@ -163,10 +222,11 @@ def finish(run: Run, state: TrainState, console: Console) -> None:
     name = f"{run.config.name}-{run.config.size} ({run.config.variant})"
     records = read_metrics(run.workdir / "metrics.jsonl")
     step = int(state.step)
-    plot_loss(records, name, run.workdir / "curve.png")
     sample = sample_text(run.model, state.params, run.task, run.config.sample, run.config.seed)
-    replace(run.workdir / "sample.txt", sample)
+    with writing(run.workdir):
+        plot_runs({name: records}, run.workdir / "curve.png")
+        replace(run.workdir / "sample.txt", sample)
     console.print(sample, highlight=False, markup=False, soft_wrap=True)
     figures = next((record for record in records if record["step"] == step and "eval/loss" in record), None)
-    figures = run.evaluate(state.params) if figures is None else figures
+    figures = only_finite(run.evaluate(state.params)) if figures is None else figures
     console.print(f"step {step}: {held_out_figures(figures)}", highlight=False, soft_wrap=True)

@@ -1,6 +1,7 @@
 """Command line of the training: `python -m train.main --config configs/2mamba.py:nano --config.KEY=VALUE`."""
 
 import argparse
+import logging
 import shlex
 import sys
 import traceback
@@ -18,6 +19,7 @@ from train.workdir import default_workdir
 DESCRIPTION = """\
 Trains a language model. Giving the same command again resumes the run from its latest checkpoint. Every key of the
 configuration can be set by --config.KEY=VALUE, nested keys with dots: --config.optimizer.learning_rate=1e-3.
+SIGTERM and SIGINT save and end the run with exit status 0.
 Mistakes in the command or the data are one line on stderr and exit status 2."""
 
 
@@ -51,8 +53,10 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Runs the command line; returns the exit status: 0, 2 for a mistake of the user, 130 for an interrupt."""
+    """Runs the command line; returns the exit status: 0, 2 for a mistake of the user, 130 where it could not save."""
     resume, debug = "", False
+    # Orbax logs what goes wrong in a save with its traceback, and raises it as well: here it is one line.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     try:
         options, overrides = parse_arguments(arguments)
         debug = options.debug
@@ -62,7 +66,9 @@ def main(arguments: Sequence[str]) -> int:
         settings = [f"--config.{key}={text}" for key, text in overrides]
         command = ["python", "-m", "train.main", "--config", options.config, *settings, "--workdir", str(workdir)]
         resume = shlex.join(command)
-        run(config, workdir, lambda message: print(f"warning: {message}", file=sys.stderr), Console())
+        step = run(config, workdir, lambda message: print(f"warning: {message}", file=sys.stderr), Console())
+        if step < config.steps:
+            print(f"stopped by a signal, saved at step {step}")
         print(f"to resume or extend: {resume}")
     except UserError as error:
         if debug:  # The library's refusals are ValueErrors, and so are mistakes in a layer that somebody is writing.

@@ -1,34 +1,10 @@
 """What a run shows while it trains: a bar on a terminal, plain lines anywhere else."""
 
-import time
 from collections.abc import Mapping
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-
-
-class Stopwatch:
-    """Seconds spent training, with evaluation, checkpoints and compilation left out."""
-
-    def __init__(self) -> None:
-        """Starts at once."""
-        self.seconds = 0.0
-        self._since = time.perf_counter()
-
-    def pause(self) -> None:
-        """Stops the watch."""
-        self.seconds += time.perf_counter() - self._since
-
-    def resume(self) -> None:
-        """Starts it again."""
-        self._since = time.perf_counter()
-
-    def lap(self) -> float:
-        """The seconds since the last lap; starts the next."""
-        self.pause()
-        seconds, self.seconds = self.seconds, 0.0
-        self.resume()
-        return seconds
 
 
 def duration(seconds: float) -> str:
@@ -62,16 +38,20 @@ class ProgressDisplay:
         """Moves the bar to `step`."""
         self._bar.update(self._task, completed=step)
 
-    def report(self, record: Mapping[str, float], seconds_per_step: float) -> None:
-        """Shows a record of metrics.jsonl; `seconds_per_step` gives the time left."""
+    def report(self, record: Mapping[str, Any]) -> None:
+        """Shows a record of metrics.jsonl."""
         parts = []
         if "train/loss" in record:
-            left = duration(seconds_per_step * (self._steps - record["step"]))
+            loss, mfu = record["train/loss"], record["mfu"]
+            left = duration(record["seconds_per_step"] * (self._steps - record["step"]))
             parts += [
-                f"loss {record['train/loss']:.4f}",
+                "step skipped" if loss is None else f"loss {loss:.4f}",
                 f"{record['tokens_per_second']:,.0f} tokens/s",
+                f"MFU {mfu}" if isinstance(mfu, str) else f"MFU {100 * mfu:.1f} %",
                 f"{left} left",
             ]
+            if record["train/skipped"]:
+                parts.insert(1, f"{record['train/skipped']} skipped")
             self._bar.update(self._task, description="  ".join(parts))
         if "eval/loss" in record:
             parts.append(held_out_figures(record))
@@ -81,9 +61,9 @@ class ProgressDisplay:
             )
 
 
-def held_out_figures(record: Mapping[str, float]) -> str:
+def held_out_figures(record: Mapping[str, Any]) -> str:
     """The held-out metrics of a record in words."""
-    return (
-        f"held-out loss {record['eval/loss']:.4f} nats, {record['eval/bits_per_byte']:.4f} bits per byte, "
-        f"accuracy {100 * record['eval/accuracy']:.2f} %"
-    )
+    if record["eval/loss"] is None:
+        return "held-out loss not finite"
+    bits = f"{record['eval/bits_per_byte']:.4f} bits per byte, " if "eval/bits_per_byte" in record else ""
+    return f"held-out loss {record['eval/loss']:.4f} nats, {bits}accuracy {100 * record['eval/accuracy']:.2f} %"

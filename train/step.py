@@ -17,11 +17,17 @@ Batch = dict[str, Array]
 
 
 class TrainState(NamedTuple):
-    """Everything that a step changes: the number of steps made (int32), the parameters and the optimiser's state."""
+    """Everything that a step changes: the parameters, the optimiser's state, and int32 counts.
+
+    `step`: steps made, those included that were skipped since their loss or gradient was not finite; `skipped`: these;
+    `skipped_in_a_row`: these since the last that was not.
+    """
 
     step: Array
     params: Any
     opt_state: Any
+    skipped: Array
+    skipped_in_a_row: Array
 
 
 class Sums(NamedTuple):
@@ -72,7 +78,8 @@ def make_init(
     def boxed_init(key: Array) -> TrainState:
         # Parameters do not depend on the length of the example; 8 is short and no special case.
         params = model.init(key, jnp.zeros((1, 8), jnp.int32))["params"]
-        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+        zero = jnp.zeros((), jnp.int32)
+        return TrainState(zero, params, optimizer.init(params), zero, zero)
 
     key = jax.random.key(0)
     shardings = tree_shardings(jax.eval_shape(boxed_init, key), mesh)
@@ -95,7 +102,9 @@ def make_train_step(
     """The jitted `step(state, batch) -> (state, metrics)`; the old state is donated.
 
     `state` gives the shardings (abstract will do). The loss is sum(weight * nll) / sum(weight) over the whole batch.
-    metrics: loss, accuracy, grad_norm (before clipping), learning_rate, float32 scalars.
+    Where the loss or the norm of its gradient is not finite, nothing but the counts of the state changes.
+    metrics: loss, accuracy, grad_norm (before clipping), learning_rate, float32 scalars; skipped and skipped_in_a_row,
+    those of the new state.
     """
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
@@ -105,14 +114,25 @@ def make_train_step(
             return sums.loss / jnp.maximum(sums.weight, 1), sums
 
         (loss, sums), gradients = jax.value_and_grad(mean_loss, has_aux=True)(state.params)
+        grad_norm = optax.tree.norm(gradients)
+        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        params, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old),
+            (optax.apply_updates(state.params, updates), opt_state),
+            (state.params, state.opt_state),
+        )
+        skipped = state.skipped + ~finite
+        in_a_row = jnp.where(finite, 0, state.skipped_in_a_row + 1)
         metrics = {
             "loss": loss,
             "accuracy": sums.correct / jnp.maximum(sums.weight, 1),
-            "grad_norm": optax.tree.norm(gradients),
-            "learning_rate": schedule(state.step),
+            "grad_norm": grad_norm,
+            "learning_rate": schedule(state.step - state.skipped),  # the optimiser's own count: it saw no others
+            "skipped": skipped,
+            "skipped_in_a_row": in_a_row,
         }
-        return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state), metrics
+        return TrainState(state.step + 1, params, opt_state, skipped, in_a_row), metrics
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     replicated = NamedSharding(mesh, P())

@@ -7,58 +7,61 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from train import corpus, recall
-from train.data import PackedRows, Rows
+from train import recall, text
+from train.data import PACKINGS, Rows
 from train.errors import UserError, nearest
+from train.stream import StreamedRows
+from train.tokenizers import Tokenizer, load_tokenizer
 
 
 @dataclass(frozen=True)
 class Task:
     """Training and held-out rows with what the loop needs to know of them.
 
-    `identity` is JSON and goes to the workdir, its "digest" is compared on resume. The sample continues `prompt`
-    (int32 [T]); `truth` is the right continuation where there is one, and `render` makes text of tokens.
+    `identity` is JSON and goes to the workdir; its "digest" and "tokenizer" are compared on resume. The sample
+    continues `prompt` (int32 [T]); `truth` is the right continuation where there is one, and `render` makes text of
+    tokens. Tasks of text have a tokenizer, and the number of held-out targets over the bytes of the held-out text.
     """
 
-    train: Rows
+    train: Rows | StreamedRows
     held_out: Rows
-    num_tokens: int
     identity: dict[str, Any]
     prompt: np.ndarray
-    truth: np.ndarray | None
     render: Callable[[np.ndarray], str]
+    truth: np.ndarray | None = None
+    tokenizer: Tokenizer | None = None
+    targets_per_byte: float | None = None
 
 
-def corpus_task(config: ConfigDict) -> Task:
-    """Byte tokens of source files, packed."""
-    documents = corpus.read_corpus(config.data.root, config.data.suffix, config.data.held_out_percent)
+def text_task(config: ConfigDict, read: text.Reader, report: Callable[[str], None]) -> Task:
+    """Documents of text, tokenised and cut into rows."""
+    data = config.data
     if not config.sample.prompt or config.sample.tokens < 1:
         raise UserError(
             f"sample.prompt={config.sample.prompt!r} and sample.tokens={config.sample.tokens} must not be empty"
         )
-    identity = {
-        "digest": documents.digest,
-        "train_documents": len(documents.train),
-        "train_bytes": sum(document.size for document in documents.train),
-        "held_out_documents": len(documents.held_out),
-        "held_out_bytes": sum(document.size for document in documents.held_out),
-    }
+    if data.packing not in PACKINGS:
+        raise UserError(f"unknown data.packing {data.packing!r}; {nearest(data.packing, PACKINGS)}")
+    tokenizer = load_tokenizer(data.tokenizer, data.eos_token, data.bos_token)
+    check_vocabulary(config, tokenizer.vocab_size)
+    train, held_out, identity = read(config, tokenizer, report)
+    make_rows = PACKINGS[data.packing]
+
+    def render(tokens: np.ndarray) -> str:
+        """The text up to the end of the document."""
+        (ends,) = np.nonzero(tokens == tokenizer.eos_id)
+        return tokenizer.decode(tokens[: ends[0]] if ends.size else tokens)
+
+    opening = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     return Task(
-        train=PackedRows(documents.train, config.length),
-        held_out=PackedRows(documents.held_out, config.length),
-        num_tokens=corpus.NUM_TOKENS,
-        identity=identity,
-        prompt=np.frombuffer(config.sample.prompt.encode(), np.uint8).astype(np.int32),
-        truth=None,
-        render=render_bytes,
+        train=train if isinstance(train, StreamedRows) else make_rows(train, config.length, tokenizer.eos_id),
+        held_out=make_rows(held_out, config.length, tokenizer.eos_id),
+        identity=identity | {"tokenizer": tokenizer.digest},
+        prompt=np.concatenate([opening, tokenizer.encode(config.sample.prompt)]).astype(np.int32),
+        render=render,
+        tokenizer=tokenizer,
+        targets_per_byte=held_out.targets_per_byte,
     )
-
-
-def render_bytes(tokens: np.ndarray) -> str:
-    """The text up to the end of the document; what is no valid UTF-8, and what is no byte, shows as a question mark."""
-    (ends,) = np.nonzero(tokens == corpus.END_OF_DOCUMENT)
-    tokens = tokens[: ends[0]] if ends.size else tokens
-    return bytes(int(token) if token < 256 else ord("?") for token in tokens).decode("utf-8", errors="replace")
 
 
 def recall_task(config: ConfigDict) -> Task:
@@ -69,30 +72,33 @@ def recall_task(config: ConfigDict) -> Task:
         "length": config.length,
     }
     train = recall.RecallRows(split="train", num_rows=data.train_rows, graded=data.graded, **sizes)
+    check_vocabulary(config, train.num_tokens)
     held_out = recall.RecallRows(split="held_out", num_rows=data.held_out_rows, graded=False, **sizes)
     example = held_out[0]
     (repeat,) = np.nonzero((example["weights"] > 0) & (example["segment_ids"] == 1))
     return Task(
         train=train,
         held_out=held_out,
-        num_tokens=train.num_tokens,
         identity={"digest": train.digest(), "train_rows": len(train), "held_out_rows": len(held_out)},
         prompt=example["tokens"][: repeat[0] + 1],
-        truth=example["targets"][repeat],
         render=lambda tokens: " ".join(str(token) for token in tokens),
+        truth=example["targets"][repeat],
     )
 
 
-TASKS: dict[str, Callable[[ConfigDict], Task]] = {"corpus": corpus_task, "recall": recall_task}
-
-
-def make_task(config: ConfigDict) -> Task:
-    """The task of `config.data`. Raises UserError for an unknown one, or tokens that the model's vocabulary lacks."""
-    if config.data.source not in TASKS:
-        raise UserError(f"unknown data.source {config.data.source!r}; {nearest(config.data.source, TASKS)}")
-    task = TASKS[config.data.source](config)
-    if config.model.vocab_size < task.num_tokens:
+def check_vocabulary(config: ConfigDict, num_tokens: int) -> None:
+    """Raises UserError where the model has fewer tokens than the data."""
+    if config.model.vocab_size < num_tokens:
         raise UserError(
-            f"model.vocab_size={config.model.vocab_size} is too small: the data has tokens up to {task.num_tokens - 1}"
+            f"model.vocab_size={config.model.vocab_size} is too small: the data has tokens up to {num_tokens - 1}"
         )
-    return task
+
+
+def make_task(config: ConfigDict, report: Callable[[str], None]) -> Task:
+    """The task of `config.data`; `report` is told what takes time. Raises UserError for all that the user can mend."""
+    source = config.data.source
+    if source == "recall":
+        return recall_task(config)
+    if source not in text.READERS:
+        raise UserError(f"unknown data.source {source!r}; {nearest(source, [*text.READERS, 'recall'])}")
+    return text_task(config, text.READERS[source], report)

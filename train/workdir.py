@@ -6,18 +6,22 @@ configuration and `corpus.json` the digest of its data; both are compared before
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from train.configuration import flatten, to_json
-from train.errors import UserError
+from train.errors import UserError, one_line
 
 # These leave the parameters after a given number of steps as they are (a mesh changes only the rounding), so a run
 # may go on under other values: observing it more often, or on another number of devices, makes no other run of it.
-FREE_ON_RESUME = ("log_every", "eval_every", "eval_rows", "checkpoint_every", "checkpoints_kept", "sample.", "mesh.")
+FREE_ON_RESUME = (
+    "log_every", "eval_every", "eval_rows", "checkpoint_every", "checkpoints_kept", "sample.", "mesh.",
+    "data.cache_dir", "skip_limit", "log.", "profile.",
+)  # fmt: skip
 
 
 def free_on_resume(key: str, config: Mapping[str, Any]) -> bool:
@@ -49,7 +53,7 @@ def default_workdir(config: ConfigDict, defaults: ConfigDict) -> Path:
 def claim(workdir: Path, config: ConfigDict, corpus: Mapping[str, Any]) -> None:
     """Writes config.json and corpus.json into a new `workdir`; in an old one, checks that they are this run's.
 
-    Raises UserError naming each key that differs with both of its values, or the two digests of the data.
+    Raises UserError naming each key that differs with both of its values, or the two digests of the data or tokenizer.
     """
     if workdir.exists() and not workdir.is_dir():
         raise UserError(f"workdir {workdir} is not a directory")
@@ -68,24 +72,31 @@ def claim(workdir: Path, config: ConfigDict, corpus: Mapping[str, Any]) -> None:
         if differing:
             raise UserError(f"workdir {workdir} holds another run: {'; '.join(differing)}; choose another --workdir")
     if (workdir / "corpus.json").exists():
-        digest = _read(workdir / "corpus.json").get("digest")
-        if digest != corpus["digest"]:
-            raise UserError(
-                f"workdir {workdir} was trained on other data: its digest is {digest}, this data's is "
-                f"{corpus['digest']}; bring that data back, or choose another --workdir"
-            )
+        theirs = _read(workdir / "corpus.json")
+        for key, other, thing in (("digest", "other", "data"), ("tokenizer", "another", "tokenizer")):
+            if theirs.get(key) != corpus.get(key):
+                raise UserError(
+                    f"workdir {workdir} was trained on {other} {thing}: its digest is {theirs.get(key)}, this "
+                    f"{thing}'s is {corpus.get(key)}; bring that {thing} back, or choose another --workdir"
+                )
+    workdir.mkdir(parents=True, exist_ok=True)
+    replace(workdir / "corpus.json", json.dumps(dict(corpus), indent=2, sort_keys=True) + "\n")
+    replace(workdir / "config.json", to_json(config))
+
+
+@contextmanager
+def writing(workdir: Path) -> Iterator[None]:
+    """Makes a UserError of what the disk refuses inside: it is full, or read-only."""
     try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        replace(workdir / "corpus.json", json.dumps(dict(corpus), indent=2, sort_keys=True) + "\n")
-        replace(workdir / "config.json", to_json(config))
+        yield
     except OSError as error:
-        raise UserError(f"cannot write to workdir {workdir}: {error.strerror}") from error
+        raise UserError(f"cannot write to workdir {workdir}: {error.strerror or one_line(error)}") from error
 
 
-def replace(path: Path, text: str) -> None:
-    """Writes `text` so that a reader, or a run after a kill, finds the old text or the new, never half of it."""
+def replace(path: Path, content: str | bytes) -> None:
+    """Writes `content` so that a reader, or a run after a kill, finds the old or the new, never half of it."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
+    partial.write_bytes(content.encode() if isinstance(content, str) else content)
     partial.replace(path)
 
 

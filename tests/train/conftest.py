@@ -1,13 +1,22 @@
 """A tiny corpus and a tiny run, small enough that a test can afford to train."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
 import pytest
+import sentencepiece
+import tokenizers
 
 import train
+from train.corpus import read_corpus
 from train.main import main
+from train.meter import COSTS
+from train.metrics import read_metrics
 
 # Where `python -m train.main` works: the directory that holds the package under test.
 ROOT = Path(train.__file__).parents[1]
@@ -28,6 +37,22 @@ TINY = {
     "checkpoint_every": 4,
     "sample.tokens": 8,
 }
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compilation_cache(tmp_path_factory):
+    """Most tiny runs are of one model: each worker compiles it once. Empty at the start, so nothing stale is in it."""
+    keys = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {key: getattr(jax.config, key) for key in keys}
+    for key, value in keys.items():
+        jax.config.update(key, value)
+    yield keys
+    for key, value in before.items():
+        jax.config.update(key, value)
 
 
 @pytest.fixture(scope="session")
@@ -69,12 +94,14 @@ def user_error(capsys):
 
 
 @pytest.fixture(scope="session")
-def start():
+def start(compilation_cache):
     """A function that starts the command line in a process of its own."""
+    environment = os.environ | {key.upper(): str(value) for key, value in compilation_cache.items()}
 
     def run(arguments: list[str]) -> subprocess.Popen[str]:
         command = [sys.executable, "-m", "train.main", *arguments]
-        return subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        return subprocess.Popen(command, cwd=ROOT, env=environment, text=True, **pipes)
 
     return run
 
@@ -85,3 +112,78 @@ def finished(tiny, tmp_path_factory) -> Path:
     workdir = tmp_path_factory.mktemp("finished") / "run"
     assert main(tiny(workdir)) == 0
     return workdir
+
+
+@pytest.fixture(scope="session")
+def tokenizer_json(tmp_path_factory) -> Path:
+    """A byte-level BPE tokenizer of 400 tokens, trained on the default corpus."""
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    documents = read_corpus(None, ".py", 5).train
+    tokenizer.train_from_iterator((bytes(one).decode("utf-8", "replace") for one in documents), trainer)
+    path = tmp_path_factory.mktemp("tokenizer") / "bpe.json"
+    tokenizer.save(str(path))
+    return path
+
+
+@pytest.fixture(scope="session")
+def sentencepiece_model(tmp_path_factory) -> Path:
+    """A model like Llama 2's, of 300 tokens: BPE that falls back to bytes and changes no text."""
+    path = tmp_path_factory.mktemp("tokenizer") / "llama.model"
+    lines = [line for number in range(40) for line in (f"def f{number}(x):", "    return x + 1", "class Thing:")]
+    with path.open("wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(lines),
+            model_writer=file,
+            vocab_size=300,
+            model_type="bpe",
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            minloglevel=2,
+        )
+    return path
+
+
+def arrays_of(workdir: Path, step: int):
+    """The arrays of a checkpoint, read without the training code."""
+    with ocp.StandardCheckpointer() as checkpointer:
+        tree = checkpointer.restore((workdir / "checkpoints" / str(step) / "state").resolve())
+    return {path: np.asarray(leaf) for path, leaf in flatten(tree)}
+
+
+def flatten(tree, path=""):
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list | tuple) else None
+    if items is None:
+        return [] if tree is None else [(path, tree)]
+    return [leaf for key, value in items for leaf in flatten(value, f"{path}/{key}")]
+
+
+def without_times(records):
+    return [{key: value for key, value in record.items() if key not in COSTS} for record in records]
+
+
+@pytest.fixture(scope="session")
+def same_end():
+    """A function that asserts that two runs are equal bit for bit: parameters, optimiser, metrics but for times."""
+    return assert_same_end
+
+
+def assert_same_end(workdir: Path, reference: Path, step: int) -> None:
+    """Parameters, optimiser and metrics of two runs are equal bit for bit, times aside."""
+    assert without_times(read_metrics(workdir / "metrics.jsonl")) == without_times(
+        read_metrics(reference / "metrics.jsonl")
+    )
+    found, expected = arrays_of(workdir, step), arrays_of(reference, step)
+    assert found.keys() == expected.keys()
+    assert len(found) > 10
+    for path in expected:
+        assert found[path].tobytes() == expected[path].tobytes(), path
+    assert (workdir / "sample.txt").read_text() == (reference / "sample.txt").read_text()

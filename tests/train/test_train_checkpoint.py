@@ -1,6 +1,8 @@
 """Checkpoints: what is saved comes back, and no damage goes unnoticed."""
 
+import gc
 import json
+import resource
 import shutil
 from pathlib import Path
 
@@ -9,14 +11,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from train.checkpoint import MANIFEST, Checkpoints, checkpoint_steps
+from train.checkpoint import Checkpoints, checkpoint_steps, restore_params
 from train.errors import UserError
+from train.manifest import MANIFEST
 from train.step import TrainState
 
 
 def make_state(step: int) -> TrainState:
     table = jax.random.normal(jax.random.key(step), (64, 50))
-    return TrainState(jnp.int32(step), {"table": table}, ({"mu": table * 2}, jnp.int32(step)))
+    return TrainState(
+        jnp.int32(step), {"table": table}, ({"mu": table * 2}, jnp.int32(step)), jnp.int32(3), jnp.int32(0)
+    )
 
 
 ABSTRACT = jax.tree.map(
@@ -37,6 +42,14 @@ def saved(tmp_path_factory) -> Path:
 @pytest.fixture
 def workdir(saved, tmp_path) -> Path:
     return Path(shutil.copytree(saved, tmp_path / "run"))
+
+
+def restore_from(workdir: Path, which: str, params=ABSTRACT.params):
+    """The step that restore_params finds, its parameters checked, and the warnings."""
+    warnings = []
+    params, step = restore_params(workdir, params, which, warnings.append)
+    assert np.array_equal(params["table"], make_state(step).params["table"])
+    return step, warnings
 
 
 def restore(workdir: Path, abstract: TrainState = ABSTRACT):
@@ -147,3 +160,78 @@ def test_where_none_is_readable_nothing_is_moved_and_every_step_is_named(workdir
     assert "step 30: gone is missing; step 20: files.json is damaged" in str(error.value)
     assert checkpoint_steps(workdir / "checkpoints") == [20, 30]
     assert not (workdir / "unreadable").exists()
+
+
+def save_all(workdir: Path, losses: dict[int, float | None], keep: int) -> None:
+    checkpoints = Checkpoints(workdir, keep)
+    for step, loss in losses.items():
+        checkpoints.save(make_state(step), {"next_index": step}, loss)
+    checkpoints.close()
+
+
+def test_the_best_is_kept_beside_the_last(tmp_path):
+    save_all(tmp_path, {1: 3.0, 2: 1.0, 3: None, 4: 2.0, 5: None, 6: 2.5}, keep=2)
+    assert checkpoint_steps(tmp_path / "checkpoints") == [2, 5, 6]
+    assert Checkpoints(tmp_path, 2).best_loss == 1.0
+    save_all(tmp_path, {7: 0.5}, keep=2)
+    assert checkpoint_steps(tmp_path / "checkpoints") == [6, 7]
+    assert restore(tmp_path)[0][1] == {"next_index": 7}
+
+
+def test_parameters_alone_come_from_the_best_or_the_latest_and_nothing_is_moved(tmp_path):
+    save_all(tmp_path, {1: 1.0, 2: 0.5, 3: 2.0}, keep=3)
+    assert restore_from(tmp_path, "best") == (2, [])
+    assert restore_from(tmp_path, "latest") == (3, [])
+    for step in (2, 3):
+        (tmp_path / "checkpoints" / str(step) / "state/manifest.ocdbt").unlink()
+    reason = "the checkpoint of step {} is unreadable (state/manifest.ocdbt is missing)"
+    assert restore_from(tmp_path, "best") == (1, [reason.format(2)])
+    assert restore_from(tmp_path, "latest") == (1, [reason.format(3), reason.format(2)])
+    assert checkpoint_steps(tmp_path / "checkpoints") == [1, 2, 3]
+    with pytest.raises(UserError, match="there is no checkpoint in"):
+        restore_from(tmp_path / "none", "best")
+    wrong = {"table": jax.ShapeDtypeStruct((3, 3), jnp.float32, sharding=ABSTRACT.params["table"].sharding)}
+    with pytest.raises(
+        UserError, match=r"no readable checkpoint .*step 1: .* is float32\[64, 50\] there, but the model's"
+    ):
+        restore_from(tmp_path, "best", wrong)
+
+
+def test_a_save_goes_on_behind_and_holds_the_state_of_its_moment(tmp_path):
+    """The state is donated to the next step at once, as in training: what is saved must be a copy."""
+    step = jax.jit(lambda state: jax.tree.map(lambda leaf: leaf + 1, state), donate_argnums=0)
+    checkpoints = Checkpoints(tmp_path, keep=5)
+    state = make_state(1)
+    checkpoints.save(state, {"next_index": 1})
+    for _ in range(20):
+        state = step(state)
+    checkpoints.close()
+    assert_is(restore(tmp_path)[0], 1)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # see test_train_faults.py
+def test_a_full_disk_is_one_line_and_leaves_the_checkpoint_before(tmp_path):
+    save_all(tmp_path, {1: None}, keep=3)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    checkpoints = Checkpoints(tmp_path, keep=3)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4000, limits[1]))
+    try:
+        checkpoints.save(make_state(2), {"next_index": 2})
+        with pytest.raises(
+            UserError, match=r"cannot save the checkpoint of step 2 .*that of step 1; make room"
+        ) as error:
+            checkpoints.close()
+        gc.collect()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "\n" not in str(error.value)
+    restored, warnings = restore(tmp_path)
+    assert_is(restored, 1)
+    assert warnings == []
+    assert checkpoint_steps(tmp_path / "checkpoints") == [1]
+
+
+def test_what_a_save_that_did_not_end_left_is_removed(workdir):
+    (workdir / "checkpoints/40.orbax-checkpoint-tmp/state").mkdir(parents=True)
+    assert_is(restore(workdir)[0], 30)
+    assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["20", "30"]

@@ -1,5 +1,7 @@
 """Mistakes on the command line: one clear line, exit status 2, no traceback, nothing written."""
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -67,6 +69,13 @@ def test_debug_shows_where_a_mistake_was_noticed(capsys):
         ({"data.suffix": ".none"}, ["the corpus is empty"]),
         ({"data.held_out_percent": 0}, ["the held-out split", "is empty"]),
         ({"sample.prompt": ""}, ["sample.prompt"]),
+        ({"skip_limit": 0}, ["skip_limit=0 must be at least 1"]),
+        ({"profile.start": 0}, ["profile.start=0 must be at least 1"]),
+        ({"data.packing": "document"}, ["unknown data.packing 'document'", "'documents'"]),
+        ({"data.tokenizer": "none.json"}, ["there is no tokenizer file 'none.json'"]),
+        ({"data.source": "files"}, ["data.paths is empty"]),
+        ({"data.source": "files", "data.paths": "/nowhere"}, ["data.paths: '/nowhere' is no file"]),
+        ({"data.source": "huggingface", "data.dataset": "a/b"}, ["'a/b' is no directory here", "data.revision"]),
     ],
 )
 def test_bad_values(user_error, tiny, tmp_path, changes, words):
@@ -74,6 +83,45 @@ def test_bad_values(user_error, tiny, tmp_path, changes, words):
     line = user_error(tiny(workdir, **changes))
     assert all(word in line for word in words), line
     assert not workdir.exists()
+
+
+def test_a_line_that_is_no_document_is_named(user_error, tiny, tmp_path):
+    path = tmp_path / "texts.jsonl"
+    path.write_text('{"text": "fine"}\n{"text": "cut o\n')
+    options = {"data.source": "files", "data.paths": path, "data.cache_dir": tmp_path / "tokens"}
+    assert f"{path} line 2 is not JSON" in user_error(tiny(tmp_path / "run", **options))
+    assert sorted(entry.name for entry in tmp_path.rglob("*")) == ["texts.jsonl", "tokens"]
+
+
+def test_a_file_to_train_on_and_to_hold_out(user_error, tiny, tmp_path):
+    (tmp_path / "texts.jsonl").write_text('{"text": "fine"}\n')
+    paths = {"data.paths": tmp_path, "data.held_out_paths": tmp_path / "texts.jsonl"}
+    assert "texts.jsonl is in data.paths and in data.held_out_paths" in user_error(
+        tiny(tmp_path / "run", **{"data.source": "files"}, **paths)
+    )
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_has(user_error, tiny, tmp_path, tokenizer_json):
+    options = {"data.tokenizer": tokenizer_json, "model.vocab_size": 300}
+    assert "model.vocab_size=300 is too small: the data has tokens up to 399" in user_error(tiny(tmp_path, **options))
+
+
+def test_a_dataset_without_the_split(user_error, tiny, tmp_path):
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set/train.jsonl").write_text('{"text": "fine"}\n')
+    options = {"data.source": "huggingface", "data.dataset": tmp_path / "set", "data.cache_dir": tmp_path / "tokens"}
+    line = user_error(tiny(tmp_path / "run", **options, data__split="val"))
+    assert "cannot load split 'val' of data.dataset" in line
+    assert "the training split has no document" in user_error(tiny(tmp_path / "run", **options))
+
+
+def test_a_tokenizer_of_another_digest_in_the_workdir(user_error, tiny, finished, tmp_path):
+    workdir = Path(shutil.copytree(finished, tmp_path / "run"))
+    corpus = json.loads((workdir / "corpus.json").read_text())
+    (workdir / "corpus.json").write_text(json.dumps(corpus | {"tokenizer": "other"}))
+    assert "was trained on another tokenizer: its digest is other, this tokenizer's is bytes" in user_error(
+        tiny(workdir)
+    )
 
 
 @pytest.mark.parametrize(

@@ -6,11 +6,15 @@ import json
 import pytest
 from rich.console import Console
 
-from train.metrics import MetricsWriter, read_metrics
-from train.plot import plot_loss
+from train.metrics import MetricsWriter, only_finite, read_metrics
+from train.plot import main as plot_main
+from train.plot import plot_runs, points_of
 from train.progress import ProgressDisplay, duration
 
-RECORD = {"step": 10, "train/loss": 2.5, "tokens_per_second": 1234.6}
+RECORD = {
+    "step": 10, "train/loss": 2.5, "train/skipped": 0,
+    "tokens_per_second": 1234.6, "seconds_per_step": 2.0, "mfu": 0.4123,
+}  # fmt: skip
 HELD_OUT = {"eval/loss": 2.0, "eval/accuracy": 0.25, "eval/bits_per_byte": 2.885}
 
 
@@ -42,7 +46,7 @@ def test_no_file_has_no_records(tmp_path):
 
 @pytest.mark.parametrize("records", [[], [{"step": 1, "train/loss": 3.0}, {"step": 2, "eval/loss": 2.0}]])
 def test_plot_is_a_png(tmp_path, records):
-    plot_loss(records, "title", tmp_path / "curve.png")
+    plot_runs({"title": records}, tmp_path / "curve.png")
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -55,9 +59,9 @@ def test_plain_lines_where_there_is_no_terminal():
     output = io.StringIO()
     with ProgressDisplay(Console(file=output), 0, 20) as display:
         display.advance(5)
-        display.report(RECORD | HELD_OUT, seconds_per_step=2.0)
+        display.report(RECORD | HELD_OUT)
     assert output.getvalue() == (
-        "step 10/20  loss 2.5000  1,235 tokens/s  20s left  "
+        "step 10/20  loss 2.5000  1,235 tokens/s  MFU 41.2 %  20s left  "
         "held-out loss 2.0000 nats, 2.8850 bits per byte, accuracy 25.00 %\n"
     )
 
@@ -67,7 +71,45 @@ def test_a_bar_on_a_terminal():
     console = Console(file=output, force_terminal=True, width=120)
     with ProgressDisplay(console, 0, 20) as display:
         display.advance(10)
-        display.report(RECORD, seconds_per_step=2.0)
+        display.report(RECORD)
     text = output.getvalue()
     assert "10/20" in text
-    assert "loss 2.5000  1,235 tokens/s  20s left" in text
+    assert "loss 2.5000  1,235 tokens/s  MFU 41.2 %  20s left" in text
+
+
+def test_figures_that_are_not_finite_are_none():
+    record = {"step": 1, "a": float("nan"), "b": float("inf"), "c": 2.0, "d": "unknown"}
+    assert only_finite(record) == {"step": 1, "a": None, "b": None, "c": 2.0, "d": "unknown"}
+
+
+def test_a_skipped_step_and_an_unknown_peak_are_said():
+    output = io.StringIO()
+    with ProgressDisplay(Console(file=output), 0, 20) as display:
+        display.report(RECORD | {"train/loss": None, "train/skipped": 3, "mfu": "unknown"} | {"eval/loss": None})
+    assert output.getvalue() == (
+        "step 10/20  step skipped  3 skipped  1,235 tokens/s  MFU unknown  20s left  held-out loss not finite\n"
+    )
+
+
+def test_the_command_draws_runs_over_each_other(tmp_path, capsys, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr("train.plot.plot_runs", lambda runs, path: drawn.update(runs=runs, path=path))
+    for name in ("a/run", "b/run"):
+        (tmp_path / name).mkdir(parents=True)
+        MetricsWriter(tmp_path / name / "metrics.jsonl", 0).close()
+    out = str(tmp_path / "x.png")
+    assert plot_main([str(tmp_path / "a/run"), "--out", out]) == 2
+    assert "a/run has no metrics.jsonl with a record" in capsys.readouterr().err
+    assert plot_main([str(tmp_path / "a/run"), "--out", "x.svg"]) == 2
+    assert "--out x.svg must end in .png" in capsys.readouterr().err
+    for number, name in enumerate(("a/run", "b/run")):
+        (tmp_path / name / "metrics.jsonl").write_text(json.dumps({"step": number, "train/loss": 1.0}) + "\n")
+    assert plot_main([str(tmp_path / "a/run"), str(tmp_path / "b/run"), "--out", out]) == 0
+    assert {name: records[0]["step"] for name, records in drawn["runs"].items()} == {"a/run": 0, "b/run": 1}
+    assert str(drawn["path"]) == out
+
+
+def test_points_leave_out_what_is_not_there():
+    records = [{"step": 1, "train/loss": 3.0}, {"step": 2, "train/loss": None}, {"step": 3, "eval/loss": 2.0}]
+    assert points_of(records, "train/loss") == ([1], [3.0])
+    assert points_of(records, "eval/loss") == ([3], [2.0])

@@ -70,13 +70,22 @@ def test_loss_is_weighted_by_token():
     assert float(sums.weight) == data["weights"].sum()
 
 
-def make(clip_norm=None, rate=0.1):
-    mesh = make_mesh(SIZES, batch_size=3)
+class Steep(Bigram):
+    """The same logits by a product that makes each gradient 1e25 times as large: finite, but not their squares' sum."""
+
+    @nn.compact
+    def __call__(self, tokens, segment_ids=None):
+        initializer = nn.with_logical_partitioning(nn.initializers.normal(1e-25), ("vocab", "embed"))
+        return 1e25 * self.param("table", initializer, (5, 5))[tokens]
+
+
+def make(clip_norm=None, rate=0.1, model=None):
+    mesh, model = make_mesh(SIZES, batch_size=3), model or Bigram()
     schedule = warmup_linear(rate, 0, 10)
     optimizer = make_optimizer(schedule, b1=0.9, b2=0.999, eps=1e-7, weight_decay=0.01, clip_norm=clip_norm)
     with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
-        init, abstract = make_init(Bigram(), optimizer, mesh)
-        return init, abstract, make_train_step(Bigram(), optimizer, schedule, abstract, mesh), optimizer
+        init, abstract = make_init(model, optimizer, mesh)
+        return init, abstract, make_train_step(model, optimizer, schedule, abstract, mesh), optimizer
 
 
 @pytest.mark.parametrize("clip_norm", [None, 0.01])
@@ -119,16 +128,46 @@ def test_a_batch_without_weights_changes_nothing_but_by_decay():
     np.testing.assert_allclose(state.params["table"], before * (1 - 0.1 * 0.01), rtol=1e-6)
 
 
+def test_a_step_that_is_not_finite_changes_the_counts_alone():
+    """Good, bad, bad, good: the end is that of the good ones alone, bit for bit, and so is the learning rate."""
+    init, _, train_step, _ = make(clip_norm=1.0)
+    bad = {**batch(1), "weights": np.full((3, 4), np.nan, np.float32)}
+    expected = init(jax.random.key(0))
+    for seed in (0, 2):
+        expected, good_metrics = train_step(expected, batch(seed))
+    state, counts = init(jax.random.key(0)), []
+    for data in (batch(0), bad, bad, batch(2)):
+        state, metrics = train_step(state, data)
+        counts.append([int(count) for count in (state.step, state.skipped, state.skipped_in_a_row)])
+        assert bool(jnp.isfinite(metrics["loss"])) == (data is not bad)
+        assert [int(metrics[key]) for key in ("skipped", "skipped_in_a_row")] == counts[-1][1:]
+    assert counts == [[1, 0, 0], [2, 1, 1], [3, 2, 2], [4, 2, 0]]
+    for found, wanted in zip(jax.tree.leaves(state[1:3]), jax.tree.leaves(expected[1:3]), strict=True):
+        assert np.array_equal(found, wanted)
+    assert float(metrics["learning_rate"]) == float(good_metrics["learning_rate"])
+
+
+def test_a_gradient_that_overflows_is_skipped():
+    init, _, train_step, _ = make(model=Steep(), clip_norm=1.0)
+    state = init(jax.random.key(0))
+    before = np.asarray(state.params["table"])
+    state, metrics = train_step(state, {**batch(), "weights": np.ones((3, 4), np.float32)})
+    assert np.isfinite(metrics["loss"])
+    assert np.isinf(metrics["grad_norm"])
+    assert int(state.skipped) == 1
+    assert np.array_equal(state.params["table"], before)
+
+
 def test_evaluation_weights_by_token_across_batches():
     sums = {"a": Sums(6.0, 2.0, 3.0), "b": Sums(4.0, 0.0, 1.0)}
-    figures = evaluate(lambda _, name: sums[name], None, ["a", "b"])
+    figures = evaluate(lambda _, name: sums[name], None, ["a", "b"], targets_per_byte=0.25)
     assert figures == pytest.approx(
         {
             "eval/loss": 2.5,
             "eval/accuracy": 0.5,
             "eval/perplexity": np.exp(2.5),
-            "eval/bits_per_byte": 2.5 / np.log(2),
+            "eval/bits_per_byte": 2.5 / np.log(2) / 4,
         }
     )
     with pytest.raises(UserError, match="no token to predict"):
-        evaluate(lambda *_: Sums(0.0, 0.0, 0.0), None, ["a"])
+        evaluate(lambda *_: Sums(0.0, 0.0, 0.0), None, ["a"], 1.0)
