@@ -185,9 +185,9 @@ def train(
             meter.training.pause()
             if evaluates:
                 record |= run.evaluate(state.params)
-                # The best is saved when it is met, also between the steps that are saved anyway.
-                saves |= record["eval/loss"] < best
-                best = min(record["eval/loss"], best)
+                if record["eval/loss"] < best:
+                    # The best is saved when it is met, also between the steps that are saved anyway.
+                    best, saves = record["eval/loss"], True
             if log or evaluates:
                 record = only_finite(record)
                 for tracker in trackers:

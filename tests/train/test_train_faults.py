@@ -50,7 +50,7 @@ def test_signals_at_random_moments_end_at_the_uninterrupted_run(
 ):
     """Ten times over: a signal comes at a random moment after a random step, and the command is given again."""
     randomness = random.Random(0)
-    moments = sorted(randomness.sample(range(1, 200), 10))
+    moments = sorted(randomness.sample(range(1, 150), 10))
     timers = []  # of the run that goes on: at most one, since a second SIGINT is not waited for
 
     def advance(self, step):
@@ -59,6 +59,8 @@ def test_signals_at_random_moments_end_at_the_uninterrupted_run(
             timers.append(threading.Timer(randomness.uniform(0, 3e-3), os.kill, (os.getpid(), number)))
             timers[0].start()
             moments.pop(0)
+        elif timers and step % 5 == 0:  # a busy machine is not to let the run end before the signal
+            timers[0].join()
 
     monkeypatch.setattr(ProgressDisplay, "advance", advance)
     stopped = []
@@ -74,7 +76,7 @@ def test_signals_at_random_moments_end_at_the_uninterrupted_run(
         assert (output[-2] == f"stopped by a signal, saved at step {step}") == (step < 200)
         stopped.append(step)
     assert stopped == sorted(set(stopped))
-    assert len(stopped) > 7  # two signals may fall between one step and the next save
+    assert len(stopped) == 11
     same_end(tmp_path, uninterrupted, 200)
 
 
