@@ -1,7 +1,6 @@
 """Generation against full forward passes: greedy, sampled, compiled once."""
 
 import functools
-import importlib
 import re
 
 import flax.linen as nn
@@ -10,7 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from twomamba_jax import Execution, LanguageModel, ModelConfig, generate, parse_pattern
+from twomamba_jax import Execution, LanguageModel, ModelConfig, generate, init_cache, parse_pattern
+from twomamba_jax.generation import decode, decode_loop, prefill
+from twomamba_jax.sampling import Sampling, sample
 
 
 @functools.cache
@@ -34,7 +35,7 @@ def test_greedy_takes_the_likeliest_token_of_the_full_forward_pass():
     """By induction over the tokens: each is the argmax after those before it, all read in one pass without a cache."""
     model, params = model_and_params("softmax,2mamba,mamba2")
     prompts = jax.random.randint(jax.random.key(1), (3, 5), 0, 23)
-    new = generate(model, params, prompts, max_new_tokens=12)
+    new = generate(model, params, prompts, max_new_tokens=12, fold_size=3).tokens
     assert (new.shape, new.dtype) == ((3, 12), jnp.int32)
     assert len({tuple(row) for row in new.tolist()}) == 3
 
@@ -42,30 +43,6 @@ def test_greedy_takes_the_likeliest_token_of_the_full_forward_pass():
     np.testing.assert_array_equal(new, logits.argmax(axis=-1))
     best = np.sort(logits, axis=-1)
     assert (best[..., -1] - best[..., -2]).min() > 1e-4  # no tie that rounding could decide
-
-
-@pytest.fixture
-def caches(monkeypatch):
-    """The empty caches that `generate` starts from: one for each time that it is traced."""
-    module, made = importlib.import_module("twomamba_jax.generate"), []
-
-    def init_cache(*args, **options):
-        made.append(original(*args, **options))
-        return made[-1]
-
-    original = module.init_cache
-    monkeypatch.setattr(module, "init_cache", init_cache)
-    return made
-
-
-def test_cache_is_as_narrow_as_the_model(caches):
-    model, params = model_and_params("softmax,2mamba*", dtype=jnp.bfloat16)
-    new = generate(model, params, jnp.zeros((2, 1), jnp.int32), max_new_tokens=3)
-    assert new.shape == (2, 3)
-    assert ((new >= 0) & (new < 23)).all()
-    softmax, squared = caches[0].layers
-    assert softmax.state.keys.dtype == squared.convolution.q.dtype == jnp.bfloat16
-    assert squared.state.kv.dtype == jnp.float32
 
 
 def test_samples_have_the_models_frequencies():
@@ -76,7 +53,7 @@ def test_samples_have_the_models_frequencies():
     model, params = model_and_params("2mamba", vocab_size=5)
     rows, temperature = 8192, 2.0
     prompts = jnp.tile(jnp.array([[3, 1]]), (rows, 1))
-    new = generate(model, params, prompts, max_new_tokens=2, temperature=temperature, rng=jax.random.key(2))
+    new = generate(model, params, prompts, max_new_tokens=2, temperature=temperature, rng=jax.random.key(2)).tokens
     counts = np.zeros((5, 5))
     np.add.at(counts, tuple(np.asarray(new).T), 1)
 
@@ -89,40 +66,115 @@ def test_samples_have_the_models_frequencies():
     assert ((counts - expected * rows) ** 2 / (expected * rows)).sum() < 24 + 5 * 7
 
 
-def test_one_compilation_serves_every_temperature_key_and_parameter(caches):
-    """The same key gives the same tokens, another key others; greedy needs none."""
+def test_a_generation_is_one_compiled_loop():
+    """Whatever the temperature, key, parameters and stop tokens; no token of it goes through the host."""
     model, params = model_and_params("linear")
     prompts = jnp.array([[1, 2, 3]])
 
-    def sample(model=model, params=params, temperature=1.0, seed=0, max_new_tokens=16):
-        rng = jax.random.key(seed)
-        new = generate(model, params, prompts, max_new_tokens=max_new_tokens, temperature=temperature, rng=rng)
-        return new.tolist()
+    def sample(model=model, params=params, temperature=1.0, seed=0, **options):
+        options = {"max_new_tokens": 16, "rng": jax.random.key(seed)} | options
+        return generate(model, params, prompts, temperature=temperature, **options).tokens.tolist()
 
-    first = sample()
+    first, size = sample(), decode_loop._cache_size()
+    start = prefill(model, params, prompts, init_cache(model.config, 1, 19))
+    text = decode_loop.lower(model, params, start, 16, 1.0, None, None, jnp.zeros(0, jnp.int32)).as_text()
+    assert "callback" not in text
     assert sample() == first
     assert sample(seed=1) != first
     greedy = sample(temperature=0.0)
-    assert greedy == sample(temperature=0.0, seed=1) == generate(model, params, prompts, max_new_tokens=16).tolist()
+    assert greedy == sample(temperature=0.0, seed=1)
     assert sample(params=jax.tree.map(lambda x: -x, params), temperature=0.0) != greedy
     assert sample(model=LanguageModel(model.config)) == first  # an equal model is the same
-    assert len(caches) == 1
+    assert decode_loop._cache_size() == size
     sample(max_new_tokens=1)
-    assert len(caches) == 2
+    assert decode_loop._cache_size() == size + 1
+
+
+PATTERN = "softmax,2mamba,mamba2"
+
+
+def test_rows_do_not_feel_each_other():
+    """Ragged prompts, several samples, stop tokens, pieces of a prompt: each row is what it is alone."""
+    model, params = model_and_params(PATTERN)
+    prompts = jax.random.randint(jax.random.key(1), (3, 11), 0, 23)
+    lengths, keys = jnp.array([11, 2, 7]), jax.random.split(jax.random.key(5), 6)
+    options = {"max_new_tokens": 20, "temperature": 1.0, "top_k": 9, "top_p": 0.9, "fold_size": 3}
+    every = generate(model, params, prompts, lengths=lengths, num_samples=2, rng=keys, **options)
+    assert len({tuple(row) for row in every.tokens.tolist()}) == 6
+    stop = int(every.tokens[2, 4])
+    options |= {"stop_tokens": [stop], "lengths": lengths, "num_samples": 2, "rng": keys}
+    for prefill_size in (None, 4):
+        stopped = generate(model, params, prompts, prefill_size=prefill_size, **options)
+        for row, (want, got, count) in enumerate(zip(*map(np.asarray, (every.tokens, *stopped)))):
+            (hits,) = np.nonzero(want == stop)
+            assert count == (hits[0] + 1 if hits.size else 20), row
+            np.testing.assert_array_equal(got[:count], want[:count])
+            assert not got[count:].any()
+    other = prompts.at[0].set(22 - prompts[0])
+    alone = generate(model, params, other, **options)
+    np.testing.assert_array_equal(alone.tokens[2:], stopped.tokens[2:])
+
+
+def test_a_generation_in_pieces_is_the_generation_in_one():
+    model, params = model_and_params(PATTERN)
+    prompts, sampling = jnp.array([[1, 2, 3], [4, 5, 6]]), Sampling(temperature=1.0)
+
+    def start():
+        return prefill(model, params, prompts, init_cache(model.config, 2, 15, fold_size=2))
+
+    whole, _ = decode(model, params, start(), 12, sampling=sampling)
+    state, pieces = start(), []
+    for _ in range(3):
+        piece, state = decode(model, params, state, 4, sampling=sampling)
+        pieces.append(piece.tokens)
+    np.testing.assert_array_equal(jnp.concatenate(pieces, axis=1), whole.tokens)
+
+
+def test_top_k_and_top_p_keep_the_likeliest():
+    logits = jnp.log(jnp.array([0.1, 0.4, 0.05, 0.3, 0.15]))
+    keys = jax.random.split(jax.random.key(0), 4000)
+
+    def frequencies(**options):
+        options = {"temperature": 1.0, "top_k": None, "top_p": None} | options
+        drawn = sample(keys, jnp.tile(logits, (4000, 1)), **options)
+        return np.bincount(drawn, minlength=5) / 4000
+
+    for options, kept in (
+        ({}, [0, 1, 2, 3, 4]),
+        ({"top_k": 2}, [1, 3]),
+        ({"top_p": 0.71}, [1, 3, 4]),
+        ({"top_p": 0.39}, [1]),
+        ({"top_k": 4, "top_p": 0.75}, [1, 3, 4]),
+        ({"top_p": 1.0}, [0, 1, 2, 3, 4]),
+    ):
+        want = np.zeros(5)
+        want[kept] = jnp.exp(logits)[jnp.array(kept)]
+        got = frequencies(**options)
+        assert not got[want == 0].any(), options
+        np.testing.assert_allclose(got, want / want.sum(), atol=0.04)  # five standard deviations of the likeliest
+    assert frequencies(temperature=0.0)[1] == 1
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"tokens": jnp.zeros((2, 0), jnp.int32)}, "tokens must be prompts [B, T] with T >= 1, got shape (2, 0)"),
-        ({"tokens": jnp.zeros(3, jnp.int32)}, "tokens must be prompts [B, T] with T >= 1, got shape (3,)"),
+        ({"tokens": jnp.zeros((2, 0), jnp.int32)}, "tokens must be prompts [B, T], integers, with T >= 1, got"),
+        ({"tokens": jnp.zeros(3, jnp.int32)}, "tokens must be prompts [B, T], integers, with T >= 1, got int32 (3,)"),
+        ({"lengths": jnp.array([3])}, "lengths=[3] must be from 1 to the 2 tokens of a row"),
+        ({"lengths": jnp.array([1, 2])}, "lengths must have shape (1,), got (2,)"),
         ({"max_new_tokens": 0}, "max_new_tokens=0 must be an integer of at least 1"),
+        ({"num_samples": 0}, "num_samples=0 must be an integer of at least 1"),
         ({"temperature": -0.5}, "temperature=-0.5 must be at least 0"),
         ({"temperature": 1.0}, "temperature=1.0 samples and needs a random key: pass rng=jax.random.key(seed)"),
+        ({"top_k": 24}, "top_k=24 must be an integer from 1 to the vocabulary's 23, or None"),
+        ({"top_p": 0.0}, "top_p=0.0 must be above 0 and at most 1, or None"),
+        ({"top_p": 1.1}, "top_p=1.1 must be above 0 and at most 1, or None"),
+        ({"rng": jax.random.split(jax.random.key(0), 3)}, "rng must be one key, or 1 keys, one for each row"),
     ],
     ids=str,
 )
 def test_bad_calls_are_refused(change, message):
+    model, params = model_and_params("linear")
     arguments = {"tokens": jnp.zeros((1, 2), jnp.int32), "max_new_tokens": 4} | change
     with pytest.raises(ValueError, match=re.escape(message)):
-        generate(None, None, arguments.pop("tokens"), **arguments)
+        generate(model, params, arguments.pop("tokens"), **arguments)

@@ -15,7 +15,7 @@ def test_code_runs(code):
     names = {}
     exec(compile(code, "README.md", "exec"), names)  # the point of the test
     if "generate" in names:
-        assert names["tokens"].shape == (2, 16)
+        assert names["generation"].tokens.shape == (2, 16)
         assert names["cache"].position.tolist() == [9, 9]
     else:
         assert names["y"].shape == (2, 100, 4, 32)

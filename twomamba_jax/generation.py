@@ -122,7 +122,7 @@ def row_keys(rng: jax.Array, rows: int) -> jax.Array:
         return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(rng, jnp.arange(rows))
     if rng.shape != (rows,):
         raise ValueError(f"rng must be one key, or {rows} keys, one for each row of the result; got {rng.shape}")
-    return rng
+    return rng[jnp.arange(rows)]  # a copy: what `decode` is given is donated
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames="prefill_size", donate_argnames="cache")

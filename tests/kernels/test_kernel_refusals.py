@@ -1,7 +1,6 @@
 """What the kernels refuse and why, what is chosen in their place, and the table of tile sizes."""
 
 import logging
-import sys
 import types
 
 import jax
@@ -16,8 +15,8 @@ from pallas_kernels.interpreter import interpreted
 from pallas_kernels.quadratic import tuning as tuning_module
 from pallas_kernels.quadratic.tuning import Tiles, tuning
 from twomamba_jax import decay_attention, decay_attention_step, init_state
+from twomamba_jax.ops import kernels
 
-operation = sys.modules[decay_attention.__module__]
 CALL = Case(tokens=9).call()  # a head dim of 64, two query heads to one of keys
 
 
@@ -107,7 +106,7 @@ def test_needs_a_hopper_gpu(monkeypatch, backend, capability, reason):
 
 
 def test_none_takes_the_kernels_where_it_can_and_says_so_once(caplog):
-    operation._log_choice.cache_clear()
+    kernels._log_choice.cache_clear()
     with interpreted(), caplog.at_level(logging.INFO, logger="twomamba_jax"):
         chosen = [decay_attention(*narrow()) for _ in range(2)]
         decay_attention(*narrow(), score="linear", form="chunked")

@@ -8,7 +8,6 @@ import dataclasses
 import itertools
 import logging
 import os
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -20,10 +19,10 @@ from kernel_cases import INPUTS, Case, U, assert_close
 
 from pallas_kernels.device import unsupported_device
 from twomamba_jax import decay_attention
+from twomamba_jax.ops import kernels
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # workers of pytest share the GPU
 
-operation = sys.modules[decay_attention.__module__]
 UNSUPPORTED = unsupported_device()
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(UNSUPPORTED is not None, reason=f"no kernel: {UNSUPPORTED}")]
 
@@ -139,7 +138,7 @@ def test_a_call_without_gradients_has_the_bits_of_one_with():
 
 
 def test_none_takes_the_kernels(caplog):
-    operation._log_choice.cache_clear()
+    kernels._log_choice.cache_clear()
     call = Case(tokens=4097).call()
     with caplog.at_level(logging.INFO, logger="twomamba_jax"):
         chosen = decay_attention(*call.inputs)

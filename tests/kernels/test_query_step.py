@@ -58,9 +58,9 @@ def test_a_step_with_the_kernel_is_the_step_without():
     mesh = jax.make_mesh((1, 1), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
     with interpreted():
         for cache in (in_stack, alone):
-            got, after = attend(*token(jnp.float32), cache, implementation="mosaic_gpu")
+            got, new = attend(*token(jnp.float32), cache, implementation="mosaic_gpu")
             np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
-            assert after.state is cache.state
+            assert new.state is None
         with jax.set_mesh(mesh):
             partition = PartitionSpec("data", None, "tensor")
             got, _ = attend(*token(jnp.float32), in_stack, implementation="mosaic_gpu", partition=partition)
@@ -85,6 +85,10 @@ def test_refuses_with_the_reason():
     assert (
         kernel.unsupported(jnp.zeros((1, 1, 1, 36, 64)), 1)
         == "it reads states of at least 64 features, and these have 36"
+    )
+    large = jax.ShapeDtypeStruct((20, 64, 16, 2080, 64), jnp.float32)
+    assert (
+        kernel.unsupported(large, 1) == "it counts numbers in 32 bits, and these states of all layers have 2726297600"
     )
     with pytest.raises(ValueError, match="it needs a Hopper GPU"):
         attend(q, k, v, log_decay, cache, implementation="mosaic_gpu")

@@ -53,7 +53,7 @@ def test_hybrid_is_its_blocks_in_order():
     def by_hand(params, tokens):
         x, rest = (
             params["embedding"]["embedding"][tokens],
-            (None, None, None, jnp.broadcast_to(jnp.arange(13), (2, 13))),
+            (*[None] * 5, jnp.broadcast_to(jnp.arange(13), (2, 13))),
         )
         for run, layer, name in ((0, 0, "softmax"), (1, 0, "2mamba"), (1, 1, "2mamba"), (2, 0, "mamba2")):
             block = jax.tree.map(lambda leaf, layer=layer: leaf[layer], params[f"layers_{run}"])
@@ -141,7 +141,7 @@ def calls(monkeypatch):
 
         return called
 
-    for name in ("decay_attention", "decay_attention_step"):
+    for name in ("decay_attention", "cached_attention"):
         monkeypatch.setattr(mixer, name, spy(getattr(mixer, name)))
     return record
 
@@ -164,7 +164,6 @@ def test_execution_reaches_the_operation(calls):
     assert options_of("softmax", form="parallel")["form"] == "parallel"
     assert options_of("mamba2")["scale"] == 1
     step = options_of("mamba2", TOKENS[:, :1], cached=True, precision="highest")
-    assert "form" not in step  # a single token on a cache takes the step
     assert (step["score"], step["normalize"], step["scale"], step["precision"]) == ("linear", False, 1, "highest")
 
 
@@ -184,17 +183,17 @@ def test_bfloat16_keeps_wide_what_must_be(calls):
     narrow, wide = {jnp.dtype("bfloat16")}, {jnp.dtype("float32")}
     assert {logits.dtype} == dtypes(variables) == wide
     softmax, two, mamba2 = after.layers
-    assert dtypes((softmax.state.keys, softmax.state.values)) == narrow
-    assert dtypes((softmax.state.log_weights, two.state, mamba2.state)) == wide
+    assert dtypes((softmax.attention.keys, two.attention.values)) == narrow
+    assert dtypes((two.attention.log_decay, two.attention.state, mamba2.attention.state)) == wide
     assert dtypes((two.convolution, mamba2.convolution)) == narrow
     assert len(calls) >= 3
-    for (q, k, v, log_decay), _ in calls:
+    for (q, k, v, log_decay, *_), _ in calls:
         assert dtypes((q, k, v)) == narrow
         assert log_decay is None or {log_decay.dtype} == wide
 
     block = Block(model.config, VARIANTS["mamba2"].mixer, model.execution)
     x = jnp.zeros((2, 13, 32), jnp.bfloat16)
-    (y, _), _ = jax.eval_shape(block.init_with_output, jax.random.key(0), x, None, None, None, None)
+    (y, _), _ = jax.eval_shape(block.init_with_output, jax.random.key(0), x, *[None] * 6)
     assert {y.dtype} == narrow
 
 

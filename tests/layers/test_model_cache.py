@@ -1,25 +1,28 @@
 """The cache of a model: its shape and size, ragged prompts, packed prompts, and what happens when it is full."""
 
 import functools
+import pickle
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from models import model_of
+from models import config_of, model_of
 
 from twomamba_jax import (
     VARIANTS,
-    FiniteState,
-    KeyValueCache,
     Mixer,
+    cache_bytes,
     decay_attention,
     init_cache,
     init_state,
-    state_bytes,
+    roll_back,
 )
 from twomamba_jax.layers.cache import init_mixer_cache
+from twomamba_jax.ops.attention_cache import AttentionCache
+from twomamba_jax.ops.recurrent_cache import RecurrentCache
+from twomamba_jax.ops.state import FiniteState
 
 TOKENS = jax.random.randint(jax.random.key(0), (3, 11), 0, 23)
 
@@ -59,26 +62,28 @@ def assert_close(actual, expected):
 
 
 def test_empty_cache():
-    """One entry a run, a leading axis of its layers, states of 0 and key/value slots of weight 0."""
+    """One entry a run, a leading axis of its layers, zeros everywhere."""
     config = model_of("softmax,2mamba*,conv4", 4).config
-    cache = init_cache(config, 3, 10, dtype=jnp.bfloat16)
+    cache = init_cache(config, 3, 10, fold_size=5, dtype=jnp.bfloat16, state_dtype=jnp.bfloat16)
     softmax, squared, linear = cache.layers
-    assert isinstance(softmax.state, KeyValueCache)
-    assert isinstance(squared.state, FiniteState)
+    assert isinstance(softmax.attention, AttentionCache)
+    assert isinstance(squared.attention, RecurrentCache)
     shapes = jax.tree.map(lambda x: (x.shape, str(x.dtype)), cache)
     assert shapes.position == ((3,), "int32")
-    assert shapes.layers[0].state == KeyValueCache(
-        ((1, 3, 10, 2, 8), "bfloat16"), ((1, 3, 10, 2, 8), "bfloat16"), ((1, 3, 10, 2), "float32"), ((1, 3), "int32")
-    )
+    heads, length = ((1, 3, 2, 10, 8), "bfloat16"), ((1, 3), "int32")
+    assert shapes.layers[0].attention == AttentionCache(heads, heads, None, length, length)
     assert softmax.convolution is None
-    assert shapes.layers[1].state == FiniteState(((2, 3, 2, 36, 8), "float32"), ((2, 3, 2, 36), "float32"))
+    ring, length = ((2, 3, 2, 10, 8), "bfloat16"), ((2, 3), "int32")
+    assert shapes.layers[1].attention == RecurrentCache(
+        FiniteState(((2, 3, 2, 36, 8), "bfloat16"), ((2, 3, 2, 36), "float32")),
+        None, ring, ring, ((2, 3, 2, 10), "float32"), length, length,
+    )  # fmt: skip
     assert shapes.layers[1].convolution == (
         ((2, 3, 1, 4, 8), "bfloat16"), ((2, 3, 1, 2, 8), "bfloat16"), ((2, 3, 1, 2, 8), "bfloat16")
     )  # fmt: skip
-    assert linear.state.kv.shape == (1, 3, 2, 8, 8)
+    assert linear.attention.state.kv.shape == (1, 3, 2, 8, 8)
     assert linear.convolution.q.shape == (1, 3, 3, 4, 8)
-    np.testing.assert_array_equal(softmax.state.log_weights, -np.inf)
-    for x in jax.tree.leaves((softmax.state._replace(log_weights=0), squared, linear, cache.position)):
+    for x in jax.tree.leaves(cache):
         np.testing.assert_array_equal(x, 0)
 
 
@@ -91,16 +96,28 @@ def test_cache_of_nothing_is_refused(batch, max_length):
 def test_size_of_the_cache():
     """2mamba's does not depend on the length it will reach; softmax's is proportional to it."""
 
-    def size(pattern, max_length):
-        config = model_of(pattern, 4).config
-        return state_bytes(jax.eval_shape(lambda: init_cache(config, 2, max_length)))
+    def size(pattern, max_length, **options):
+        return cache_bytes(model_of(pattern, 4).config, 2, max_length, **options)
 
-    features, positions = 8 * 9 // 2, 2 * 4
-    state = features * 8 + features  # kv, key_sum
-    inputs = (4 + 2 + 2) * 8
-    assert size("2mamba", 1) == size("2mamba", 1_000_000) == 4 * 2 * 4 * (2 * state + inputs) + positions
-    a_token = 4 * 2 * 4 * 2 * (8 + 8 + 1)  # layers, rows, bytes, kv heads; key, value, log weight
-    assert size("softmax", 500) - size("softmax", 100) == 400 * a_token
+    features, position, a_token = 8 * 9 // 2, 2 * 4, 2 * (8 + 8 + 1)  # kv heads; key, value, log decay
+    state, inputs, counters = 2 * (features * 8 + features), (4 + 2 + 2) * 8, 2
+    per_row = state + inputs + counters
+    assert size("2mamba", 1, fold_size=3) == size("2mamba", 1_000_000, fold_size=3)
+    assert size("2mamba", 1, fold_size=3) == 4 * 2 * 4 * (per_row + 6 * a_token) + position
+    kept = size("2mamba", 1, fold_size=3, rollback=True) - size("2mamba", 1, fold_size=3)
+    assert kept == 4 * 2 * 4 * (state + 3 * inputs) + 2 * 4 + 4  # the state before, convolution inputs, what is left
+    assert size("softmax", 500) - size("softmax", 100) == 400 * 4 * 2 * 4 * 2 * (8 + 8)
+
+
+def test_crossover_with_a_key_value_cache():
+    """The paper's equation 6: at equal precision 2Mamba's is as large as softmax's of 1,058 tokens, for K = V = 64."""
+
+    def size(variant, length, **options):
+        return cache_bytes(config_of(variant, head_dim=64, num_kv_heads=None), 1, length, **options)
+
+    a_token = size("softmax", 2) - size("softmax", 1)
+    ring = size("2mamba", 1, fold_size=2) - size("2mamba", 1, fold_size=1)  # two tokens, as many as for r = 1
+    assert round((size("2mamba", 1, fold_size=1) - ring) / a_token) == 1058
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=lambda dtype: dtype.__name__)
@@ -182,10 +199,105 @@ def test_rows_that_overflow_are_nan_and_no_others():
 def test_full_cache_raises_outside_jit():
     config = model_of("softmax").config
     softmax, x = VARIANTS["softmax"].mixer, jnp.zeros((1, 4, 32))
-    cache = init_mixer_cache(softmax, config, 1, 3, jnp.float32)
+    cache = init_mixer_cache(softmax, config, 1, 3)
     message = "the key/value cache holds 3 tokens and would need 4"
     with pytest.raises(ValueError, match=message):
         Mixer(softmax, 4, 8, 2).init_with_output(jax.random.key(0), x, cache=cache)
     q = jnp.zeros((1, 4, 2, 8))
     with pytest.raises(ValueError, match=message):
         decay_attention(q, q, q, score="exp", initial_state=init_state("exp", 1, 2, 8, 8, capacity=3))
+
+
+FOLD = 4
+
+
+@pytest.mark.parametrize("pattern", ["2mamba", "2mamba-e", "softmax,mamba2,2mamba"])
+def test_roll_back_over_folds_leaves_no_trace(pattern):
+    """Ragged rows, so that folds fall on every step: after every step, each number of tokens is taken back.
+
+    The two steps after it have the bits of the same steps taken before.
+    """
+    model, lengths, steps = model_of(pattern, 3 if "," in pattern else 1), np.array([9, 2, 7]), 13
+    params, tokens = init(model), jnp.tile(TOKENS, (1, 3))
+    step = jax.jit(lambda tokens, cache: model.apply({"params": params}, tokens, cache=cache))
+
+    def token(position):
+        return jnp.take_along_axis(tokens, jnp.asarray(position)[:, None], axis=1)
+
+    cache = init_cache(model.config, 3, 32, fold_size=FOLD, rollback=True)
+    _, cache = read(model, params, tokens[:, :9], cache, lengths=jnp.asarray(lengths))
+    caches, logits = [cache], []
+    for index in range(steps):
+        new, cache = step(token(lengths + index), cache)
+        caches.append(cache)
+        logits.append(new)
+    for index in range(FOLD, steps - 1):
+        for count in range(1, FOLD + 1):
+            back, start = roll_back(caches[index], count), index - count
+            np.testing.assert_array_equal(back.position, lengths + start)
+            for offset in range(2):
+                new, back = step(token(lengths + start + offset), back)
+                np.testing.assert_array_equal(new, logits[start + offset])
+
+
+def test_roll_back_refuses_what_is_gone():
+    model = model_of("2mamba")
+    params = init(model)
+    with pytest.raises(ValueError, match=r"cannot be rolled back: make it with init_cache\(..., rollback=True\)"):
+        roll_back(init_cache(model.config, 3, 8), 1)
+    cache = init_cache(model.config, 3, 8, fold_size=FOLD, rollback=True)
+    _, cache = read(model, params, TOKENS[:, :7], cache, lengths=jnp.array([7, 2, 3]))
+    with pytest.raises(ValueError, match=r"\[3, 3, 3\] tokens: \[4, 2, 3\] can be taken back now, .* fold_size=4"):
+        roll_back(cache, 3)
+    once = roll_back(cache, jnp.array([3, 2, 0]))
+    with pytest.raises(ValueError, match=r"\[1, 0, 3\] can be"):
+        roll_back(once, 2)
+    with pytest.raises(ValueError, match="cannot roll back"):
+        roll_back(cache, -1)
+    # Inside jit the rows that went too far are NaN from there on, and no others.
+    back = jax.jit(roll_back)(cache, jnp.array([2, 3, 3]))
+    for _ in range(2):
+        logits, back = read(model, params, TOKENS[:, 7:8], back)
+        assert np.isnan(logits).all(axis=(1, 2)).tolist() == [False, True, False]
+        assert np.isfinite(logits[::2]).all()
+
+
+@pytest.mark.parametrize("pattern", ["2mamba", "mamba2", "2mamba-e"])
+def test_pieces_of_any_size_are_the_whole(pattern):
+    """Longer and shorter than a fold, one of them empty in one row; the convolution's inputs and the ring go on."""
+    model, tokens = model_of(pattern), jnp.tile(TOKENS, (1, 2))
+    params = init(model)
+    want, cache, at = full(model, params, tokens), init_cache(model.config, 3, 22, fold_size=FOLD), np.zeros(3, int)
+    for sizes in ([6, 3, 6], [2, 0, 1], [6, 6, 2], [2, 1, 2], [6, 2, 3]):
+        index = np.minimum(at[:, None] + np.arange(max(sizes)), 21)  # what is too much is padding
+        pieces = jnp.take_along_axis(tokens, index, axis=1)
+        logits, cache = read(model, params, pieces, cache, lengths=jnp.asarray(sizes))
+        for b, n in enumerate(sizes):
+            if n:
+                assert_close(logits[b, :n], want[b, at[b] : at[b] + n])
+        at += sizes
+    np.testing.assert_array_equal(cache.position, at)
+
+
+def test_a_bfloat16_state_costs_a_rounding_a_fold():
+    model, tokens = model_of("2mamba"), jnp.tile(TOKENS, (1, 4))
+    params = init(model)
+    want = np.asarray(full(model, params, tokens))
+    cache = init_cache(model.config, 3, 44, fold_size=FOLD, state_dtype=jnp.bfloat16)
+    logits, cache = decode(model, params, tokens, cache)
+    assert cache.layers[0].attention.state.kv.dtype == jnp.bfloat16
+    error = np.abs(logits - want).max() / np.abs(want).max()
+    assert 1e-6 < error < 2 * jnp.finfo(jnp.bfloat16).eps  # more than float32's, and no more than roundings add up to
+
+
+def test_a_cache_is_saved_and_forked_like_any_pytree(tmp_path):
+    model = model_of("softmax,2mamba", 2, dtype=jnp.bfloat16)
+    params = init(model)
+    cache = init_cache(model.config, 3, 16, dtype=jnp.bfloat16)
+    _, cache = read(model, params, TOKENS[:, :5], cache)
+    leaves, structure = jax.tree.flatten(cache)
+    (tmp_path / "cache").write_bytes(pickle.dumps(jax.device_get(leaves)))
+    restored = jax.tree.unflatten(structure, pickle.loads((tmp_path / "cache").read_bytes()))
+    first = decode(model, params, TOKENS[:, 5:8], cache)[0]
+    decode(model, params, TOKENS[:, :3], cache)  # another way on from the same prompt
+    np.testing.assert_array_equal(decode(model, params, TOKENS[:, 5:8], restored)[0], first)

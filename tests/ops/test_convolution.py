@@ -66,5 +66,5 @@ def test_refuses_shapes_that_do_not_fit():
     x, kernel, bias, before = inputs(3)
     with pytest.raises(ValueError, match=r"kernel must be \[W, 2, 3\]"):
         causal_convolution(x, kernel[..., :2], bias)
-    with pytest.raises(ValueError, match=r"initial_inputs must have shape \(3, 2, 2, 3\)"):
+    with pytest.raises(ValueError, match=r"at least W - 1, ...channels\], here \(3, 2, 2, 3\), got"):
         causal_convolution(x, kernel, bias, initial_inputs=before[:, :1])

@@ -11,6 +11,7 @@ from cases import Case
 
 from twomamba_jax import decay_attention, decay_attention_step, init_state, state_bytes
 from twomamba_jax.ops import decay_attention as module
+from twomamba_jax.ops import kernels
 from twomamba_jax.ops.feature_map import features, num_features
 
 
@@ -139,7 +140,7 @@ real = {form: getattr(module, form) for form in ("parallel", "chunked", "blockwi
 
 
 def test_says_once_what_it_chose(caplog):
-    module._log_choice.cache_clear()
+    kernels._log_choice.cache_clear()
     with caplog.at_level(logging.INFO, logger="twomamba_jax"):
         for _ in range(2):
             decay_attention(**arrays())
