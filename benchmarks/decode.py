@@ -27,6 +27,7 @@ from matplotlib.figure import Figure
 from twomamba_jax import Execution, LanguageModel, ModelConfig, cache_bytes, init_cache, parse_pattern, state_bytes
 from twomamba_jax.generation import Decoding, decode_loop, row_keys
 from twomamba_jax.ops.attention_cache import AttentionCache
+from twomamba_jax.ops.state import FiniteState
 
 SIZES = {
     "small": {"d_model": 1024, "num_layers": 20, "num_heads": 16, "head_dim": 64, "mlp_dim": 2048, "vocab_size": 32000},
@@ -103,8 +104,14 @@ def start(row: Row, capacity: int, model: LanguageModel) -> Decoding:
         length = jnp.full_like(attention.length, row.context)
         if isinstance(attention, AttentionCache):
             return attention._replace(keys=random(attention.keys), values=random(attention.values), length=length)
+        # The squares only, all alike: denominators |q|^2, away from 0 as they are for keys that a model has seen.
+        head_dim, features = attention.keys.shape[-1], attention.state.key_sum.shape[-1]
+        key_sum = jnp.broadcast_to(jnp.arange(features) < head_dim, attention.state.key_sum.shape)
+        kv = jnp.where(key_sum[..., None], random(attention.state.kv), 0)
         return attention._replace(
-            state=jax.tree.map(random, attention.state), folded=length // row.fold_size * row.fold_size, length=length
+            state=FiniteState(kv, key_sum.astype(attention.state.key_sum.dtype)),
+            folded=length // row.fold_size * row.fold_size,
+            length=length,
         )
 
     layers = tuple(layer._replace(attention=grown(layer.attention)) for layer in cache.layers)
@@ -213,9 +220,11 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def plot(rows: Sequence[Row], path: Path) -> None:
-    """Time and memory against the context, one line per model, at the largest batch that every model has."""
+    """Time and memory against the context, a column per batch, a line per model; nothing where no row was timed."""
     timed = [row for row in rows if row.milliseconds]
     batches = sorted({row.batch for row in timed})
+    if not batches:
+        return
     figure = Figure(figsize=(5 * len(batches), 7), layout="constrained")
     axes = figure.subplots(2, len(batches), squeeze=False, sharex=True)
     for column, batch in enumerate(batches):

@@ -29,8 +29,6 @@ def unsupported(stack, heads: int) -> str | None:
         return f"it reads states of at least {HEIGHT} features, and these have {features}"
     if stack.dtype not in (jnp.float32, jnp.bfloat16):
         return f"it reads states in float32 or bfloat16, and these are {stack.dtype}"
-    if stack.size >= 2**31:
-        return f"it counts numbers in 32 bits, and these states of all layers have {stack.size}"
     if heads > 4:
         return f"it has registers for 4 query heads per key/value head, and these are {heads}"
     return None

@@ -1,0 +1,98 @@
+"""`python -m twomamba_jax.generate` on a run that has just been trained: text, figures, mistakes, interrupts."""
+
+import io
+import re
+import shutil
+import subprocess
+import sys
+
+from train.main import main as train
+from train.tokenizers import load_tokenizer
+from twomamba_jax import command_line
+from twomamba_jax.command_line import Stream, main
+
+
+def generate(capsys, workdir, *options, status=0):
+    capsys.readouterr()
+    assert main(["--workdir", str(workdir), *options]) == status
+    return capsys.readouterr()
+
+
+def test_continues_a_prompt(capsys, finished, tmp_path, monkeypatch):
+    """The same text for the same seed, from the command line, a file and standard input; an empty prompt starts one."""
+    options = ("--max_new_tokens", "40", "--fold_size", "4")
+    first = generate(capsys, finished, "--prompt", "def f", *options)
+    assert re.fullmatch(r"\d+ tokens, .*; cache [\d.]+ MiB\n", first.err)
+    (tmp_path / "prompt").write_text("def f")
+    assert generate(capsys, finished, "--prompt_file", str(tmp_path / "prompt"), *options).out == first.out
+    monkeypatch.setattr(sys, "stdin", io.StringIO("def f"))
+    assert generate(capsys, finished, "--prompt_file", "-", *options).out == first.out
+    assert generate(capsys, finished, "--prompt", "def f", *options, "--seed", "1").out != first.out
+    assert generate(capsys, finished, "--prompt", "", *options, "--checkpoint", "latest").out
+    two = generate(capsys, finished, "--prompt", "def f", *options, "--num_samples", "2").out
+    assert two.startswith(f"--- sample 1\n{first.out}--- sample 2\n")
+
+
+def test_mistakes_are_one_line(capsys, finished, tmp_path):
+    empty = tmp_path / "empty"
+    shutil.copytree(finished, empty)
+    shutil.rmtree(empty / "checkpoints")
+    prompt = ("--prompt", "x")
+    for workdir, options, message in (
+        (tmp_path / "none", prompt, "there is no run in"),
+        (empty, prompt, "there is no checkpoint in"),
+        (finished, (), "one of the arguments --prompt --prompt_file is required; see --help"),
+        (finished, ("--prompt_file", str(tmp_path / "none")), "cannot read --prompt_file"),
+        (finished, (*prompt, "--temperature", "-1"), "temperature=-1.0 must be at least 0"),
+        (finished, (*prompt, "--top_p", "1.5"), "top_p=1.5 must be above 0 and at most 1"),
+        (finished, (*prompt, "--max_new_tokens", "0"), "--max_new_tokens=0 and --num_samples=1 must be at least 1"),
+    ):
+        error = generate(capsys, workdir, *options, status=2).err
+        assert error.startswith("error: ")
+        assert error.count("\n") == 1
+        assert message in error
+
+
+def test_a_prompt_longer_than_a_key_value_cache(capsys, tiny, tmp_path):
+    assert train(tiny(tmp_path / "run", config="configs/softmax.py", steps=2)) == 0
+    options = ("--prompt", "abcdef", "--max_new_tokens", "8")
+    error = generate(capsys, tmp_path / "run", *options, "--max_length", "10", status=2).err
+    assert "the prompt's 6 tokens and --max_new_tokens=8 do not fit into key/value caches of --max_length=10" in error
+    assert generate(capsys, tmp_path / "run", *options, "--max_length", "14").out
+
+
+def test_an_interrupt_keeps_what_is_there(capsys, finished, monkeypatch):
+    whole = generate(capsys, finished, "--prompt", "def f", "--max_new_tokens", "64").out
+    decode, calls = command_line.decode, []
+
+    def interrupted(*args, **options):
+        calls.append(args)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return decode(*args, **options)
+
+    monkeypatch.setattr(command_line, "decode", interrupted)
+    got = generate(capsys, finished, "--prompt", "def f", "--max_new_tokens", "64", status=130)
+    assert len(got.out) > 1
+    assert whole.startswith(got.out[:-1].rstrip("\N{REPLACEMENT CHARACTER}"))
+    assert got.err.startswith("32 tokens, ")
+
+
+def test_half_a_character_waits_for_the_other():
+    out = io.StringIO()
+    stream = Stream(load_tokenizer("bytes"), out)
+    euro = list("x\N{EURO SIGN}".encode())
+    stream.write(euro[:2])
+    assert out.getvalue() == "x"
+    stream.write(euro[2:])
+    assert out.getvalue() == "x\N{EURO SIGN}"
+    stream.write(euro[1:2])
+    stream.finish()
+    assert out.getvalue() == "x\N{EURO SIGN}\N{REPLACEMENT CHARACTER}\n"
+
+
+def test_the_module_runs(finished):
+    command = [sys.executable, "-m", "twomamba_jax.generate", "--workdir", str(finished), "--prompt", "a"]
+    done = subprocess.run([*command, "--max_new_tokens", "2"], capture_output=True, text=True, check=True)
+    assert "2 tokens, too few tokens for a speed; cache" in done.stderr
+    assert "Warning" not in done.stderr

@@ -1,0 +1,202 @@
+"""The command line of generation: a run's model continues a prompt, and the text shows as it comes.
+
+Runs, tokenizers and checkpoints are the training program's (`pip install "twomamba-jax[train]"`).
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from twomamba_jax.generation import check_prompts, decode, fork, prefill, row_keys
+from twomamba_jax.layers import LanguageModel, init_cache
+from twomamba_jax.ops.feature_map import FINITE_SCORES
+from twomamba_jax.ops.state import state_bytes
+from twomamba_jax.sampling import Sampling, check_sampling
+
+BLOCK = 16  # tokens between two looks at the screen
+MIB = 2**20
+
+DESCRIPTION = """\
+Continues a prompt with the model that was trained in a working directory. Text goes to stdout as it comes; the speed
+and the size of the cache to stderr at the end. Mistakes are one line on stderr and exit status 2; Ctrl-C keeps what is
+there and exits with 130."""
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """The options. Raises ValueError for a wrong command line."""
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message):
+            """Raises ValueError."""
+            raise ValueError(f"{message}; see --help")
+
+    parser = Parser("python -m twomamba_jax.generate", description=DESCRIPTION, allow_abbrev=False)
+    add = parser.add_argument
+    add("--workdir", type=Path, required=True, metavar="DIR", help="of a run of train.main")
+    prompt = parser.add_mutually_exclusive_group(required=True)
+    prompt.add_argument("--prompt", metavar="TEXT", help="may be empty: the model then starts a document")
+    prompt.add_argument("--prompt_file", metavar="FILE", help="- reads standard input")
+    add("--max_new_tokens", type=int, default=256, metavar="N")
+    add("--temperature", type=float, default=0.7, metavar="X", help="0 takes the likeliest token")
+    add("--top_k", type=int, metavar="K")
+    add("--top_p", type=float, metavar="P")
+    add("--num_samples", type=int, default=1, metavar="N")
+    add("--seed", type=int, default=0)
+    add("--checkpoint", choices=("best", "latest"), default="best", help="by held-out loss, or by step")
+    add("--max_length", type=int, metavar="N", help="tokens of key/value caches; default: as many as needed")
+    add("--prefill_size", type=int, metavar="N", help="reads a long prompt in pieces of so many tokens")
+    add("--fold_size", type=int, default=16, metavar="R", help="tokens that a finite state takes in at a time")
+    return parser.parse_args(arguments)
+
+
+def load(workdir: Path, which: str) -> tuple[LanguageModel, Any, Any]:
+    """The model, parameters and tokenizer of a run. Raises `train.errors.UserError`."""
+    from ml_collections import ConfigDict
+
+    from train.checkpoint import restore_params
+    from train.configuration import build_model
+    from train.errors import UserError
+    from train.tokenizers import load_kept_tokenizer
+
+    try:
+        config = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"there is no run in {workdir}: it has no config.json") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {workdir / 'config.json'}: {error}") from error
+    tokenizer = load_kept_tokenizer(config["data"], workdir)
+    model = build_model(ConfigDict(config))
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shapes = jax.eval_shape(lambda key: nn.unbox(model.init(key, jnp.zeros((1, 8), jnp.int32))), jax.random.key(0))
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), shapes["params"])
+    params, _ = restore_params(workdir, shapes, which, lambda text: print(f"warning: {text}", file=sys.stderr))
+    return model, params, tokenizer
+
+
+def prompt_tokens(options: argparse.Namespace, tokenizer) -> np.ndarray:
+    """The prompt behind the token that opens a document: bos where there is one, else the end of the one before."""
+    if options.prompt is not None:
+        text = options.prompt
+    elif options.prompt_file == "-":
+        text = sys.stdin.read()
+    else:
+        try:
+            text = Path(options.prompt_file).read_text(encoding="utf-8")
+        except (OSError, UnicodeError) as error:
+            raise ValueError(f"cannot read --prompt_file {options.prompt_file}: {error}") from error
+    tokens = tokenizer.encode(text)
+    first = tokenizer.bos_id
+    if first is None and not tokens.size:
+        first = tokenizer.eos_id
+    return tokens if first is None else np.concatenate([np.array([first], np.int32), tokens])
+
+
+def blocks(model: LanguageModel, params, tokens, options, stop_tokens) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
+    """Blocks of new tokens [rows, <= BLOCK], how many of each row count, and the bytes of the cache."""
+    if options.max_new_tokens < 1 or options.num_samples < 1:
+        raise ValueError(
+            f"--max_new_tokens={options.max_new_tokens} and --num_samples={options.num_samples} must be at least 1"
+        )
+    sampling = Sampling(options.temperature, options.top_k, options.top_p)
+    check_sampling(sampling, model.config.vocab_size)
+    tokens = jnp.asarray(tokens)[None]
+    check_prompts(tokens, None)
+    needed = tokens.shape[1] + options.max_new_tokens
+    capacity = needed if options.max_length is None else options.max_length
+    if capacity < needed and any(mixer.score not in FINITE_SCORES for mixer in model.config.mixers):
+        raise ValueError(
+            f"the prompt's {tokens.shape[1]} tokens and --max_new_tokens={options.max_new_tokens} do not fit into "
+            f"key/value caches of --max_length={capacity}: raise it, or omit it"
+        )
+    cache = init_cache(model.config, 1, capacity, fold_size=options.fold_size, dtype=model.execution.dtype)
+    state = fork(prefill(model, params, tokens, cache, prefill_size=options.prefill_size), options.num_samples)
+    state = state._replace(keys=row_keys(jax.random.key(options.seed), options.num_samples))
+    size, left = state_bytes(state.cache), options.max_new_tokens
+    while left > 0 and not state.done.all():
+        new, state = decode(model, params, state, min(BLOCK, left), sampling=sampling, stop_tokens=stop_tokens)
+        left -= BLOCK
+        yield np.asarray(new.tokens), np.asarray(new.lengths), size
+
+
+class Stream:
+    """Prints the text of tokens as far as it is certain: half a character waits for its other half."""
+
+    def __init__(self, tokenizer, out: TextIO):
+        """Nothing is printed yet."""
+        self._tokenizer, self._out = tokenizer, out
+        self._ids: list[int] = []
+        self._shown = 0
+
+    def write(self, ids: Sequence[int]) -> None:
+        """More tokens."""
+        self._ids.extend(ids)
+        self._show(self._tokenizer.decode(self._ids).rstrip("\N{REPLACEMENT CHARACTER}"))
+
+    def finish(self) -> None:
+        """No more tokens: shows what waited, and ends the line."""
+        self._show(self._tokenizer.decode(self._ids))
+        print(file=self._out, flush=True)
+
+    def _show(self, text: str) -> None:
+        print(text[self._shown :], end="", file=self._out, flush=True)
+        self._shown = max(self._shown, len(text))
+
+
+def run(options: argparse.Namespace) -> int:
+    """Generates and prints; returns the exit status."""
+    model, params, tokenizer = load(options.workdir, options.checkpoint)
+    tokens = prompt_tokens(options, tokenizer)
+    streams = [Stream(tokenizer, sys.stdout)] if options.num_samples == 1 else []
+    rows: list[list[int]] = [[] for _ in range(options.num_samples)]
+    size, times, counts, status = 0, [time.perf_counter()], [], 0
+    try:
+        for new, lengths, cache_size in blocks(model, params, tokens, options, (tokenizer.eos_id,)):
+            size = cache_size
+            for row, ids, length in zip(rows, new.tolist(), lengths.tolist()):
+                row += ids[:length]
+                for stream in streams:
+                    stream.write(ids[:length])
+            times.append(time.perf_counter())
+            counts.append(int(lengths.sum()))
+    except KeyboardInterrupt:
+        status = 130
+    for stream in streams:
+        stream.finish()
+    for number, row in enumerate([] if streams else rows):
+        print(f"--- sample {number + 1}")
+        print(tokenizer.decode(row))
+    if len(counts) > 1:  # the first block is compiled as well
+        speed = f"{sum(counts[1:]) / (times[-1] - times[1]):,.0f} tokens/s after the first {BLOCK}"
+    else:
+        speed = "too few tokens for a speed"
+    print(f"{sum(counts)} tokens, {speed}; cache {size / MIB:,.2f} MiB", file=sys.stderr)
+    return status
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs the command line; returns the exit status: 0, 2 for a mistake of the user, 130 for an interrupt."""
+    try:
+        options = parse(arguments)
+        try:
+            from train.errors import UserError
+        except ImportError as error:
+            raise ValueError(f'{error}; install what reads runs: pip install "twomamba-jax[train]"') from error
+        try:
+            return run(options)
+        except UserError as error:
+            raise ValueError(str(error)) from error
+    except ValueError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
