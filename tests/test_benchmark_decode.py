@@ -1,0 +1,44 @@
+"""benchmarks/decode.py: what it writes, what it refuses to time, and how it shows several runs as one."""
+
+import json
+
+import pytest
+
+from benchmarks import decode
+
+OPTIONS = ["--size", "tiny", "--dtype", "float32", "--tokens", "4", "--runs", "1", "--fold_sizes", "2"]
+OPTIONS += ["--state_dtypes", "float32", "--batches", "1"]
+
+
+@pytest.fixture(autouse=True)
+def short_copies(monkeypatch):
+    monkeypatch.setattr(decode, "COPY_BYTES", 2**16)
+
+
+def test_writes_a_table_the_figures_and_a_plot(tmp_path, capsys):
+    out = tmp_path / "figures"
+    assert decode.main([*OPTIONS, "--contexts", "8", "64", "--out", str(out)]) == 0
+    rows = json.loads(out.with_suffix(".json").read_text())["rows"]
+    assert [(row["variant"], row["context"]) for row in rows] == [
+        ("2mamba", 8), ("2mamba", 64), ("softmax", 8), ("softmax", 64)
+    ]  # fmt: skip
+    assert all(row["milliseconds"] > 0 and row["error"] < 1e-3 for row in rows)
+    assert rows[0]["state_bytes"] == rows[1]["state_bytes"] == 4 * 2 * 2 * (136 * 16 + 136)
+    assert rows[3]["state_bytes"] == 8 * rows[2]["state_bytes"] == 4 * 2 * 2 * 64 * 32
+    assert out.with_suffix(".png").stat().st_size > 10_000
+    shown = capsys.readouterr().out
+    again = tmp_path / "again"
+    assert decode.main(["--plot", str(out.with_suffix(".json")), "--out", str(again)]) == 0
+    assert capsys.readouterr().out in shown
+    assert again.with_suffix(".png").exists()
+
+
+def test_times_nothing_that_fails_its_check_or_does_not_fit(tmp_path, monkeypatch):
+    out = tmp_path / "figures"
+    monkeypatch.setattr(decode, "check", lambda *args: 0.5)
+    arguments = [*OPTIONS, "--contexts", "8", "--out", str(out)]
+    assert decode.main(arguments) == 0
+    rows = json.loads(out.with_suffix(".json").read_text())["rows"]
+    assert [(row["note"], row["milliseconds"]) for row in rows] == [("failed its check: 5.0e-01", None)] * 2
+    assert decode.main([*arguments, "--memory", "1e-6"]) == 0
+    assert json.loads(out.with_suffix(".json").read_text())["rows"][0]["note"] == "needs more than 0 GiB"
