@@ -102,3 +102,12 @@ def test_a_stack_past_32_bits():
     got = jax.jit(kernel.query_step)(stack, jnp.int32(layers - 1), phi)
     want = jnp.einsum("bgrd,bgdv->bgrv", phi, last.astype(jnp.float32), precision="highest")
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4 * float(jnp.abs(want).max()))
+
+
+def test_lowers_for_cuda():
+    """For a stack past 2^31 numbers, without a GPU."""
+    shapes = (((20, 64, 16, 2080, 64), jnp.float32), ((), jnp.int32), ((64, 16, 4, 2080), jnp.float32))
+    arguments = [jax.ShapeDtypeStruct(*shape) for shape in shapes]
+    text = jax.jit(kernel.query_step).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+    assert "query_step" in text
+    assert "custom_call @mosaic_gpu" in text
