@@ -1,7 +1,22 @@
 """Settings for every test."""
 
+from pathlib import Path
+
 import jax
+import pytest
 
 # Nearly all of the suite's time is compilation. This turns off LLVM's optimisation of what is compiled (as JAX's own
 # tests do), which halves it; the programs that the command-line tests start in processes of their own are optimised.
 jax.config.update("jax_disable_most_optimizations", True)
+
+# Linux gives a process 65,530 memory maps; compiled programs take several each, and LLVM aborts where none is left.
+MOST_MAPS = 25_000
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_memory_maps():
+    """Lets go of compiled programs before they are too many."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > MOST_MAPS:
+        jax.clear_caches()

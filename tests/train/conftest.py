@@ -39,6 +39,18 @@ TINY = {
 }
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup():
+    """The cache below serves these tests alone: elsewhere few programs are compiled twice."""
+    jax.config.update("jax_enable_compilation_cache", True)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown():
+    """See pytest_runtest_setup."""
+    jax.config.update("jax_enable_compilation_cache", False)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def compilation_cache(tmp_path_factory):
     """Most tiny runs are of one model: each worker compiles it once. Empty at the start, so nothing stale is in it."""
