@@ -122,9 +122,11 @@ def blocks(model: LanguageModel, params, tokens, options, stop_tokens) -> Iterat
     state = state._replace(keys=row_keys(jax.random.key(options.seed), options.num_samples))
     size, left = state_bytes(state.cache), options.max_new_tokens
     while left > 0 and not state.done.all():
-        new, state = decode(model, params, state, min(BLOCK, left), sampling=sampling, stop_tokens=stop_tokens)
-        left -= BLOCK
-        yield np.asarray(new.tokens), np.asarray(new.lengths), size
+        # The last block too, of which fewer may be wanted: another length would be another program to compile.
+        new, state = decode(model, params, state, BLOCK, sampling=sampling, stop_tokens=stop_tokens)
+        shown = min(BLOCK, left)
+        left -= shown
+        yield np.asarray(new.tokens)[:, :shown], np.minimum(new.lengths, shown), size
 
 
 class Stream:
