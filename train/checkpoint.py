@@ -124,7 +124,7 @@ class Checkpoints:
                 self._directory / str(self._step),
                 args=ocp.args.Composite(state=ocp.args.StandardSave(state), position=ocp.args.JsonSave(position)),
             )
-        except Exception as error:
+        except Exception as error:  # As in `wait`.
             raise self._failure(error) from error
         self._sealing = self._thread.submit(self._seal, self._step, describe_arrays(state), held_out_loss)
 

@@ -18,6 +18,7 @@ import numpy as np
 
 from twomamba_jax.generation import check_prompts, decode, fork, prefill, row_keys
 from twomamba_jax.layers import LanguageModel, init_cache
+from twomamba_jax.ops.cached_attention import FOLD_SIZE
 from twomamba_jax.ops.feature_map import FINITE_SCORES
 from twomamba_jax.ops.state import state_bytes
 from twomamba_jax.sampling import Sampling, check_sampling
@@ -54,7 +55,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--checkpoint", choices=("best", "latest"), default="best", help="by held-out loss, or by step")
     add("--max_length", type=int, metavar="N", help="tokens of key/value caches; default: as many as needed")
     add("--prefill_size", type=int, metavar="N", help="reads a long prompt in pieces of so many tokens")
-    add("--fold_size", type=int, default=16, metavar="R", help="tokens that a finite state takes in at a time")
+    add("--fold_size", type=int, default=FOLD_SIZE, metavar="R", help="tokens that a finite state takes in at a time")
     return parser.parse_args(arguments)
 
 
