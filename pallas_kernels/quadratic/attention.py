@@ -132,6 +132,7 @@ def differentiate(attention: Attention, q, k, v, log_decay, run, y, norm, dy):
         _pad(delta, own),
         None if log_decay is None else Decay.make(log_decay, own),
         None if run is None else _pad(first_visible(run), own, "edge"),
+        late_delta=tuning.keys.lean,
     )
 
     own = tuning.keys.own

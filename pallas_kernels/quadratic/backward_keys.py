@@ -28,8 +28,7 @@ def backward_keys(
     consumers, producer = tiles.consumers, tiles.consumers
     score = p.score
     repeats = p.heads // p.kv_heads
-    # Where registers are scarce no product is on its way while weights are computed.
-    lean = tiles.part is not None
+    lean = tiles.lean
     schedule = Schedule.make(
         p.batch * p.kv_heads,
         p.tiles(block_kv),

@@ -14,12 +14,25 @@ from pallas_kernels.schedule import Schedule
 
 
 def backward_queries(
-    problem: Problem, tiles: Tiles, programs: int, q, k, v, dy, norm, delta, decay: Decay | None, first_visible
+    problem: Problem,
+    tiles: Tiles,
+    programs: int,
+    q,
+    k,
+    v,
+    dy,
+    norm,
+    delta,
+    decay: Decay | None,
+    first_visible,
+    *,
+    late_delta: bool,
 ):
     """dq [B, T, H, K] and, with a decay, sum_j W_ij [B, H, T padded to block_q]; W as in `operands.slope_of`.
 
     The traversal is that of the forward kernel. norm is log2 of the row sums and delta <dy, y>, both [B, H, T padded to
-    block_q]; None where nothing is normalised.
+    block_q]; None where nothing is normalised. `late_delta`: the product <dy, v> does not start from -delta, delta is
+    subtracted at its end, as the keys' kernel does: what cancels in the decays' gradient must be rounded alike.
     """
     p, block_q = problem, tiles.own
     consumers, producer = tiles.consumers, tiles.consumers
@@ -96,7 +109,7 @@ def backward_queries(
                     def tile(slot, release, decays_of, mask_of, beside, carry):
                         everything = pl.ds(0, tiles.streamed), tiles.streamed
                         column = decays_of(*everything)
-                        start = rows(-delta, (ROWS, tiles.streamed)) if normalize else None
+                        start = rows(-delta, (ROWS, tiles.streamed)) if normalize and not late_delta else None
 
                         def weigh(products):
                             s = products.take(0) if needs_scores else None
@@ -118,6 +131,7 @@ def backward_queries(
                             ds = products.take(1 if needs_scores else 0)
                             if not needs_scores:
                                 release()
+                            ds = ds - rows(delta, ds.shape) if normalize and late_delta else ds
                             ds = ds if slope is None else slope * ds
                             if seen is not None and not pairwise:
                                 ds = jnp.where(seen, ds, 0.0)

@@ -54,6 +54,11 @@ class Tiles:
         """Columns of the weights that are computed at a time."""
         return self.part or self.streamed
 
+    @property
+    def lean(self) -> bool:
+        """Whether, in the keys' kernel, no product is on its way while weights are computed: registers are scarce."""
+        return self.part is not None
+
 
 @dataclasses.dataclass(frozen=True)
 class Tuning:

@@ -125,8 +125,9 @@ def assert_close(call: Call, got: dict[str, jax.Array]) -> None:
     assert got.keys() == want.keys()
     for name, x in got.items():
         error, magnitude = np.abs(np.asarray(x).astype(np.float64) - want[name]), np.abs(want[name])
-        excess = error - (FINE if name == "log_decay" else U) * magnitude
-        assert (excess <= SPREAD * U * size[name] + SMALLEST).all(), (name, np.nanmax(excess / (U * size[name])))
+        bound = (FINE if name == "log_decay" else U) * magnitude + SPREAD * U * size[name] + SMALLEST
+        worst = np.unravel_index(np.argmax(np.nan_to_num(error - bound, nan=np.inf)), error.shape)
+        assert (error <= bound).all(), (name, worst, np.asarray(x)[worst], want[name][worst], bound[worst])
         if name != "log_decay" and call.q.shape[1] > 50:  # enough numbers, with roundings of their own, for a mean
             mean = np.sqrt((magnitude**2 + size[name] ** 2).mean())
             assert np.sqrt((error**2).mean()) <= ROOT_MEAN_SQUARE * U * mean, (name, error)

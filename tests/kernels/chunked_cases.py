@@ -1,0 +1,110 @@
+"""Calls of the chunked kernels for their tests: random arrays, and what an implementation makes of them."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+
+from twomamba_jax import decay_attention
+from twomamba_jax.ops.feature_map import symmetric_features
+from twomamba_jax.ops.state import FiniteState
+
+
+def normal(seed, *shape, dtype=jnp.bfloat16):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
+
+
+def wide(x):
+    return np.asarray(x).astype(np.float64)
+
+
+def assert_near(got, want, bound, message=""):
+    """Within `bound` of the largest entry."""
+    error = np.abs(wide(got) - want).max(initial=0)
+    assert error <= bound * np.abs(want).max(initial=0), (message, error, np.abs(want).max(initial=0))
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Settings of a call, with a state in and out; `edges`: the first token of every segment but the state's."""
+
+    tokens: int
+    heads: tuple[int, int] = (2, 1)
+    batch: int = 1
+    normalize: bool = True
+    decay: bool = True
+    edges: tuple[int, ...] = ()
+
+    def __str__(self):
+        flags = [name for name in ("normalize", "decay") if getattr(self, name)] + ["segments"] * bool(self.edges)
+        return "-".join([f"B{self.batch}-T{self.tokens}", "H{}G{}".format(*self.heads), *flags])
+
+    @property
+    def segment_ids(self) -> jax.Array | None:
+        """[B, T], the same in every row; None without edges."""
+        if not self.edges:
+            return None
+        ids = np.searchsorted(self.edges, np.arange(self.tokens), side="right")
+        return jnp.asarray(np.broadcast_to(ids, (self.batch, self.tokens)))
+
+    def inputs(self) -> dict[str, jax.Array | FiniteState | None]:
+        """q, k, v, log_decay, state."""
+        (heads, groups), shape = self.heads, (self.batch, self.tokens)
+        decay = -0.03 * jnp.abs(normal(4, *shape, groups, dtype=jnp.float32)) if self.decay else None
+        phi = symmetric_features(normal(5, self.batch, groups, 70, 64, dtype=jnp.float32))
+        values = normal(6, self.batch, groups, 70, 64, dtype=jnp.float32)
+        state = FiniteState(jnp.einsum("bgtd,bgtv->bgdv", phi, values), phi.sum(2))
+        q, k, v = (normal(seed, *shape, n, 64) for seed, n in ((0, heads), (2, groups), (3, groups)))
+        return {"q": q, "k": k, "v": v, "log_decay": decay, "state": state}
+
+    def cotangents(self) -> tuple[jax.Array, FiniteState]:
+        """Of y and of the final state."""
+        heads, groups = self.heads
+        shapes = FiniteState((self.batch, groups, 2080, 64), (self.batch, groups, 2080))
+        dstate = FiniteState(*(0.05 * normal(7 + i, *shape, dtype=jnp.float32) for i, shape in enumerate(shapes)))
+        return normal(1, self.batch, self.tokens, heads, 64), dstate
+
+    def operation(self, q, k, v, log_decay, state, segment_ids=None, **options):
+        """(y, final state), of any inputs."""
+        return decay_attention(
+            *(q, k, v, log_decay),
+            normalize=self.normalize,
+            segment_ids=segment_ids,
+            initial_state=state,
+            return_final_state=True,
+            form="chunked",
+            **options,
+        )
+
+    def results(self, wrap=lambda f: f, **options) -> dict[str, jax.Array]:
+        """y, the final state, and the gradients of every input, of the kernels; named as the oracle names them.
+
+        Under the interpreter `wrap` must not be `jax.jit`: kernels that run at the same time wait for each other.
+        """
+
+        def run(inputs, cotangents):
+            def operation(inputs):
+                return self.operation(**inputs, segment_ids=self.segment_ids, implementation="mosaic_gpu", **options)
+
+            (y, final), pull = jax.vjp(operation, inputs)
+            return y, final, pull(cotangents)[0]
+
+        y, final, gradients = wrap(run)(self.inputs(), self.cotangents())
+        return _named(y, final, gradients, gradients.pop("state"))
+
+    def oracle(self) -> dict[str, np.ndarray]:
+        """The same from the definition in float64."""
+        inputs, (dy, dfinal) = self.inputs(), self.cotangents()
+        options = {"score": "squared", "normalize": self.normalize, "segment_ids": self.segment_ids}
+        options["initial_state"] = inputs.pop("state")
+        y, final = oracle.forward(*inputs.values(), **options)
+        gradients = oracle.gradients(dy, dfinal, *inputs.values(), **options)
+        dstate = gradients.pop("initial_kv"), gradients.pop("initial_key_sum")
+        return _named(y, FiniteState(*final), gradients, FiniteState(*dstate))
+
+
+def _named(y, final: FiniteState, gradients: dict, dstate: FiniteState) -> dict:
+    found = {"y": y, "kv": final.kv, "key_sum": final.key_sum, "initial_kv": dstate.kv}
+    return found | {"initial_key_sum": dstate.key_sum} | {name: x for name, x in gradients.items() if x is not None}

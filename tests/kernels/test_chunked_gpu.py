@@ -1,0 +1,122 @@
+"""The chunked kernels on a Hopper GPU, at full sizes: `pytest -n 0 -m gpu tests/kernels/test_chunked_gpu.py`.
+
+Errors are relative to the largest entry of the float64 oracle's result: a state is a sum of bfloat16 products, so that
+an entry errs by what its terms are, not by what it is.
+"""
+
+import dataclasses
+import itertools
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from chunked_cases import Case, assert_near, normal
+from jax.sharding import AxisType, PartitionSpec
+from ladder import LADDER, ladder_inputs, relative_rms
+
+from pallas_kernels.device import unsupported_device
+from twomamba_jax import decay_attention
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # workers of pytest share the GPU
+
+UNSUPPORTED = unsupported_device()
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(UNSUPPORTED is not None, reason=f"no kernel: {UNSUPPORTED}")]
+
+LONG = Case(4097, heads=(2, 1))
+CASES = [
+    LONG,
+    dataclasses.replace(LONG, edges=(1, 256, 1024, 1025, 3000, 4096)),
+    dataclasses.replace(LONG, normalize=False, decay=False),
+    Case(500, heads=(4, 2), batch=2, edges=(499,)),
+    Case(500, heads=(2, 2), normalize=False),
+    Case(63, heads=(2, 2), batch=2, decay=False),
+    Case(1),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_outputs_states_and_gradients_equal_the_oracle(case):
+    got, want = case.results(jax.jit), case.oracle()
+    assert got.keys() == want.keys()
+    for name, x in got.items():
+        assert_near(x, want[name], 2**-6, name)
+    assert_near(got["key_sum"], want["key_sum"], 1e-5)
+
+
+def test_two_halves_with_the_state_passed_are_the_whole():
+    """Outputs and gradients, the gradient of the state passed on included."""
+    case = LONG
+    inputs, (dy, dfinal) = case.inputs(), case.cotangents()
+    state = inputs.pop("state")
+
+    def whole(inputs, state):
+        return case.operation(**inputs, state=state, implementation="mosaic_gpu")
+
+    def halves(inputs, state):
+        outputs = []
+        for part in (np.s_[:, :2048], np.s_[:, 2048:]):
+            piece = {name: x[part] for name, x in inputs.items()}
+            y, state = case.operation(**piece, state=state, implementation="mosaic_gpu")
+            outputs.append(y)
+        return jnp.concatenate(outputs, axis=1), state
+
+    def results(function):
+        outputs, pull = jax.vjp(function, inputs, state)
+        return jax.tree.leaves((outputs, pull((dy, dfinal))))
+
+    for got, want in zip(jax.jit(lambda: results(halves))(), jax.jit(lambda: results(whole))()):
+        assert_near(got, want, 2**-7)
+
+
+@pytest.mark.parametrize(("share", "allowed"), LADDER)
+def test_conditioning_ladder(share, allowed):
+    """The errors that the XLA form is allowed; rows after the first chunk lean on the state."""
+    q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in ladder_inputs(share))
+    want, _ = oracle.forward(q, k, v, score="squared", normalize=True)
+    got = decay_attention(q, k, v, form="chunked", chunk_size=256, implementation="mosaic_gpu")
+    assert relative_rms(got[:, 256:], want[:, 256:]) < allowed
+
+
+def test_every_run_has_the_same_bits_whatever_was_in_memory():
+    case = Case(5000, heads=(8, 4), batch=2, edges=(7, 1000, 4000))
+    first = jax.device_get(case.results(jax.jit))
+    assert all(np.isfinite(x.astype(np.float32)).all() for x in first.values())
+    for filling in (np.nan, np.inf, -1e30):
+        # The allocator hands freed blocks out again.
+        garbage = [jnp.full(x.size, filling, x.dtype) for x, _ in itertools.product(first.values(), range(4))]
+        jax.block_until_ready(garbage)
+        del garbage
+        for name, x in jax.device_get(case.results(jax.jit)).items():
+            np.testing.assert_array_equal(x, first[name], err_msg=name)
+
+
+def test_a_million_tokens_and_more_than_two_to_the_31_elements():
+    """The last rows are those of the last tokens alone: the decay has forgotten what was before."""
+    tokens, heads, last = 1_000_003, 34, 20_000
+    assert tokens * heads * 64 > 2**31
+    q, k, v = (normal(seed, 1, tokens, 1, 64) for seed in range(3))
+    decay = jnp.full((1, tokens, 1), -0.01, jnp.float32)
+
+    def attend(*inputs):
+        return decay_attention(*inputs, form="chunked", implementation="mosaic_gpu")
+
+    y = jax.jit(lambda q, *rest: attend(jnp.tile(q, (1, 1, heads, 1)), *rest))(q, k, v, decay)
+    alone = attend(*(x[:, -last:] for x in (q, k, v, decay)))[:, last // 2 :]
+    for head in (0, heads // 2, heads - 1):
+        assert_near(y[:, -last // 2 :, head], alone[:, :, 0], 2**-7)
+    assert bool(jnp.isfinite(y).all())
+
+
+@pytest.mark.skipif(jax.device_count() < 2, reason="one device: there is nothing to spread")
+@pytest.mark.parametrize("partition", [PartitionSpec("data"), PartitionSpec(None, None, "data")])
+def test_spread_over_two_devices(partition):
+    case = Case(1500, heads=(4, 2), batch=2, edges=(700,))
+    mesh = jax.make_mesh((2,), ("data",), devices=jax.devices()[:2], axis_types=(AxisType.Auto,))
+    with jax.set_mesh(mesh):
+        got, want = case.results(jax.jit, partition=partition), case.oracle()
+    assert not got["y"].sharding.is_fully_replicated
+    for name, x in got.items():
+        assert_near(x, want[name], 2**-6, name)
