@@ -24,6 +24,7 @@ sum of decays by CHUNK^1/2 roundings; and weights below 2^-126, the smallest nor
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -71,13 +72,20 @@ class Call:
         return {name: x for name, x in zip(("y", *INPUTS), (y, *pull(dy))) if x is not None}
 
     def run(self) -> dict[str, jax.Array]:
-        """The same of the call's own arrays."""
-        return jax.jit(self.gradients)(self.dy, *self.inputs)
+        """The same of the call's own arrays; calls that differ in numbers alone compile once."""
+        rows = {name: x for name, x in self.options.items() if isinstance(x, jax.Array)}
+        rest = tuple((name, x) for name, x in self.options.items() if name not in rows)
+        return _run(self.dy, self.inputs, rows, rest)
 
     def oracle(self) -> dict[str, np.ndarray]:
         """The same from the definition in float64."""
         y, _ = oracle.forward(*self.inputs, **self.options)
         return {"y": y} | oracle.gradients(self.dy, None, *self.inputs, **self.options)
+
+
+@functools.partial(jax.jit, static_argnums=3)
+def _run(dy, inputs, rows, rest):
+    return Call(*inputs, dy, rows | dict(rest)).gradients(dy, *inputs)
 
 
 @dataclasses.dataclass(frozen=True)
