@@ -29,11 +29,11 @@ class Crossover:
     tokens: int
 
 
-# From docs/kernels.md and docs/chunked_kernels.md: the quadratic kernels' times at T = 2,048, 8,192 and 32,768 with a
-# line between their logarithms, and the chunked kernels', which are those of T = 16,384 and 32,768 at any length.
+# Where a line between the logarithms of the quadratic kernels' times at 2,048 and 8,192 (forward: 8,192 and 32,768)
+# meets the chunked kernels' time at 32,768, which is the same at any length: docs/figures/attention_*.json.
 TABLE = (
-    Crossover("NVIDIA H200", "squared", "forward", sequences=128, tokens=9600),
-    Crossover("NVIDIA H200", "squared", "forward+backward", sequences=128, tokens=7900),
+    Crossover("NVIDIA H200", "squared", "forward", sequences=128, tokens=8500),
+    Crossover("NVIDIA H200", "squared", "forward+backward", sequences=128, tokens=6300),
 )
 
 
