@@ -85,15 +85,19 @@ def decay_attention(
       precision: None uses weights and features in q's dtype (float16 in float32) and JAX's default product precision;
         `highest` computes everything in float32 or wider. Denominators and states are always float32 or wider.
       partition: the mesh axes over which q [B, T, H, K] is spread, and so k, v and the result, where a mesh is set
-        (`jax.set_mesh`). XLA needs no such hint; a kernel runs on each device's batch entries and heads.
+        (`jax.set_mesh`). A kernel runs on each device's batch entries and heads; XLA needs no hint for these. Where the
+        tokens are spread too, each device computes its slice, by any implementation. Of a finite score devices pass on
+        a state, 1 + log2(n) messages of it whatever T is; `parallel` then takes all tokens of a device at once. For
+        `exp` each gathers all T keys, values and log decays (docs/sharding.md has the bytes). An initial state is that
+        before the first device's tokens.
 
     Returns:
       y [B, T, H, V] in q's dtype; with `return_final_state`, also the state.
 
     Raises:
       ValueError: shapes or dtypes that do not fit, an unknown score, form or implementation, a form or implementation
-        that cannot compute this call, a cache without room for T tokens (inside `jax.jit`, where that cannot be
-        raised, the rows that overflow are NaN).
+        that cannot compute this call, sizes that are no multiple of the devices that they are spread over, a cache
+        without room for T tokens (inside `jax.jit`, where that cannot be raised, the rows that overflow are NaN).
     """
     checks.check_arrays(q, k, v, log_decay)
     op = make_operation(q.shape[-1], score, normalize, scale, precision)
