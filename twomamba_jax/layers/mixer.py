@@ -125,6 +125,7 @@ class Mixer(nn.Module):
     def _operation(self, length):
         """What the operation computes, and how; `length` is the logical axis of its tokens."""
         config, execution = self.config, self.execution
+        axes = nn.logical_to_mesh_axes(("batch", length, "heads", "head_dim"))
         return {
             "score": config.score,
             "normalize": config.normalize,
@@ -133,7 +134,8 @@ class Mixer(nn.Module):
             "chunk_size": execution.chunk_size,
             "implementation": execution.implementation,
             "precision": execution.precision,
-            "partition": nn.logical_to_mesh_axes(("batch", length, "heads", "head_dim")),
+            # The example that parameters are made for need not divide by a mesh.
+            "partition": None if self.is_initializing() else axes,
         }
 
     def _project(self, name, x, heads, axis, use_bias=False):
