@@ -13,6 +13,7 @@ values are 1; what reaches it is -<dy_i, y_i> through_i / n_i.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -54,12 +55,16 @@ class ChunkedAttention:
       chunk: tokens of a chunk, a multiple of `tiles.rows`; shorter sequences are one chunk.
       tiles: how the kernels cut a chunk.
       final_state: whether to return the state after the last token.
+      enter: where devices share a sequence, the function (weights, added, initial, reverse) -> the state before this
+        device's first step, of N steps S_c = weights_c S_{c-1} + added_c on every device; weights are [N, B, G], the
+        others pytrees of arrays [(N,) B, G, ...], and `initial` is the state before the steps of all. None: one device.
     """
 
     inside: Attention
     chunk: int = CHUNK
     tiles: Tiles = dataclasses.field(default_factory=Tiles)
     final_state: bool = True
+    enter: Callable | None = None
 
     def chunk_of(self, tokens: int) -> int:
         """Tokens of a chunk of a sequence of `tokens`."""
@@ -86,8 +91,11 @@ def chunked_attention(spec: ChunkedAttention, q, k, v, log_decay, run, initial: 
       spec: what to compute.
       q: [B, T, H, 64] bfloat16; k, v: [B, T, G, 64] bfloat16, with H a multiple of G.
       log_decay: [B, T, G] float32, not positive and not below -128; None: no decay.
-      run: [B, T] int32, the number of each token's segment in its row, ascending from the state's; None: one segment.
-      initial: the state before the first token; None: nothing.
+      run: [B, T] int32, the number of each token's segment in its row, ascending from the state's, 0; None: one
+        segment.
+      initial: the state before the first token; None: nothing. With `spec.enter` only the first device's counts, whose
+        gradient is its own. The state that is returned is then that after this device's tokens; only the last device's
+        may be differentiated.
     """
     tokens = q.shape[1]
     if padding := -tokens % spec.chunk_of(tokens):
@@ -127,13 +135,17 @@ def _call(spec, q, k, v, log_decay, run) -> _Call:
     return _Call(*problems, weights, _scaled(v, weights.reach))
 
 
-def _states(problem: Problem, x, values, factor, keep, initial: StateArrays | None, reverse=False) -> _States:
-    """The states that (x, values) and (x, factor) make, from `initial`."""
-    kv = z = None
+def _states(enter, problem: Problem, x, values, factor, keep, initial: StateArrays | None, reverse=False) -> _States:
+    """The states that (x, values) and (x, factor) make, from `initial`, or from what `enter` makes of it."""
+    added, added_z = update(problem, x, values), normalizer(problem, x, factor)[:, :, :, None]
+    first = None
     if initial is not None:
-        kv, z = pack(initial.kv), pack_normalizer(initial.key_sum)[:, :, None]
-    before, final = scan(update(problem, x, values), keep, kv, reverse=reverse)
-    added_z = normalizer(problem, x, factor)[:, :, :, None]
+        first = pack(initial.kv), pack_normalizer(initial.key_sum)[:, :, None]
+    if enter is not None:
+        steps = [jnp.moveaxis(x, 2, 0) for x in (keep, added, added_z)]
+        first = enter(steps[0], tuple(steps[1:]), first, reverse)
+    kv, z = first or (None, None)
+    before, final = scan(added, keep, kv, reverse=reverse)
     before_z, final_z = scan(added_z, keep, z, reverse=reverse, dtype=jnp.float32)
     return _States(before, jnp.stack(_high_and_low(before_z[:, :, :, 0]), axis=3), final, final_z[:, :, 0])
 
@@ -185,7 +197,7 @@ def _forward(spec: ChunkedAttention, q, k, v, log_decay, run, initial):
     call = _call(spec, q, k, v, log_decay, run)
     split = functools.partial(_split, call.queries.chunk)
     y, norm = attend(spec.inside, *map(split, (q, k, v, log_decay, run)), save_norm=inside.normalize)
-    states = _states(call.keys, k, call.values, call.weights.reach, call.weights.keep, initial)
+    states = _states(spec.enter, call.keys, k, call.values, call.weights.reach, call.weights.keep, initial)
     through, own = call.weights.through, {}
     if inside.normalize:
         own = {"normalizer": states.normalizer, "own_norm": _join(batch, norm), "floor": inside.floor}
@@ -205,7 +217,7 @@ def _attention_backward(spec: ChunkedAttention, saved, cotangents):
     call = _call(spec, q, k, v, log_decay, run)
     chunk, weights = call.queries.chunk, call.weights
     split = functools.partial(_split, chunk)
-    states = _states(call.keys, k, call.values, weights.reach, weights.keep, initial)
+    states = _states(spec.enter, call.keys, k, call.values, weights.reach, weights.keep, initial)
 
     # u, and what reaches the normaliser, with the squared scale that is left out of the features.
     scale = jnp.full((1, 1, 1), inside.query_power**2 * inside.output_scale, jnp.float32)
@@ -218,7 +230,7 @@ def _attention_backward(spec: ChunkedAttention, saved, cotangents):
         scale = jnp.broadcast_to(scale, (batch, q.shape[2], q.shape[1]))
         to_normalizer = jnp.zeros_like(scale)
     u = _scaled(dy, scale, weights.through)
-    dstates = _states(call.queries, q, u, to_normalizer, weights.keep, dfinal, reverse=True)
+    dstates = _states(spec.enter, call.queries, q, u, to_normalizer, weights.keep, dfinal, reverse=True)
 
     inputs = map(split, (q, k, v, log_decay, run, y))
     norms = None if norm is None else jnp.moveaxis(norm.reshape(*norm.shape[:2], -1, chunk), 2, 1)

@@ -25,7 +25,7 @@ def chunk_weights(log_decay, run, shape: tuple[int, int, int], chunk: int) -> We
 
     Args:
       log_decay: [B, T, G] float32, or None.
-      run: [B, T] int32, the number of each token's segment, ascending; or None. The first is the state's.
+      run: [B, T] int32, the number of each token's segment, ascending; or None. That of the state is 0.
       shape: B, T, G.
       chunk: tokens of a chunk, a multiple of 128.
     """
@@ -41,7 +41,7 @@ def chunk_weights(log_decay, run, shape: tuple[int, int, int], chunk: int) -> We
     if run is not None:
         runs = run.reshape(batch, -1, chunk)
         last = runs[..., -1]
-        first = jnp.concatenate([runs[:, :1, 0], last[:, :-1]], axis=1)
+        first = jnp.concatenate([jnp.zeros_like(last[:, :1]), last[:, :-1]], axis=1)
         seen = [(runs == edge[..., None]).reshape(batch, 1, tokens) for edge in (first, last)]
         through, reach = (jnp.where(mask, 1.0 if w is None else w, 0.0) for mask, w in zip(seen, (through, reach)))
         through, reach = (jnp.broadcast_to(w, (batch, groups, tokens)) for w in (through, reach))

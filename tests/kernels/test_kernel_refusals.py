@@ -76,13 +76,14 @@ def test_refuses_tokens_that_are_spread():
 
     def shape(*axes):
         def attend(*arrays):
-            return decay_attention(*arrays, implementation="mosaic_gpu", partition=PartitionSpec(*axes))
+            options = {"form": "parallel", "implementation": "mosaic_gpu", "partition": PartitionSpec(*axes)}
+            return decay_attention(*arrays, **options)
 
         return jax.eval_shape(attend, *arrays).shape
 
     with jax.sharding.use_abstract_mesh(mesh), interpreted():
         assert shape("sequence", "data") == arrays[0].shape  # tokens on the only device of an axis
-        with pytest.raises(ValueError, match="all tokens of a sequence on one device, and partition="):
+        with pytest.raises(ValueError, match="one device in the parallel form, and 'sequence' spreads them"):
             shape("data", "sequence")
 
 

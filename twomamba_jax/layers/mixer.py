@@ -104,9 +104,10 @@ class Mixer(nn.Module):
             q, k = (apply_rope(y, positions, self.rope_theta) for y in (q, k))
 
         if cache is None:
-            y = decay_attention(q, k, v, log_decay, **rows, **self._operation())
+            y = decay_attention(q, k, v, log_decay, **rows, **self._operation("length"))
         else:
-            options = self._operation() | {"is_empty": cache_is_empty}
+            # A cache is not spread along its tokens, and the new ones are too few to be.
+            options = self._operation(None) | {"is_empty": cache_is_empty}
             y, new = cached_attention(q, k, v, log_decay, cache.attention, **rows, **options)
             new = MixerTokens(new, convolution)
             cache = append(config, cache, new, self.execution.precision) if appends else new
@@ -121,9 +122,10 @@ class Mixer(nn.Module):
         out = Projection(("heads", "head_dim"), ("embed",), x.shape[-1:], name="out", **self._dtypes())
         return out(y), cache
 
-    def _operation(self):
-        """What the operation computes, and how."""
+    def _operation(self, length):
+        """What the operation computes, and how; `length` is the logical axis of its tokens."""
         config, execution = self.config, self.execution
+        axes = nn.logical_to_mesh_axes(("batch", length, "heads", "head_dim"))
         return {
             "score": config.score,
             "normalize": config.normalize,
@@ -132,7 +134,8 @@ class Mixer(nn.Module):
             "chunk_size": execution.chunk_size,
             "implementation": execution.implementation,
             "precision": execution.precision,
-            "partition": nn.logical_to_mesh_axes(("batch", "length", "heads", "head_dim")),
+            # The example that parameters are made for need not divide by a mesh.
+            "partition": None if self.is_initializing() else axes,
         }
 
     def _project(self, name, x, heads, axis, use_bias=False):

@@ -2,6 +2,8 @@
 
 A block of queries visits the blocks of keys from its own backwards, then the cache. In that order the decay between two
 blocks is a running sum over the blocks passed. Of a block of queries only the inputs are kept for the backward pass.
+
+Where the tokens are spread over devices, each gathers the keys of all, and its own queries visit them.
 """
 
 from typing import NamedTuple
@@ -15,6 +17,7 @@ from twomamba_jax.ops.decay import prefix_log_decay, suffix_log_decay
 from twomamba_jax.ops.numerics import accumulation_dtype, contract
 from twomamba_jax.ops.operation import Operation
 from twomamba_jax.ops.segments import same_run
+from twomamba_jax.ops.sequence import SequenceAxis
 from twomamba_jax.ops.state import KeyValueCache
 
 
@@ -34,21 +37,41 @@ class _Block(NamedTuple):
     run: jax.Array | None
 
 
-def blockwise(op: Operation, q, k, v, log_decay, run, state: KeyValueCache | None, chunk_size: int):
+def blockwise(
+    op: Operation,
+    q,
+    k,
+    v,
+    log_decay,
+    run,
+    state: KeyValueCache | None,
+    chunk_size: int,
+    axis: SequenceAxis | None = None,
+):
     """The exponential score in blocks of `chunk_size` tokens; heads-first arrays as in `stages`.
+
+    `axis` is that over which the tokens are spread; the state is on every device.
 
     Returns:
       y [B, G, R, T, V] in the accumulation dtype.
     """
     size = q.shape[3]
-    if log_decay is None:
-        log_decay = jnp.zeros(k.shape[:-1], accumulation_dtype(k.dtype))
+    if axis is not None and run is not None:
+        run = run + axis.sum_before(run[:, -1:])
+    elif axis is not None and size % chunk_size:
+        run = jnp.zeros((k.shape[0], size), jnp.int32)  # which tells the padding between two devices' tokens
+    queries = split(q, 3, chunk_size)
     blocks = _Block(
         k=split(k, 2, chunk_size),
         v=split(v, 2, chunk_size),
-        log_decay=split(log_decay, 2, chunk_size),
-        run=None if run is None else split(run, 1, chunk_size, mode="edge"),
+        log_decay=None if log_decay is None else split(log_decay, 2, chunk_size),
+        run=None if run is None else split(run + 1, 1, chunk_size) - 1,  # padding is a segment of its own, -1
     )
+    indices = jnp.arange(queries.shape[0])
+    if axis is not None:
+        blocks, indices = axis.gather(blocks), indices + axis.index * queries.shape[0]
+    if log_decay is None:
+        blocks = blocks._replace(log_decay=jnp.zeros(blocks.k.shape[:-1], accumulation_dtype(k.dtype)))
 
     @jax.checkpoint
     def output(args):
@@ -79,7 +102,7 @@ def blockwise(op: Operation, q, k, v, log_decay, run, state: KeyValueCache | Non
             partial = _absorb(op, partial, logits, cache.values(state))
         return partial.sums.outputs(op)
 
-    y = jax.lax.map(output, (split(q, 3, chunk_size), jnp.arange(blocks.k.shape[0])))
+    y = jax.lax.map(output, (queries, indices))
     return join(y, 3)[..., :size, :]
 
 

@@ -21,7 +21,7 @@ from twomamba_jax.ops.new_tokens import NewTokens
 from twomamba_jax.ops.numerics import Precision, accumulation_dtype
 from twomamba_jax.ops.operation import make_operation
 from twomamba_jax.ops.recurrent_cache import SEGMENT_EDGE, RecurrentCache
-from twomamba_jax.ops.segments import segment_runs, valid_tokens
+from twomamba_jax.ops.segments import extend_last_segment, segment_runs, valid_tokens
 from twomamba_jax.ops.state import init_state
 from twomamba_jax.shapes import Keys, Lengths, LogDecay, Outputs, Queries, SegmentIds, Values
 
@@ -135,7 +135,7 @@ def cached_attention(
         raise ValueError(f"score={score!r} continues a {kind.__name__}, got {type(cache).__name__}")
     batch, size = q.shape[:2]
     counts = jnp.full((batch,), size, jnp.int32) if lengths is None else lengths.astype(jnp.int32)
-    run = None if segment_ids is None else segment_runs(segment_ids, lengths)
+    run = None if segment_ids is None else segment_runs(extend_last_segment(segment_ids, lengths))
     whole = functools.partial(
         decay_attention,
         q,

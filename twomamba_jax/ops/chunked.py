@@ -11,8 +11,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from twomamba_jax.ops import stages
+from twomamba_jax.ops import stages, steps
 from twomamba_jax.ops.operation import Operation
+from twomamba_jax.ops.sequence import SequenceAxis
 from twomamba_jax.ops.state import FiniteState
 
 
@@ -29,8 +30,18 @@ class _Chunks(NamedTuple):
     kept: jax.Array | None  # [N, B]: those two are the same, so that the state survives the chunk
 
 
-def chunked(op: Operation, q, k, v, log_decay, run, state: FiniteState | None, chunk_size: int):
-    """The finite scores in chunks; heads-first arrays as in `stages`.
+def chunked(
+    op: Operation,
+    q,
+    k,
+    v,
+    log_decay,
+    run,
+    state: FiniteState | None,
+    chunk_size: int,
+    axis: SequenceAxis | None = None,
+):
+    """The finite scores in chunks; heads-first arrays as in `stages`. `axis`: tokens and states as in `scan`.
 
     Returns:
       y [B, G, R, T, V] in the accumulation dtype, and the final state.
@@ -50,13 +61,17 @@ def chunked(op: Operation, q, k, v, log_decay, run, state: FiniteState | None, c
         return (sums + stages.query(op, chunk.q, chunk.log_decay, chunk.continues, before)).outputs(op)
 
     weights, added = jax.lax.map(update, chunks)
-    before, final = scan(weights, added, state)
+    before, final = scan(weights, added, state, axis)
     y = jax.lax.map(output, (chunks, before))
     return join(y, 3)[..., : q.shape[3], :], final
 
 
-def scan(weights: jax.Array, added: FiniteState, state: FiniteState | None) -> tuple[FiniteState, FiniteState]:
+def scan(
+    weights: jax.Array, added: FiniteState, state: FiniteState | None, axis: SequenceAxis | None = None
+) -> tuple[FiniteState, FiniteState]:
     """S_c = weights_c S_{c-1} + added_c along the leading axis, from `state` (None: from zero).
+
+    Where the tokens are spread over `axis`, each device has its own N steps, which follow those of the device before.
 
     Args:
       weights: [N, B, G].
@@ -64,18 +79,17 @@ def scan(weights: jax.Array, added: FiniteState, state: FiniteState | None) -> t
       state: S_{-1}.
 
     Returns:
-      The N states before each step, and the one after the last.
+      The N states before each step, and the one after the last (of the last device).
     """
-    if state is None:
+    if axis is not None:
+        state = axis.enter(weights, added, state)
+    elif state is None:
         state = jax.tree.map(lambda x: jnp.zeros_like(x[0]), added)
     weights = jnp.concatenate([jnp.ones_like(weights[:1]), weights])
     states = jax.tree.map(lambda first, rest: jnp.concatenate([first[None].astype(rest.dtype), rest]), state, added)
-
-    def combine(left, right):
-        return left[0] * right[0], stages.advance(left[1], right[0], right[1])
-
-    _, states = jax.lax.associative_scan(combine, (weights, states))
-    return jax.tree.map(lambda x: x[:-1], states), jax.tree.map(lambda x: x[-1], states)
+    _, states = jax.lax.associative_scan(steps.compose, (weights, states))
+    final = jax.tree.map(lambda x: x[-1], states)
+    return jax.tree.map(lambda x: x[:-1], states), final if axis is None else axis.last(final)
 
 
 def _split_all(q, k, v, log_decay, run, chunk_size) -> _Chunks:

@@ -1,8 +1,13 @@
-"""Causal depthwise convolution with a short window, a carried state, and segment resets."""
+"""Causal depthwise convolution with a short window, a carried state, and segment resets.
 
+Each tap is the one after it, delayed by a token. Where the tokens are spread over devices, XLA makes a delay of a
+device's own tokens and one of the device before: W - 1 inputs are passed on, and none is gathered.
+"""
+
+import jax
 import jax.numpy as jnp
 
-from twomamba_jax.ops.segments import segment_runs
+from twomamba_jax.ops.segments import extend_last_segment, segment_runs
 from twomamba_jax.shapes import Array, Float, Lengths, SegmentIds
 
 
@@ -49,26 +54,32 @@ def causal_convolution(
         )
 
     size = x.shape[1]
-    carried_dtype = initial_inputs.dtype
-    extended = jnp.concatenate([initial_inputs.astype(x.dtype), x], axis=1)
-    run = None if segment_ids is None else segment_runs(segment_ids, lengths)
-    # The inputs before token 0 are in its segment, which is run 0.
-    extended_run = None if run is None else jnp.pad(run, ((0, 0), (before, 0)))
 
     def broadcast(mask):
         return mask.reshape(*mask.shape, *[1] * len(channels))
 
-    y = 0 if bias is None else bias
-    for tap in range(width):
-        reach = slice(before - width + 1 + tap, before - width + 1 + tap + size)
-        shifted = extended[:, reach]
-        if run is not None:
-            shifted = jnp.where(broadcast(extended_run[:, reach] == run), shifted, 0)
-        y = y + kernel[tap] * shifted
+    is_first = broadcast(jnp.arange(size)[None] == 0)
+    earlier, y = x, kernel[-1] * x if bias is None else bias + kernel[-1] * x
+    for distance in range(1, width):
+        earlier = jnp.where(is_first, initial_inputs[:, -distance, None].astype(x.dtype), _delay(earlier))
+        if segment_ids is not None:
+            continues = broadcast(segment_ids == _delay(segment_ids))
+            earlier = jnp.where(is_first | continues, earlier, 0)
+        y = y + kernel[-1 - distance] * earlier
 
+    extended = jnp.concatenate([initial_inputs.astype(x.dtype), x], axis=1)
     counts = jnp.full((x.shape[0],), size) if lengths is None else lengths
     last = counts[:, None] + jnp.arange(before)
     final = jnp.take_along_axis(extended, broadcast(last), axis=1)
-    if run is not None:
-        final = jnp.where(broadcast(jnp.take_along_axis(extended_run, last, axis=1) == run[:, -1:]), final, 0)
-    return y, final.astype(carried_dtype)
+    if segment_ids is not None:
+        run = segment_runs(extend_last_segment(segment_ids, lengths))
+        # The inputs before token 0 are in its segment, which is run 0.
+        of_inputs = jnp.take_along_axis(jnp.pad(run, ((0, 0), (before, 0))), last, axis=1)
+        final = jnp.where(broadcast(of_inputs == run[:, -1:]), final, 0)
+    return y, final.astype(initial_inputs.dtype)
+
+
+def _delay(x):
+    """x [B, T, ...] one token later, with zeros at token 0. As a pad it is partitioned without a copy of the rest."""
+    no_padding = [(0, 0, 0)] * (x.ndim - 2)
+    return jax.lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), (1, -1, 0), *no_padding])

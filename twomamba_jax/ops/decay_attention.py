@@ -16,7 +16,9 @@ from twomamba_jax.ops.layout import heads_first, tokens_first
 from twomamba_jax.ops.numerics import Precision
 from twomamba_jax.ops.operation import Operation, make_operation
 from twomamba_jax.ops.parallel import final_state, parallel
-from twomamba_jax.ops.segments import segment_runs, valid_tokens
+from twomamba_jax.ops.segments import extend_last_segment, segment_runs, valid_tokens
+from twomamba_jax.ops.sequence import SequenceAxis
+from twomamba_jax.ops.spread import sequence_axis, spread
 from twomamba_jax.ops.state import KeyValueCache, State, init_state
 from twomamba_jax.shapes import Array, Float, Keys, Lengths, LogDecay, Outputs, Queries, SegmentIds, Values
 
@@ -83,28 +85,33 @@ def decay_attention(
       precision: None uses weights and features in q's dtype (float16 in float32) and JAX's default product precision;
         `highest` computes everything in float32 or wider. Denominators and states are always float32 or wider.
       partition: the mesh axes over which q [B, T, H, K] is spread, and so k, v and the result, where a mesh is set
-        (`jax.set_mesh`). XLA needs no such hint; a kernel runs on each device's batch entries and heads.
+        (`jax.set_mesh`). A kernel runs on each device's batch entries and heads; XLA needs no hint for these. Where the
+        tokens are spread too, each device computes its slice, by any implementation. Of a finite score devices pass on
+        a state, 1 + log2(n) messages of it whatever T is; `parallel` then takes all tokens of a device at once. For
+        `exp` each gathers all T keys, values and log decays (docs/sharding.md has the bytes). An initial state is that
+        before the first device's tokens.
 
     Returns:
       y [B, T, H, V] in q's dtype; with `return_final_state`, also the state.
 
     Raises:
       ValueError: shapes or dtypes that do not fit, an unknown score, form or implementation, a form or implementation
-        that cannot compute this call, a cache without room for T tokens (inside `jax.jit`, where that cannot be
-        raised, the rows that overflow are NaN).
+        that cannot compute this call, sizes that are no multiple of the devices that they are spread over, a cache
+        without room for T tokens (inside `jax.jit`, where that cannot be raised, the rows that overflow are NaN).
     """
     checks.check_arrays(q, k, v, log_decay)
     op = make_operation(q.shape[-1], score, normalize, scale, precision)
     checks.check_rows(q, segment_ids, lengths)
     checks.check_state(op, q, k, v, initial_state, lengths)
     checks.check_form(op, form, chunk_size)
-    unsupported = functools.partial(kernels.unsupported, op, q, k, v, initial_state, partition, chunk_size)
+    axis = sequence_axis(partition)
+    unsupported = functools.partial(kernels.unsupported, op, q, k, v, initial_state, axis, chunk_size)
     if form is None:
-        form = "chunked" if chunk_size else _choose_form(op, q, v, implementation, unsupported)
+        form = "chunked" if chunk_size else _choose_form(op, q, v, axis, implementation, unsupported)
     implementation = kernels.choose(implementation, form, unsupported)
 
     batch, size = q.shape[:2]
-    run = None if segment_ids is None else segment_runs(segment_ids, lengths)
+    segment_ids = extend_last_segment(segment_ids, lengths)
     counts = jnp.full((batch,), size, jnp.int32) if lengths is None else lengths
     log_decay = clamp_log_decay(log_decay, q.dtype)
     if lengths is not None:
@@ -114,26 +121,18 @@ def decay_attention(
         v = jnp.where(valid[..., None, None], v, 0)
         log_decay = None if log_decay is None else jnp.where(valid[..., None], log_decay, 0)
 
-    arrays = heads_first(q, k, v, log_decay)
-    if implementation == kernels.MOSAIC_GPU and form == "chunked":
-        options = {"return_final_state": return_final_state, "chunk_size": chunk_size, "partition": partition}
-        y, final = kernels.chunked(op, q, k, v, log_decay, run, initial_state, **options)
-
-        def state():
-            return final
-
-    elif implementation == kernels.MOSAIC_GPU:
-        y = kernels.parallel(op, q, k, v, log_decay, run, partition)
-        state = functools.partial(_state_after, op, arrays, run, counts, None)
-    else:
-        chunk_size = chunk_size or default_chunk_size(score)
-        y, state = _run(op, form, chunk_size, arrays, run, counts, initial_state)
-        y = tokens_first(y).astype(q.dtype)
+    # XLA spreads what does not go along the tokens by itself; a kernel is not partitioned by the compiler.
+    attend = kernels.attend if implementation == kernels.MOSAIC_GPU else _attend
+    on_mesh = None if implementation == "xla" and axis is None else partition
+    call = functools.partial(attend, op, form, chunk_size, return_final_state)
+    y, final = spread(call, on_mesh, q, k, v, log_decay, segment_ids, initial_state)
+    if return_final_state and final is None:
+        final = _state_after(op, k, v, log_decay, segment_ids, counts, initial_state)
     if lengths is not None:
         y = jnp.where(valid[..., None, None], y, 0)
     if isinstance(initial_state, KeyValueCache):
         y = cache.poison_overflow(y, initial_state, counts)
-    return (y, state()) if return_final_state else y
+    return (y, final) if return_final_state else y
 
 
 def decay_attention_step(
@@ -181,21 +180,27 @@ def default_chunk_size(score: Score) -> int:
     return {"linear": 128, "squared": 256, "exp": 256}[score]
 
 
-def _run(op, form, chunk_size, arrays, run, counts, state):
-    """y heads-first, and a function that makes the final state (called only where it is wanted)."""
-    if op.is_finite and form != "parallel":
-        if form == "chunked":
-            y, final = chunked(op, *arrays, run, state, chunk_size)
-        else:
-            y, final = recurrent.recurrent(op, *arrays, run, state)
-        return y, lambda: final
-    y = parallel(op, *arrays, run, state) if form == "parallel" else blockwise(op, *arrays, run, state, chunk_size)
-    return y, functools.partial(_state_after, op, arrays, run, counts, state)
+def _attend(op, form, chunk_size, return_final_state, q, k, v, log_decay, run, state, axis):
+    """y, and the final state if it is wanted and the form computes it on the way, or None; a call for `spread`."""
+    arrays = heads_first(q, k, v, log_decay)
+    chunk_size, final = chunk_size or default_chunk_size(op.score), None
+    if axis is not None and form == "parallel":  # all of this device's tokens at once
+        form, chunk_size = "chunked", q.shape[1]
+    if form == "parallel":
+        y = parallel(op, *arrays, run, state)
+    elif form == "recurrent":
+        y, final = recurrent.recurrent(op, *arrays, run, state, axis)
+    elif op.is_finite:
+        y, final = chunked(op, *arrays, run, state, chunk_size, axis)
+    else:
+        y = blockwise(op, *arrays, run, state, chunk_size, axis)
+    return tokens_first(y).astype(q.dtype), final if return_final_state else None
 
 
-def _state_after(op, arrays, run, counts, state):
+def _state_after(op, k, v, log_decay, segment_ids, counts, state):
     """The state after the last token, for a form that does not compute it on the way."""
-    _, k, v, log_decay = arrays
+    _, k, v, log_decay = heads_first(k, k, v, log_decay)
+    run = None if segment_ids is None else segment_runs(segment_ids)
     if op.is_finite:
         return final_state(op, k, v, log_decay, run, state)
     if state is None:
@@ -203,19 +208,20 @@ def _state_after(op, arrays, run, counts, state):
     return cache.append(k, v, log_decay, run, counts, state)
 
 
-def _choose_form(op: Operation, q, v, implementation, unsupported) -> Form:
+def _choose_form(op: Operation, q, v, axis: SequenceAxis | None, implementation, unsupported) -> Form:
     """The kernels' where they are the fastest there is; otherwise the form of fewer flops.
 
-    The parallel form costs 2 T (K + V) flops per token and head, the chunked 2 C (K + V) + 4 D V.
+    The parallel form costs 2 T (K + V) flops per token and head, the chunked 2 C (K + V) + 4 D V, with a device's T.
     """
+    size = q.shape[1] if axis is None else q.shape[1] // axis.size
     if implementation != "xla":
         in_chunks = unsupported("chunked") is None
         longest = kernels.crossover(op, q) if in_chunks else kernels.LONGEST[op.score]
-        if q.shape[1] <= longest and not unsupported("parallel"):
+        if size <= longest and not unsupported("parallel"):
             return "parallel"
         if in_chunks:
             return "chunked"
-    size, head_dim, value_dim = q.shape[1], q.shape[-1], v.shape[-1]
+    head_dim, value_dim = q.shape[-1], v.shape[-1]
     if not op.is_finite:
         return "parallel" if size <= LONGEST_PARALLEL_SOFTMAX else "chunked"
     state_flops = 4 * num_features(op.score, head_dim) * value_dim

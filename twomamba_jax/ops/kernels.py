@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec
 
 from pallas_kernels.device import device_kind, unsupported_device
 from twomamba_jax.ops.operation import Operation
+from twomamba_jax.ops.sequence import SequenceAxis
 from twomamba_jax.ops.state import FiniteState, LayerState
 
 Implementation = Literal["xla", "mosaic_gpu"]
@@ -54,7 +55,7 @@ def _log_choice(form, implementation, reason) -> None:
     _log.info("decay_attention: form=%s, implementation=%s%s", form, implementation, why)
 
 
-def unsupported(op: Operation, q, k, v, initial_state, partition: PartitionSpec | None, chunk_size, form) -> str | None:
+def unsupported(op: Operation, q, k, v, initial_state, axis: SequenceAxis | None, chunk_size, form) -> str | None:
     """Why the kernels cannot compute this call here, or None if they can.
 
     What is heavy to import, and not there on every platform, is imported where there is a device for it.
@@ -65,8 +66,8 @@ def unsupported(op: Operation, q, k, v, initial_state, partition: PartitionSpec 
         return f"it has the parallel and the chunked form, and this is form={form!r}"
     if form == "parallel" and initial_state is not None:
         return "it takes no initial_state in the parallel form"
-    if partition is not None and len(partition) > 1 and _size(partition[1]) > 1:
-        return f"it needs all tokens of a sequence on one device, and partition={partition} spreads them"
+    if form == "parallel" and axis is not None:
+        return f"it needs all tokens of a sequence on one device in the parallel form, and {axis.name!r} spreads them"
     from pallas_kernels.quadratic.attention import unsupported as unsupported_call
 
     if reason := unsupported_call(q, k, v, score=op.score, precision=op.precision):
@@ -85,42 +86,41 @@ def crossover(op: Operation, q) -> int:
     return measured(device_kind(), op.score, "forward+backward", q.shape[0] * q.shape[2])
 
 
-def parallel(op: Operation, q, k, v, log_decay, run, partition: PartitionSpec | None):
-    """y [B, T, H, V] in q's dtype, for arrays [B, T, heads, dim]; `run` as in `segments.segment_runs`.
-
-    A kernel is not partitioned by the compiler. Where a mesh is set, each device computes the batch entries and heads
-    that `partition` gives it.
-    """
-    from pallas_kernels.quadratic.attention import Attention, attention
-
-    spec = Attention(op.score, op.normalize, op.query_scale, op.denominator_floor)
-    return _spread(functools.partial(attention, spec), partition, (q, k, v), log_decay, run)
-
-
-def chunked(
+def attend(
     op: Operation,
+    form,
+    chunk_size: int | None,
+    return_final_state: bool,
     q,
     k,
     v,
     log_decay,
     run,
     state: FiniteState | None,
-    *,
-    return_final_state: bool,
-    chunk_size,
-    partition,
+    axis: SequenceAxis | None,
 ):
-    """y as in `parallel`, and the final state or None, from `state` (None: from zero)."""
-    from pallas_kernels.chunked.attention import CHUNK, ChunkedAttention, StateArrays, chunked_attention
-    from pallas_kernels.quadratic.attention import Attention
+    """y [B, T, H, V] in q's dtype, and the final state if it is wanted and the form computes it, or None.
+
+    A call for `spread`, of arrays [B, T, heads, dim].
+    """
+    from pallas_kernels.quadratic.attention import Attention, attention
 
     inside = Attention(op.score, op.normalize, op.query_scale, op.denominator_floor)
-    spec = ChunkedAttention(inside, chunk_size or CHUNK, final_state=return_final_state)
+    log_decay = None if log_decay is None else log_decay.astype(jnp.float32)
+    if form == "parallel":
+        return attention(inside, q, k, v, log_decay, run), None
+    from pallas_kernels.chunked.attention import CHUNK, ChunkedAttention, StateArrays, chunked_attention
+
+    enter = None if axis is None else axis.enter
+    spec = ChunkedAttention(inside, chunk_size or CHUNK, final_state=return_final_state, enter=enter)
     if state is not None:
         state = StateArrays(*(x.astype(jnp.float32) for x in state))
-    call = functools.partial(chunked_attention, spec)
-    y, final = _spread(call, partition, (q, k, v), log_decay, run, state, returns_state=True)
-    return y, FiniteState(*final) if return_final_state else None
+        state = state if axis is None else axis.first(state)
+    y, final = chunked_attention(spec, q, k, v, log_decay, run, state)
+    if not return_final_state:
+        return y, None
+    final = FiniteState(*final)
+    return y, final if axis is None else axis.last(final)
 
 
 def unsupported_in_cache(q, k, state: FiniteState | LayerState, form) -> str | None:
@@ -135,7 +135,7 @@ def unsupported_in_cache(q, k, state: FiniteState | LayerState, form) -> str | N
 
 
 def read_state(state: FiniteState | LayerState, partition: PartitionSpec | None, phi):
-    """phi^T kv [B, G, R, 1, V] for features [B, G, R, 1, D]; spread as in `parallel`."""
+    """phi^T kv [B, G, R, 1, V] for features [B, G, R, 1, D]; spread over the batch and heads of `partition`."""
     from pallas_kernels.query_step import query_step
 
     state, phi = _in_stack(state), phi[:, :, :, 0]
@@ -151,28 +151,3 @@ def read_state(state: FiniteState | LayerState, partition: PartitionSpec | None,
 def _in_stack(state: FiniteState | LayerState) -> LayerState:
     """A state alone as a stack of one."""
     return state if isinstance(state, LayerState) else LayerState(jax.tree.map(lambda x: x[None], state), jnp.int32(0))
-
-
-def _spread(call, partition: PartitionSpec | None, arrays, log_decay, run, *state, returns_state=False):
-    """call(*arrays, log_decay, run, *state); where a mesh is set, on each device with its batch entries and heads."""
-    if log_decay is not None:
-        log_decay = log_decay.astype(jnp.float32)
-    if partition is None or jax.sharding.get_abstract_mesh().empty:
-        return call(*arrays, log_decay, run, *state)
-    batch, _, heads, *_ = (*partition, None, None, None)
-    array, of_state = PartitionSpec(batch, None, heads), PartitionSpec(batch, heads)
-    specs = [array] * 3 + [None if log_decay is None else array, None if run is None else PartitionSpec(batch)]
-    specs += [None if x is None else of_state for x in state]
-    out_specs = (array, of_state) if returns_state else array
-    spread = jax.shard_map(call, in_specs=tuple(specs), out_specs=out_specs, check_vma=False)
-    return spread(*arrays, log_decay, run, *state)
-
-
-def _size(axes) -> int:
-    """How many devices the mesh axes spread an array's axis over."""
-    shape = jax.sharding.get_abstract_mesh().shape
-    names = () if axes is None else (axes,) if isinstance(axes, str) else axes
-    size = 1
-    for name in names:
-        size *= shape.get(name, 1)
-    return size

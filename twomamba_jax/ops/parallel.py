@@ -6,7 +6,7 @@ import operator
 import jax
 import jax.numpy as jnp
 
-from twomamba_jax.ops import cache, stages
+from twomamba_jax.ops import cache, stages, steps
 from twomamba_jax.ops.decay import prefix_log_decay
 from twomamba_jax.ops.operation import Operation
 from twomamba_jax.ops.state import FiniteState, State
@@ -48,4 +48,4 @@ def final_state(op: Operation, k, v, log_decay, run, state: FiniteState | None) 
     if state is None:
         return added
     survives = None if run is None else run[:, -1] == 0
-    return stages.advance(state, stages.carry_weight(log_decay, survives, added.kv.dtype), added)
+    return steps.advance(state, stages.carry_weight(log_decay, survives, added.kv.dtype), added)

@@ -11,6 +11,7 @@ from twomamba_jax.ops import cache, stages
 from twomamba_jax.ops.chunked import scan
 from twomamba_jax.ops.operation import Operation
 from twomamba_jax.ops.parallel import final_state, parallel, softmax
+from twomamba_jax.ops.sequence import SequenceAxis
 from twomamba_jax.ops.state import FiniteState, State
 
 
@@ -24,8 +25,10 @@ def step(op: Operation, q, k, v, log_decay, state: State):
     return softmax(op, (cache.logits(op, q, None, None, state), cache.values(state))), state
 
 
-def recurrent(op: Operation, q, k, v, log_decay, run, state: FiniteState | None):
+def recurrent(op: Operation, q, k, v, log_decay, run, state: FiniteState | None, axis: SequenceAxis | None = None):
     """The whole sequence as an associative scan of steps. It holds T states at once: for small T and K.
+
+    `axis`: tokens and states as in `chunked.scan`.
 
     Returns:
       y [B, G, R, T, V] in the accumulation dtype, and the final state.
@@ -49,6 +52,6 @@ def recurrent(op: Operation, q, k, v, log_decay, run, state: FiniteState | None)
         sums = stages.intra(op, q, k, v, log_decay, None) + stages.query(op, q, log_decay, keep, before)
         return sums.outputs(op)
 
-    before, final = scan(*jax.vmap(update)(k, v, log_decay, continues), state)
+    before, final = scan(*jax.vmap(update)(k, v, log_decay, continues), state, axis)
     y = jax.vmap(output)(q, k, v, log_decay, continues, before)
     return jnp.moveaxis(y[:, :, :, :, 0], 0, 3), final

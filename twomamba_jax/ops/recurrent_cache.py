@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from twomamba_jax.ops import stages
+from twomamba_jax.ops import stages, steps
 from twomamba_jax.ops.new_tokens import NewTokens
 from twomamba_jax.ops.operation import Operation
 from twomamba_jax.ops.parallel import parallel
@@ -181,7 +181,7 @@ def _alone(state: FiniteState | LayerState) -> FiniteState:
 
 def _advance(op: Operation, state: FiniteState, k, v, log_decay) -> FiniteState:
     added = stages.update(op, k, v, log_decay, None)
-    after = stages.advance(state, stages.carry_weight(log_decay, None, added.kv.dtype), added)
+    after = steps.advance(state, stages.carry_weight(log_decay, None, added.kv.dtype), added)
     return jax.tree.map(lambda new, old: new.astype(old.dtype), after, state)
 
 

@@ -6,20 +6,29 @@ right-padded, and `lengths` says where they end.
 
 import jax.numpy as jnp
 
+from twomamba_jax.ops.sequence import SequenceAxis
 from twomamba_jax.shapes import Array, Bool, Int, Lengths, SegmentIds
 
 
-def segment_runs(segment_ids: SegmentIds, lengths: Lengths | None = None) -> Int[Array, "B T"]:
+def segment_runs(segment_ids: SegmentIds, axis: SequenceAxis | None = None) -> Int[Array, "B T"]:
     """Numbers the segments of each row 0, 1, 2, ...: ids may recur in a row, runs do not.
 
-    Padding continues the row's last segment, so that the last column names the segment whose state is final.
+    Run 0 is the segment of the state before the first token. Where the tokens are spread over `axis`, that is the
+    segment in which the device before ends: each device has a run 0 of its own, which may be empty.
     """
-    changes = segment_ids[:, 1:] != segment_ids[:, :-1]
-    runs = jnp.pad(jnp.cumsum(changes, axis=1, dtype=jnp.int32), ((0, 0), (1, 0)))
-    if lengths is None:
-        return runs
-    last = jnp.take_along_axis(runs, jnp.maximum(lengths - 1, 0)[:, None], axis=1)
-    return jnp.minimum(runs, last)
+    before = segment_ids[:, :1]
+    if axis is not None:
+        before = jnp.where(axis.index == 0, before, axis.receive(segment_ids[:, -1:]))
+    changes = segment_ids != jnp.concatenate([before, segment_ids[:, :-1]], axis=1)
+    return jnp.cumsum(changes, axis=1, dtype=jnp.int32)
+
+
+def extend_last_segment(segment_ids: SegmentIds | None, lengths: Lengths | None) -> SegmentIds | None:
+    """The ids with padding in the row's last segment: the last column then names the segment whose state is final."""
+    if segment_ids is None or lengths is None:
+        return segment_ids
+    last = jnp.take_along_axis(segment_ids, jnp.maximum(lengths - 1, 0)[:, None], axis=1)
+    return jnp.where(valid_tokens(lengths, segment_ids.shape[1]), segment_ids, last)
 
 
 def valid_tokens(lengths: Lengths, num_tokens: int) -> Bool[Array, "B T"]:

@@ -120,11 +120,6 @@ def carry_weight(log_decay, continues, dtype):
     return jnp.exp(total) if continues is None else jnp.where(continues[:, None], jnp.exp(total), 0)
 
 
-def advance(state: FiniteState, weight, added: FiniteState) -> FiniteState:
-    """The state after a chunk: the old one times `weight [B, G]`, plus what the chunk adds."""
-    return FiniteState(weight[..., None, None] * state.kv + added.kv, weight[..., None] * state.key_sum + added.key_sum)
-
-
 def _weight(decay_sum, log_decay, keep, dtype):
     """exp of a decay sum [B, G, C], 0 where `keep [B, C]` is False (None: everywhere True)."""
     weight = jnp.ones((1, 1, 1), dtype) if log_decay is None else jnp.exp(decay_sum(log_decay))

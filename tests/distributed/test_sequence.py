@@ -1,0 +1,104 @@
+"""Sequence parallelism: the operation and the models with their tokens spread over devices."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AbstractMesh, AxisType, PartitionSpec
+from models import config_of, model_of
+
+from train.sharding import MESH_AXES, RULES
+from twomamba_jax import decay_attention, init_cache
+
+
+@pytest.fixture(scope="module")
+def operation(simulate):
+    return simulate("sequence_operation.py")
+
+
+@pytest.fixture(scope="module")
+def models(simulate):
+    return simulate("sequence_model.py")
+
+
+def test_the_operation_equals_the_oracle_in_float64(operation):
+    """Outputs, final states and every gradient."""
+    for name, errors in operation["cases"].items():
+        assert {"y", "dq", "dk", "dv"} <= errors.keys()
+        assert max(errors.values()) < 1e-12, name
+
+
+@pytest.mark.parametrize("score", ["squared", "exp"])
+def test_packed_documents_are_as_if_alone(operation, score):
+    packed = operation["packed"][score]
+    assert packed["difference"] < 1e-13
+    assert packed["crossing"] == 0
+
+
+def test_every_named_model_gives_the_loss_and_gradients_of_one_device(models):
+    for name, model in models["models"].items():
+        loss, want = model["loss"]
+        assert loss == pytest.approx(want, rel=1e-6)
+        largest = max(scale for _, scale in model["gradients"].values())
+        for parameter, (difference, scale) in model["gradients"].items():
+            if name == "2mamba-e" and parameter.endswith("conv_k_bias"):
+                # It adds the same to all logits of a row: its gradient is 0 but for rounding.
+                assert max(difference, scale) < 1e-6 * largest
+            else:
+                assert difference < 1e-5 * scale, (name, parameter)
+
+
+@pytest.mark.parametrize("name", ["2mamba", "mamba2", "mamba2s", "linear"])
+def test_models_of_finite_states_pass_on_states_only(models, name):
+    """States and the convolution's inputs go to the next device; of gradients only the parameters' are summed."""
+    assert models["models"][name]["collectives"].keys() == {"collective-permute", "all-reduce"}
+
+
+def test_what_devices_say_does_not_grow_with_the_tokens(models):
+    assert models["longer"] == models["models"]["2mamba"]["collectives"]
+
+
+@pytest.mark.parametrize(("name", "decay"), [("2mamba-e", 1), ("softmax", 0)])
+def test_exp_gathers_keys_values_and_decays(models, name, decay):
+    """Two heads of 8: forward, and again the same in the backward pass's reduce-scatter, an eighth of it left."""
+    gathered = models["models"][name]["collectives"]["all-gather"]
+    batch, tokens, heads, size, devices = 2, 64, 2, 8, 8
+    runs = 4 * batch * (tokens + devices)  # of every token, and their number on every device
+    arrays = 4 * batch * tokens * heads * (2 * size + decay)
+    assert gathered == arrays + runs
+    assert models["models"][name]["collectives"]["reduce-scatter"] == arrays // devices
+
+
+@pytest.mark.parametrize(
+    ("shape", "heads", "message"),
+    [
+        ((2, 63), (2, 2), "63 tokens cannot be spread over the 4 devices of mesh axis 'sequence'"),
+        ((3, 64), (2, 2), "3 rows of the batch cannot be spread over the 2 devices of mesh axis 'data'"),
+        ((2, 64), (3, 1), "3 query heads cannot be spread over the 2 devices of mesh axis 'tensor'"),
+        ((2, 64), (2, 1), "1 key/value heads cannot be spread over the 2 devices of mesh axis 'tensor'"),
+    ],
+)
+def test_sizes_that_do_not_divide(shape, heads, message):
+    mesh = AbstractMesh((2, 2, 4), ("data", "tensor", "sequence"), axis_types=(AxisType.Auto,) * 3)
+    q, k = (jax.ShapeDtypeStruct((*shape, n, 8), jnp.float32) for n in heads)
+
+    def attend(q, k):
+        return decay_attention(q, k, k, partition=PartitionSpec("data", "sequence", "tensor"))
+
+    with jax.sharding.use_abstract_mesh(mesh), pytest.raises(ValueError, match=message):
+        jax.eval_shape(attend, q, k)
+
+
+@pytest.mark.parametrize("pattern", ["2mamba", "softmax"])
+@pytest.mark.parametrize("count", [1, 5, 21])
+def test_tokens_with_a_cache_are_not_spread(pattern, count):
+    """Any number of them: generation goes on under the mesh of training."""
+    model, cache = model_of(pattern), init_cache(config_of(pattern), 2, 32)
+    mesh = AbstractMesh((2, 1, 1, 4), MESH_AXES, axis_types=(AxisType.Auto,) * 4)
+    with jax.sharding.use_abstract_mesh(mesh), nn.logical_axis_rules(RULES):
+        # Parameters are made for any example, also one that the mesh does not divide.
+        params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 5), jnp.int32))
+        tokens = jax.ShapeDtypeStruct((2, count), jnp.int32)
+        text = str(jax.make_jaxpr(lambda *x: model.apply(*x, cache=cache)[0])(params, tokens))
+    assert "ppermute" not in text
+    assert "all_gather" not in text

@@ -1,0 +1,82 @@
+"""The operation on a mesh: every device computes its batch entries, its heads and its slice of the tokens."""
+
+import math
+from collections.abc import Callable
+
+import jax
+from jax.sharding import PartitionSpec
+
+from twomamba_jax.ops.segments import segment_runs
+from twomamba_jax.ops.sequence import SequenceAxis
+from twomamba_jax.ops.state import FiniteState, KeyValueCache, State
+
+
+def sequence_axis(partition: PartitionSpec | None) -> SequenceAxis | None:
+    """The axis of the mesh that is set over which `partition` spreads the tokens; None: over one device."""
+    if partition is None or len(partition) < 2:
+        return None
+    size = _devices(partition[1])
+    return SequenceAxis(partition[1], size) if size > 1 else None
+
+
+def spread(call: Callable, partition: PartitionSpec | None, q, k, v, log_decay, segment_ids, state: State | None):
+    """call(q, k, v, log_decay, run, state, axis) -> (y, final state or None), on each device with its part of them.
+
+    Args:
+      call: takes `run` as in `segments.segment_runs`, and the `SequenceAxis` over which the tokens are spread, or None.
+        Where they are spread, the state is that before the first device's tokens, on all devices, and the final state
+        that after the last one's.
+      partition: the mesh axes of q [B, T, H, K]; None, or no mesh: one call for all of the arrays.
+      q: [B, T, H, K].
+      k: [B, T, G, K].
+      v: [B, T, G, V].
+      log_decay: [B, T, G], or None.
+      segment_ids: [B, T], or None.
+      state: before the first token, or None.
+
+    Raises:
+      ValueError: B, T, H or G is no multiple of the devices that it is spread over.
+    """
+    axis = sequence_axis(partition)
+
+    def local(q, k, v, log_decay, segment_ids, state):
+        run = None if segment_ids is None else segment_runs(segment_ids, axis=axis)
+        return call(q, k, v, log_decay, run, state, axis)
+
+    if partition is None or jax.sharding.get_abstract_mesh().empty:
+        return local(q, k, v, log_decay, segment_ids, state)
+    batch, _, heads, *_ = (*partition, None, None, None)
+    tokens = None if axis is None else axis.name
+    _check_sizes(batch, tokens, heads, q, k)
+    array, of_state = PartitionSpec(batch, tokens, heads), PartitionSpec(batch, heads)
+    if isinstance(state, KeyValueCache):
+        slots = PartitionSpec(batch, None, heads)
+        of_initial = KeyValueCache(slots, slots, slots, PartitionSpec(batch))
+    else:
+        of_initial = None if state is None else FiniteState(of_state, of_state)
+    of_decay = None if log_decay is None else array
+    of_ids = None if segment_ids is None else PartitionSpec(batch, tokens)
+    in_specs = (array, array, array, of_decay, of_ids, of_initial)
+    spread_call = jax.shard_map(local, in_specs=in_specs, out_specs=(array, of_state), check_vma=False)
+    return spread_call(q, k, v, log_decay, segment_ids, state)
+
+
+def _check_sizes(batch, tokens, heads, q, k) -> None:
+    for size, what, axes in (
+        (q.shape[0], "rows of the batch", batch),
+        (q.shape[1], "tokens", tokens),
+        (q.shape[2], "query heads", heads),
+        (k.shape[2], "key/value heads", heads),
+    ):
+        if size % (devices := _devices(axes)):
+            raise ValueError(
+                f"{size} {what} cannot be spread over the {devices} devices of mesh axis {axes!r}: make them a "
+                f"multiple of {devices}, or that axis smaller"
+            )
+
+
+def _devices(axes) -> int:
+    """How many devices the mesh axes spread an array's axis over."""
+    shape = jax.sharding.get_abstract_mesh().shape
+    names = () if axes is None else (axes,) if isinstance(axes, str) else axes
+    return math.prod(shape.get(name, 1) for name in names)
