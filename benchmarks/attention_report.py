@@ -55,12 +55,13 @@ def crossovers_of(records: list[dict], device: str) -> list[Crossover]:
 
     A line between the logarithms says where; `sequences` are those of the longer one.
     """
-    timed = {(r["attention"], r["score"], r["direction"], r["tokens"]): r for r in records if r["milliseconds"]}
+    names = "attention", "score", "head_dim", "direction", "tokens"
+    timed = {tuple(r[name] for name in names): r for r in records if r["milliseconds"]}
     ratios = {}
-    for (attention, score, direction, tokens), record in sorted(timed.items(), key=lambda item: item[0][-1]):
-        if attention == "chunked" and (peer := timed.get(("quadratic", score, direction, tokens))):
+    for (attention, *key, tokens), record in sorted(timed.items(), key=lambda item: item[0][-1]):
+        if attention == "chunked" and (peer := timed.get(("quadratic", *key, tokens))):
             ratio = math.log(record["milliseconds"] / peer["milliseconds"])
-            ratios.setdefault((score, direction), []).append((tokens, ratio, record["batch"] * record["heads"]))
+            ratios.setdefault(tuple(key), []).append((tokens, ratio, record["batch"] * record["heads"]))
     found = []
     for key, points in ratios.items():
         for (before, slower, _), (after, faster, sequences) in itertools.pairwise(points):

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from twomamba_jax import decay_attention
-from twomamba_jax.ops.feature_map import SCORES
+from twomamba_jax.ops.feature_map import FINITE_SCORES, SCORES
 
 FORWARD, BOTH = "forward", "forward+backward"
 LONGEST_BOTH = 131072  # above it, forward only
@@ -32,7 +32,7 @@ CUDNN = "cudnn"  # jax.nn.dot_product_attention
 ATTENTIONS = {
     CUDNN: Attention(scores=("exp",)),
     "quadratic": Attention("mosaic_gpu", "parallel"),
-    "chunked": Attention("mosaic_gpu", "chunked", ("squared",), by_features=True),
+    "chunked": Attention("mosaic_gpu", "chunked", FINITE_SCORES, by_features=True),
     "xla": Attention("xla", "chunked", by_features=True),
 }
 

@@ -48,13 +48,13 @@ def prepared(attention, row, **changes):
 def test_selects_every_length_and_direction_and_xla_where_asked(attention, tmp_path):
     options = attention.parse(["--out", str(tmp_path / "a")])
     rows = list(attention.rows_of(options))
-    # Softmax, three quadratic scores and one in chunks at 8 lengths both ways and at one forward; XLA's three at 3.
-    assert len(rows) == (8 * 2 + 1) * 5 + 3 * 2 * 3
+    # Softmax, three quadratic scores and two in chunks at 8 lengths both ways and at one forward; XLA's three at 3.
+    assert len(rows) == (8 * 2 + 1) * 6 + 3 * 2 * 3
     assert {row.tokens * row.batch for row in rows} == {65536, 131072, 524288}
     assert {row.direction for row in rows if row.tokens > 131072} == {"forward"}
     assert {row.tokens for row in rows if row.attention == "xla"} == {2048, 8192, 131072}
     assert {(row.score, row.decay) for row in rows if row.attention == "cudnn"} == {("exp", None)}
-    assert {row.score for row in rows if row.attention == "chunked"} == {"squared"}
+    assert {row.score for row in rows if row.attention == "chunked"} == {"linear", "squared"}
     assert {row.decay for row in rows if row.attention != "cudnn"} == {-2e-3}
     assert [row.label for row in rows[:2]] == ["cuDNN softmax", "linear, quadratic"]
 
@@ -152,7 +152,7 @@ def test_shows_runs_as_one_with_the_ratios_of_each(attention, tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     ratios = [(line.split(" | ")[0], line.split(" | ")[8]) for line in lines if "chunked |" in line]
     assert ratios == [("| 4096", "2.000"), ("| 16384", "0.250"), ("| 32768", "0.125")]
-    assert lines[-1] == str(Crossover("a GPU", "squared", "forward", 64, 8200))
+    assert lines[-1] == str(Crossover("a GPU", "squared", 64, "forward", 64, 8200))
     assert Path(f"{out}.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -4,8 +4,6 @@ import dataclasses
 
 from jax import lax
 
-CHUNK = 1024  # tokens of a chunk where nothing else is asked for
-
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:

@@ -6,22 +6,23 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.chunked.attention import ChunkedAttention, StateArrays, chunked_attention
+from pallas_kernels.chunked.attention import STAGES, ChunkedAttention, StateArrays, chunked_attention
 from pallas_kernels.quadratic.attention import Attention
 from pallas_kernels.quadratic.programs import Program
 from pallas_kernels.quadratic.tuning import tuning
 
 
 def programs() -> Iterator[Program]:
-    """Forward and backward, with and without decay, normalisation and states."""
-    for decay, normalize, states in itertools.product((True, False), repeat=3):
-        kinds = (("decay", decay), ("normalize", normalize), ("states", states))
-        yield _program("-".join(["chunked", *(kind for kind, has in kinds if has)]), decay, normalize, states)
+    """Forward and backward of every score and head dim, with and without decay, normalisation and states."""
+    for score, stages in STAGES.items():
+        for dim, *has in itertools.product(stages.head_dims, *[(True, False)] * 3):
+            kinds = itertools.compress(("decay", "normalize", "states"), has)
+            yield _program("-".join(["chunked", score, str(dim), *kinds]), score, dim, *has)
 
 
-def _program(name: str, decay: bool, normalize: bool, states: bool) -> Program:
-    batch, tokens, heads, groups, dim = 2, 32768, 8, 4, 64  # many pieces of work to a program
-    inside = Attention("squared", normalize, dim**-0.5, 2.0**-100, tuning("NVIDIA H200", "squared", dim, 1024))
+def _program(name: str, score: str, dim: int, decay: bool, normalize: bool, states: bool) -> Program:
+    batch, tokens, heads, groups = 2, 32768, 8, 4  # many pieces of work to a program
+    inside = Attention(score, normalize, dim**-0.5, 2.0**-100, tuning("NVIDIA H200", score, dim, STAGES[score].chunk))
     spec = ChunkedAttention(inside, final_state=states)
 
     def shape(*sizes, dtype=jnp.bfloat16):
@@ -29,9 +30,9 @@ def _program(name: str, decay: bool, normalize: bool, states: bool) -> Program:
 
     arguments = [shape(batch, tokens, n, dim) for n in (heads, groups, groups, heads)]
     arguments += [shape(batch, tokens, groups, dtype=jnp.float32)] if decay else []
-    features = dim * (dim + 1) // 2
-    state_shapes = (batch, groups, features, dim), (batch, groups, features)
-    arguments += [shape(*sizes, dtype=jnp.float32) for sizes in state_shapes] if states else []
+    if states:
+        made = jax.eval_shape(lambda *inputs: chunked_attention(spec, *inputs, None, None, None)[1], *arguments[:3])
+        arguments += [shape(*x.shape, dtype=x.dtype) for x in made]
 
     def function(q, k, v, dy, *rest):
         rest = list(rest)

@@ -6,9 +6,6 @@
 import dataclasses
 import math
 
-from pallas_kernels.chunked.layout import HEAD_DIM, TILES
-from pallas_kernels.chunked.problem import CHUNK
-
 
 @dataclasses.dataclass(frozen=True)
 class Crossover:
@@ -16,7 +13,8 @@ class Crossover:
 
     Attributes:
       device: what JAX calls the device.
-      score: of the attention, with heads of 64.
+      score: of the attention.
+      head_dim: K = V.
       direction: `forward` or `forward+backward`.
       sequences: B H at which it was measured.
       tokens: T at which both take the same time; the quadratic kernels are faster below.
@@ -24,6 +22,7 @@ class Crossover:
 
     device: str
     score: str
+    head_dim: int
     direction: str
     sequences: int
     tokens: int
@@ -32,19 +31,22 @@ class Crossover:
 # Where a line between the logarithms of the quadratic kernels' times at 2,048 and 8,192 (forward: 8,192 and 32,768)
 # meets the chunked kernels' time at 32,768, which is the same at any length: docs/figures/attention_*.json.
 TABLE = (
-    Crossover("NVIDIA H200", "squared", "forward", sequences=128, tokens=8500),
-    Crossover("NVIDIA H200", "squared", "forward+backward", sequences=128, tokens=6300),
+    Crossover("NVIDIA H200", "squared", 64, "forward", sequences=128, tokens=8500),
+    Crossover("NVIDIA H200", "squared", 64, "forward+backward", sequences=128, tokens=6300),
 )
 
 
-def crossover(device: str, score: str, direction: str, sequences: int) -> int:
+def crossover(device: str, score: str, head_dim: int, direction: str, sequences: int) -> int:
     """The longest T for the quadratic kernels, at `sequences` = B H.
 
-    That of the entry with the nearest B H, by ratio; where the device, score or direction has none, the T at which both
-    do the same number of products: a token's T (K + V) flops against C (K + V) + 4 D V, of states of D rows.
+    That of the entry with the nearest B H, by ratio; where the device, score, head dim or direction has none, the T at
+    which both do the same number of products: a token's T (K + V) flops against C (K + V) + 4 D V, of states of D rows.
     """
-    key = device, score, direction
-    entries = [entry for entry in TABLE if (entry.device, entry.score, entry.direction) == key]
+    key = device, score, head_dim, direction
+    entries = [entry for entry in TABLE if (entry.device, entry.score, entry.head_dim, entry.direction) == key]
     if entries:
         return min(entries, key=lambda entry: abs(math.log(entry.sequences / sequences))).tokens
-    return CHUNK + 2 * TILES * HEAD_DIM
+    from pallas_kernels.chunked.attention import STAGES  # with the kernels, which are slow to import
+
+    stages = STAGES[score]
+    return stages.chunk + 2 * stages.rows(head_dim)

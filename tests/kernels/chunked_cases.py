@@ -8,7 +8,7 @@ import numpy as np
 import oracle
 
 from twomamba_jax import decay_attention
-from twomamba_jax.ops.feature_map import symmetric_features
+from twomamba_jax.ops.feature_map import features, num_features
 from twomamba_jax.ops.state import FiniteState
 
 
@@ -31,6 +31,8 @@ class Case:
     """Settings of a call, with a state in and out; `edges`: the first token of every segment but the state's."""
 
     tokens: int
+    score: str = "squared"
+    head_dim: int = 64
     heads: tuple[int, int] = (2, 1)
     batch: int = 1
     normalize: bool = True
@@ -39,7 +41,8 @@ class Case:
 
     def __str__(self):
         flags = [name for name in ("normalize", "decay") if getattr(self, name)] + ["segments"] * bool(self.edges)
-        return "-".join([f"B{self.batch}-T{self.tokens}", "H{}G{}".format(*self.heads), *flags])
+        sizes = f"B{self.batch}-T{self.tokens}", "H{}G{}".format(*self.heads), f"K{self.head_dim}"
+        return "-".join([self.score, *sizes, *flags])
 
     @property
     def segment_ids(self) -> jax.Array | None:
@@ -51,25 +54,29 @@ class Case:
 
     def inputs(self) -> dict[str, jax.Array | FiniteState | None]:
         """q, k, v, log_decay, state."""
-        (heads, groups), shape = self.heads, (self.batch, self.tokens)
+        (heads, groups), shape, dim = self.heads, (self.batch, self.tokens), self.head_dim
         decay = -0.03 * jnp.abs(normal(4, *shape, groups, dtype=jnp.float32)) if self.decay else None
-        phi = symmetric_features(normal(5, self.batch, groups, 70, 64, dtype=jnp.float32))
-        values = normal(6, self.batch, groups, 70, 64, dtype=jnp.float32)
-        state = FiniteState(jnp.einsum("bgtd,bgtv->bgdv", phi, values), phi.sum(2))
-        q, k, v = (normal(seed, *shape, n, 64) for seed, n in ((0, heads), (2, groups), (3, groups)))
+        before = [normal(seed, self.batch, groups, 70, dim, dtype=jnp.float32) for seed in (5, 6)]
+        q, k, v = (normal(seed, *shape, n, dim) for seed, n in ((0, heads), (2, groups), (3, groups)))
+        if self.score == "linear" and self.normalize:  # denominators are sums of scores, which must not be negative
+            q, k, before[0] = abs(q), abs(k), abs(before[0])
+        phi = features(self.score, before[0])
+        state = FiniteState(jnp.einsum("bgtd,bgtv->bgdv", phi, before[1]), phi.sum(2))
         return {"q": q, "k": k, "v": v, "log_decay": decay, "state": state}
 
     def cotangents(self) -> tuple[jax.Array, FiniteState]:
         """Of y and of the final state."""
-        heads, groups = self.heads
-        shapes = FiniteState((self.batch, groups, 2080, 64), (self.batch, groups, 2080))
+        (heads, groups), dim = self.heads, self.head_dim
+        shape = self.batch, groups, num_features(self.score, dim)
+        shapes = FiniteState((*shape, dim), shape)
         dstate = FiniteState(*(0.05 * normal(7 + i, *shape, dtype=jnp.float32) for i, shape in enumerate(shapes)))
-        return normal(1, self.batch, self.tokens, heads, 64), dstate
+        return normal(1, self.batch, self.tokens, heads, dim), dstate
 
     def operation(self, q, k, v, log_decay, state, segment_ids=None, **options):
         """(y, final state), of any inputs."""
         return decay_attention(
             *(q, k, v, log_decay),
+            score=self.score,
             normalize=self.normalize,
             segment_ids=segment_ids,
             initial_state=state,
@@ -97,7 +104,7 @@ class Case:
     def oracle(self) -> dict[str, np.ndarray]:
         """The same from the definition in float64."""
         inputs, (dy, dfinal) = self.inputs(), self.cotangents()
-        options = {"score": "squared", "normalize": self.normalize, "segment_ids": self.segment_ids}
+        options = {"score": self.score, "normalize": self.normalize, "segment_ids": self.segment_ids}
         options["initial_state"] = inputs.pop("state")
         y, final = oracle.forward(*inputs.values(), **options)
         gradients = oracle.gradients(dy, dfinal, *inputs.values(), **options)

@@ -34,8 +34,17 @@ REFUSED = [
     (narrow(q=32, v=32), {}, "it has head dims K = V of 64 or 128, got K=32 and V=32"),
     (narrow(v=32), {}, "it has head dims K = V of 64 or 128, got K=64 and V=32"),
     (narrow(), {"precision": "highest"}, "precision='highest' needs products of float32"),
-    (narrow(), {"form": "chunked", "score": "linear"}, "in chunks it has squared scores only, got 'linear'"),
-    (narrow(), {"form": "chunked", "chunk_size": 100}, "its chunks have a multiple of 256 tokens, got chunk_size=100"),
+    (narrow(), {"form": "chunked", "score": "exp"}, "in chunks it has linear and squared scores only, got 'exp'"),
+    (
+        narrow(),
+        {"form": "chunked", "chunk_size": 128},
+        "its chunks have a multiple of 256 tokens for score='squared', got chunk_size=128",
+    ),
+    (
+        narrow(),
+        {"form": "chunked", "chunk_size": 192, "score": "linear"},
+        "its chunks have a multiple of 128 tokens for score='linear', got chunk_size=192",
+    ),
     (narrow(), {"form": "recurrent"}, "it has the parallel and the chunked form, and this is form='recurrent'"),
     (
         narrow(),
@@ -61,6 +70,12 @@ def test_refuses_float64():
         wide = [jnp.asarray(np.asarray(x, np.float64)) for x in cast(jnp.float32)]
         with pytest.raises(ValueError, match="it takes bfloat16 q, k and v, got float64"):
             decay_attention(*wide, form="parallel", implementation="mosaic_gpu")
+
+
+def test_refuses_heads_of_128_in_chunks_of_the_squared_score():
+    arrays = [jnp.repeat(x, 2, axis=-1) for x in narrow()]
+    with interpreted(), pytest.raises(ValueError, match="a head dim of 64 only for score='squared', got 128"):
+        decay_attention(*arrays, form="chunked", implementation="mosaic_gpu")
 
 
 def test_refuses_a_step():
@@ -110,13 +125,13 @@ def test_none_takes_the_kernels_where_it_can_and_says_so_once(caplog):
     kernels._log_choice.cache_clear()
     with interpreted(), caplog.at_level(logging.INFO, logger="twomamba_jax"):
         chosen = [decay_attention(*narrow()) for _ in range(2)]
-        decay_attention(*narrow(), score="linear", form="chunked")
+        decay_attention(*narrow(), score="exp", form="chunked")
         want = decay_attention(*narrow(), implementation="mosaic_gpu")
     np.testing.assert_array_equal(chosen, [want, want])
     assert [record.message for record in caplog.records] == [
         "decay_attention: form=parallel, implementation=mosaic_gpu",
-        "decay_attention: form=chunked, implementation=xla (mosaic_gpu: in chunks it has squared scores only, got "
-        "'linear')",
+        "decay_attention: form=chunked, implementation=xla (mosaic_gpu: in chunks it has linear and squared scores "
+        "only, got 'exp')",
     ]
 
 

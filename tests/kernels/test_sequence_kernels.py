@@ -7,10 +7,11 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from pallas_kernels.chunked import attention
-from pallas_kernels.chunked.attention import StateArrays
+from pallas_kernels.chunked.attention import ChunkedAttention, StateArrays
 from pallas_kernels.chunked.decays import chunk_weights
 from pallas_kernels.chunked.problem import Problem, Tiles
 from pallas_kernels.interpreter import interpreted
+from pallas_kernels.quadratic.attention import Attention
 from twomamba_jax import decay_attention
 from twomamba_jax.ops import kernels, steps
 from twomamba_jax.ops.feature_map import symmetric_features
@@ -42,14 +43,14 @@ def test_the_states_of_two_devices_are_those_of_one(reverse):
     initial = StateArrays(jnp.einsum("bgtd,bgtv->bgdv", phi, normal(4, 1, 1, 70, 64, dtype=jnp.float32)), phi.sum(2))
 
     def states(enter, devices, initial):
+        spec = ChunkedAttention(Attention("squared", True, 1.0, 0.0), CHUNK, TILES, enter=enter)
         problem = Problem(devices, TOKENS // devices, 1, 1, CHUNK, TILES, True)
         arrays = [y.reshape(devices, TOKENS // devices, 1, 64) for y in (x, values)]
         weights = [y.reshape(devices, 1, -1) for y in (factor, keep)]
-        made = attention._states(enter, problem, *arrays, *weights, initial, reverse)
-        normalizers = made.normalizer.astype(jnp.float32).sum(3)  # of two parts
-        before = [y.reshape(-1, *y.shape[3:]) for y in (made.kv, normalizers)]
+        added = spec.stages.add(problem, *arrays, None, weights[0])
+        before, final = attention._states(spec, added, weights[1], initial, reverse)
         last = 0 if reverse else devices - 1
-        return *before, made.final_kv[last], made.final_normalizer[last]
+        return *(y.reshape(-1, *y.shape[3:]) for y in before), *(y[last] for y in final)
 
     with interpreted():
         want = states(None, 1, initial)

@@ -20,8 +20,8 @@ IMPLEMENTATIONS = ("xla", "mosaic_gpu")
 MOSAIC_GPU = "mosaic_gpu"
 
 # Tokens up to which the quadratic kernels are faster on one H200 than XLA's chunked form, forward and backward together
-# (docs/kernels.md).
-LONGEST = {"linear": 16384, "squared": 131072, "exp": sys.maxsize}
+# (docs/kernels.md), of the scores that have calls without chunked kernels.
+LONGEST = {"squared": 131072, "exp": sys.maxsize}
 
 
 _log = logging.getLogger("twomamba_jax")
@@ -83,7 +83,7 @@ def crossover(op: Operation, q) -> int:
     """Tokens up to which the quadratic kernels are faster than the chunked ones, forward and backward together."""
     from pallas_kernels.chunked.table import crossover as measured
 
-    return measured(device_kind(), op.score, "forward+backward", q.shape[0] * q.shape[2])
+    return measured(device_kind(), op.score, q.shape[3], "forward+backward", q.shape[0] * q.shape[2])
 
 
 def attend(
@@ -109,10 +109,10 @@ def attend(
     log_decay = None if log_decay is None else log_decay.astype(jnp.float32)
     if form == "parallel":
         return attention(inside, q, k, v, log_decay, run), None
-    from pallas_kernels.chunked.attention import CHUNK, ChunkedAttention, StateArrays, chunked_attention
+    from pallas_kernels.chunked.attention import ChunkedAttention, StateArrays, chunked_attention
 
     enter = None if axis is None else axis.enter
-    spec = ChunkedAttention(inside, chunk_size or CHUNK, final_state=return_final_state, enter=enter)
+    spec = ChunkedAttention(inside, chunk_size, final_state=return_final_state, enter=enter)
     if state is not None:
         state = StateArrays(*(x.astype(jnp.float32) for x in state))
         state = state if axis is None else axis.first(state)
