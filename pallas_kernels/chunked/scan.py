@@ -1,6 +1,7 @@
 """The states before each chunk, from what each chunk adds."""
 
 import functools
+import math
 
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
@@ -9,12 +10,15 @@ from jax import lax
 
 from pallas_kernels.accumulator import ROW
 
+AHEAD_SIZE, MOST_AHEAD = 4096, 8  # entries of tiles that are loaded at a time, 32 registers; and tiles
+
 
 @functools.partial(jax.jit, static_argnames=("reverse", "dtype"))
 def scan(added, weight, initial, *, reverse: bool = False, dtype=jnp.bfloat16):
     """S_c = weight_c S_{c-1} + added_c over N chunks; backwards from the last chunk if `reverse`.
 
-    A program of one warpgroup carries one tile of one state in registers past all chunks.
+    A program of one warpgroup carries one tile of one state in registers past all chunks, several to a turn: what it
+    loads in one turn it adds in the next.
 
     Args:
       added: [B, G, N, tiles, rows, V] float32; or [B, G, N, tiles, 64], of vectors.
@@ -28,30 +32,45 @@ def scan(added, weight, initial, *, reverse: bool = False, dtype=jnp.bfloat16):
     """
     batch, groups, chunks, tiles, *tile_shape = added.shape
     layout = ROW if len(tile_shape) == 1 else plgpu.Layout.WG_STRIDED(tuple(tile_shape), vec_size=4)
+    ahead = min(max(1, AHEAD_SIZE // math.prod(tile_shape)), MOST_AHEAD)
 
     def body(added_ref, weight_ref, *refs):
         *initial_ref, before_ref, final_ref = refs
         b, g, tile = lax.axis_index("b"), lax.axis_index("g"), lax.axis_index("tile")
 
+        def chunk(n):
+            """That of the n-th step; beyond the last step, the last one's."""
+            n = lax.min(n, chunks - 1)
+            return chunks - 1 - n if reverse else n
+
         def load(ref):
             return plgpu.load(ref, layout=layout, optimized=layout is not ROW)
 
-        def step(n, carry):
-            state, upcoming, factor = carry
-            c = chunks - 1 - n if reverse else n
-            after = lax.max(c - 1, 0) if reverse else lax.min(c + 1, chunks - 1)
-            # What is loaded here is used in the next turn.
-            next_upcoming, next_factor = load(added_ref.at[b, g, after, tile]), weight_ref[b, g, after]
-            before_ref[b, g, c, tile] = state.astype(dtype)
-            return state * factor + upcoming, next_upcoming, next_factor
+        def load_steps(n):
+            steps = [chunk(n + i) for i in range(ahead)]
+            return [(load(added_ref.at[b, g, c, tile]), weight_ref[b, g, c]) for c in steps]
 
-        first = chunks - 1 if reverse else 0
+        def advance(n, state, added_and_weight):
+            before_ref[b, g, chunk(n), tile] = state.astype(dtype)
+            upcoming, factor = added_and_weight
+            return state * factor + upcoming
+
+        def turn(i, carry):
+            state, loaded = carry
+            upcoming = load_steps((i + 1) * ahead)
+            for j, step in enumerate(loaded):
+                state = advance(i * ahead + j, state, step)
+            return state, upcoming
+
         if initial_ref:
             state = load(initial_ref[0].at[b, g, tile])
         else:
             state = plgpu.layout_cast(jnp.zeros(tile_shape, jnp.float32), layout)
-        carry = state, load(added_ref.at[b, g, first, tile]), weight_ref[b, g, first]
-        final_ref[b, g, tile] = lax.fori_loop(0, chunks, step, carry)[0]
+        turns, rest = divmod(chunks, ahead)
+        state, loaded = lax.fori_loop(0, turns, turn, (state, load_steps(0)))
+        for j in range(rest):
+            state = advance(turns * ahead + j, state, loaded[j])
+        final_ref[b, g, tile] = state
 
     kernel = plgpu.kernel(
         body,

@@ -35,6 +35,17 @@ CASES = [
     Case(63, heads=(2, 2), batch=2, decay=False),
     Case(1),
 ]
+LINEAR = dataclasses.replace(LONG, score="linear")
+CASES += [
+    LINEAR,
+    dataclasses.replace(LINEAR, edges=(1, 128, 512, 513, 3000, 4096)),
+    dataclasses.replace(LINEAR, normalize=False, decay=False),
+    dataclasses.replace(LINEAR, head_dim=128, edges=(3000,)),
+    Case(500, "linear", 128, heads=(4, 2), batch=2, normalize=False, edges=(499,)),
+    Case(1500, "linear", heads=(4, 1), batch=2, decay=False),
+    Case(63, "linear", heads=(2, 2), batch=2, normalize=False),
+    Case(1, "linear"),
+]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -46,9 +57,9 @@ def test_outputs_states_and_gradients_equal_the_oracle(case):
     assert_near(got["key_sum"], want["key_sum"], 1e-5)
 
 
-def test_two_halves_with_the_state_passed_are_the_whole():
+@pytest.mark.parametrize("case", [LONG, LINEAR], ids=str)
+def test_two_halves_with_the_state_passed_are_the_whole(case):
     """Outputs and gradients, the gradient of the state passed on included."""
-    case = LONG
     inputs, (dy, dfinal) = case.inputs(), case.cotangents()
     state = inputs.pop("state")
 
@@ -80,8 +91,9 @@ def test_conditioning_ladder(share, allowed):
     assert relative_rms(got[:, 256:], want[:, 256:]) < allowed
 
 
-def test_every_run_has_the_same_bits_whatever_was_in_memory():
-    case = Case(5000, heads=(8, 4), batch=2, edges=(7, 1000, 4000))
+@pytest.mark.parametrize("score", ["linear", "squared"])
+def test_every_run_has_the_same_bits_whatever_was_in_memory(score):
+    case = Case(5000, score, heads=(8, 4), batch=2, edges=(7, 1000, 4000))
     first = jax.device_get(case.results(jax.jit))
     assert all(np.isfinite(x.astype(np.float32)).all() for x in first.values())
     for filling in (np.nan, np.inf, -1e30):
@@ -93,15 +105,17 @@ def test_every_run_has_the_same_bits_whatever_was_in_memory():
             np.testing.assert_array_equal(x, first[name], err_msg=name)
 
 
-def test_a_million_tokens_and_more_than_two_to_the_31_elements():
+@pytest.mark.parametrize("score", ["linear", "squared"])
+def test_a_million_tokens_and_more_than_two_to_the_31_elements(score):
     """The last rows are those of the last tokens alone: the decay has forgotten what was before."""
     tokens, heads, last = 1_000_003, 34, 20_000
     assert tokens * heads * 64 > 2**31
     q, k, v = (normal(seed, 1, tokens, 1, 64) for seed in range(3))
+    q, k = (abs(x) if score == "linear" else x for x in (q, k))  # of linear scores it must not be negative
     decay = jnp.full((1, tokens, 1), -0.01, jnp.float32)
 
     def attend(*inputs):
-        return decay_attention(*inputs, form="chunked", implementation="mosaic_gpu")
+        return decay_attention(*inputs, score=score, form="chunked", implementation="mosaic_gpu")
 
     y = jax.jit(lambda q, *rest: attend(jnp.tile(q, (1, 1, heads, 1)), *rest))(q, k, v, decay)
     alone = attend(*(x[:, -last:] for x in (q, k, v, decay)))[:, last // 2 :]
@@ -111,9 +125,10 @@ def test_a_million_tokens_and_more_than_two_to_the_31_elements():
 
 
 @pytest.mark.skipif(jax.device_count() < 2, reason="one device: there is nothing to spread")
+@pytest.mark.parametrize("score", ["linear", "squared"])
 @pytest.mark.parametrize("partition", [PartitionSpec("data"), PartitionSpec(None, None, "data")])
-def test_spread_over_two_devices(partition):
-    case = Case(1500, heads=(4, 2), batch=2, edges=(700,))
+def test_spread_over_two_devices(partition, score):
+    case = Case(1500, score, heads=(4, 2), batch=2, edges=(700,))
     mesh = jax.make_mesh((2,), ("data",), devices=jax.devices()[:2], axis_types=(AxisType.Auto,))
     with jax.set_mesh(mesh):
         got, want = case.results(jax.jit, partition=partition), case.oracle()

@@ -94,15 +94,18 @@ def test_gradient(normalize, weighted, dim):
     np.testing.assert_array_equal(alone[0], got)
 
 
-def test_scan_of_vectors():
-    """As of the states in `test_chunked_kernels.py`."""
-    added, weight = normal(0, 1, 2, 3, 2, 64, dtype=jnp.float32), abs(normal(1, 1, 2, 3, dtype=jnp.float32))
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize(("tile", "chunks"), [((16, 64), 6), ((64,), 8), ((64,), 3)])
+def test_scan_of_several_chunks_at_a_time(tile, chunks, reverse):
+    """Turns of 4 chunks of such tiles, and of 8 of vectors; and what is left over."""
+    added = normal(0, 1, 2, chunks, 1, *tile, dtype=jnp.float32)
+    weight, initial = abs(normal(1, 1, 2, chunks, dtype=jnp.float32)), normal(2, 1, 2, 1, *tile, dtype=jnp.float32)
     with interpreted():
-        before, final = scan(added, weight, None, dtype=jnp.float32)
-    state = np.zeros((1, 2, 2, 64))
-    for c in range(3):
+        before, final = scan(added, weight, initial, reverse=reverse, dtype=jnp.float32)
+    state = wide(initial)
+    for c in reversed(range(chunks)) if reverse else range(chunks):
         np.testing.assert_allclose(before[:, :, c], state, atol=1e-5)
-        state = wide(weight)[:, :, c, None, None] * state + wide(added[:, :, c])
+        state = wide(weight)[:, :, c].reshape(1, 2, *[1] * (state.ndim - 2)) * state + wide(added[:, :, c])
     np.testing.assert_allclose(final, state, atol=1e-5)
 
 
