@@ -49,9 +49,9 @@ def _inner(states: States, dstates: States, with_normalizer: bool):
     return total
 
 
-# A chunk costs a head 40 K V bytes of states forward, a token 18 K; inside a chunk a token costs 2 C K flops. At 512 of
-# 64 the states are a sixth of the bytes, and the flops take as long as the bytes that the quadratic kernels move; 1,024
-# would double the flops, 256 the states and the steps of a scan.
+# Chunks of 512: forward a token moves 18 K bytes of its own and 12 K V / C of states, and costs 2 C K flops inside its
+# chunk. At heads of 64 states are a twelfth of the bytes, and the flops take as long as the quadratic kernel's bytes:
+# chunks of 1,024 would double the flops, of 256 the states, and the steps of the scan, which wait for each other.
 LINEAR = Stages(
     degree=1,
     head_dims=(64, 128),

@@ -14,7 +14,7 @@ from pallas_kernels.interpreter import interpreted
 from pallas_kernels.quadratic.attention import Attention
 from twomamba_jax import decay_attention
 from twomamba_jax.ops import kernels, steps
-from twomamba_jax.ops.feature_map import symmetric_features
+from twomamba_jax.ops.feature_map import features
 
 TOKENS, CHUNK = 256, 128
 TILES = Tiles(tokens=64, states=8, halves=1, programs=3)
@@ -33,17 +33,17 @@ def normal(seed, *shape, dtype=jnp.bfloat16):
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
 
 
-@pytest.mark.parametrize("reverse", [False, True])
-def test_the_states_of_two_devices_are_those_of_one(reverse):
+@pytest.mark.parametrize(("score", "reverse"), [("squared", False), ("squared", True), ("linear", True)])
+def test_the_states_of_two_devices_are_those_of_one(score, reverse):
     """Before each chunk and after the last, from a state: of a sequence on one device, and of its halves on two."""
     x, values = normal(0, 1, TOKENS, 1, 64), normal(1, 1, TOKENS, 1, 64)
     factor = normal(2, 1, 1, TOKENS, dtype=jnp.float32)
     keep = jnp.asarray([[[0.5, 0.75]]])
-    phi = symmetric_features(normal(3, 1, 1, 70, 64, dtype=jnp.float32))
+    phi = features(score, normal(3, 1, 1, 70, 64, dtype=jnp.float32))
     initial = StateArrays(jnp.einsum("bgtd,bgtv->bgdv", phi, normal(4, 1, 1, 70, 64, dtype=jnp.float32)), phi.sum(2))
 
     def states(enter, devices, initial):
-        spec = ChunkedAttention(Attention("squared", True, 1.0, 0.0), CHUNK, TILES, enter=enter)
+        spec = ChunkedAttention(Attention(score, True, 1.0, 0.0), CHUNK, TILES, enter=enter)
         problem = Problem(devices, TOKENS // devices, 1, 1, CHUNK, TILES, True)
         arrays = [y.reshape(devices, TOKENS // devices, 1, 64) for y in (x, values)]
         weights = [y.reshape(devices, 1, -1) for y in (factor, keep)]
