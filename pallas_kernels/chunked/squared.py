@@ -49,7 +49,7 @@ def _inner(states: States, dstates: States, with_normalizer: bool):
         "bgntrv,bgntrv,tr->bgn", states.kv, dstates.kv, multiplicity(), preferred_element_type=jnp.float32
     )
     if with_normalizer:
-        total = total + jnp.einsum("bgntij,bgntij->bgn", states.normalizer, dstates.normalizer)
+        total = total + (states.normalizer * dstates.normalizer).sum((-3, -2, -1))
     return total
 
 
