@@ -94,6 +94,12 @@ def get_config(name: str, variant: str, size: str) -> ConfigDict:
     config.optimizer.clip_norm = optional(float)
 
     config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1, "sequence": 1})  # -1: the devices that are left
+    # Several processes (docs/sharding.md). All None: SLURM and Open MPI are detected, else there is one process.
+    config.distributed = ConfigDict()
+    config.distributed.coordinator_address = optional(str)  # HOST:PORT of process 0
+    config.distributed.num_processes = optional(int)
+    config.distributed.process_id = optional(int)
+    config.distributed.timeout = 300  # seconds for all processes to come
 
     config.log_every = 100
     config.eval_every = 1000
