@@ -44,7 +44,7 @@ def make_batch():
 
 
 def step_on(mesh, config, state, batch):
-    """The loss, the state behind one step from `state` (made where it is None), and the step's temporary bytes."""
+    """The state before one step (made where it is None), the loss, the state behind it, and the compiled step."""
     check_dimensions(config, mesh)
     # A momentum of 0 keeps the gradients in the optimiser's state: one compiled step tells all.
     optimizer = optax.sgd(RATE, momentum=0.0)
@@ -57,7 +57,7 @@ def step_on(mesh, config, state, batch):
         batch = jax.device_put(batch, batch_sharding(mesh))
         step = make_train_step(model, optimizer, lambda _: RATE, abstract, mesh).lower(state, batch).compile()
         state, metrics = step(state, batch)
-    return start, float(metrics["loss"]), state, step.memory_analysis().temp_size_in_bytes
+    return start, float(metrics["loss"]), state, step
 
 
 def worst(ours, theirs):
@@ -75,21 +75,25 @@ def worst(ours, theirs):
     return max(jax.tree.leaves(jax.tree.map(difference, ours, theirs)))
 
 
+def temporaries(step):
+    return step.memory_analysis().temp_size_in_bytes
+
+
 def main(meshes, variants):
     batch, results = make_batch(), {}
     alone = jax.make_mesh((1,) * 4, MESH_AXES, (AxisType.Auto,) * 4, devices=jax.devices()[:1])
     for variant in variants:
-        start, loss, state, scratch = step_on(alone, configure(variant, {}), None, batch)
+        start, loss, state, step = step_on(alone, configure(variant, {}), None, batch)
         expected = jax.tree.map(np.asarray, state)
         for name, sizes in meshes.items():
             config = configure(variant, sizes)
-            _, our_loss, ours, our_scratch = step_on(make_mesh(config.mesh), config, start, batch)
+            _, our_loss, ours, our_step = step_on(make_mesh(config.mesh), config, start, batch)
             leaves, _ = jax.tree_util.tree_flatten_with_path(ours)
             results[f"{variant} {name}"] = {
                 "loss": abs(our_loss - loss) / loss,
                 "gradients": worst(ours.opt_state[0].trace, expected.opt_state[0].trace),
                 "parameters": worst(ours.params, expected.params),
-                "scratch": our_scratch / scratch,
+                "scratch": temporaries(our_step) / temporaries(step),
                 "shapes": {
                     jax.tree_util.keystr(path): [leaf.shape, leaf.sharding.shard_shape(leaf.shape)]
                     for path, leaf in leaves
