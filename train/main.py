@@ -21,7 +21,7 @@ from train.workdir import default_workdir
 DESCRIPTION = """\
 Trains a language model. Giving the same command again resumes the run from its latest checkpoint. Every key of the
 configuration can be set by --config.KEY=VALUE, nested keys with dots: --config.optimizer.learning_rate=1e-3.
-SIGTERM and SIGINT save and end the run with exit status 0.
+SIGTERM and SIGINT save and end the run with exit status 0. Several processes are one run: see docs/sharding.md.
 Mistakes in the command or the data are one line on stderr and exit status 2."""
 
 
