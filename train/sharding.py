@@ -68,7 +68,7 @@ def check_dimensions(config: ConfigDict, mesh: Mesh) -> None:
         (f"model.{heads}", model[heads], "kv_heads"),
         ("model.vocab_size", model.vocab_size, "vocab"),
     ):
-        axes = (rules[name],) if isinstance(rules[name], str) else rules[name]
+        axes = (rules[name],) if isinstance(rules[name], str) else rules[name] or ()
         parts = math.prod(mesh.shape[axis] for axis in axes)
         if size % parts:
             product = " x ".join(f"mesh.{axis}" for axis in axes)
