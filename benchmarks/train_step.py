@@ -78,7 +78,7 @@ def train(row: Row, options: argparse.Namespace) -> Row:
     """The row with the figures of its run; with a note instead where it cannot be made."""
     try:
         config = config_of(row, options)
-        mesh = make_mesh(config.mesh, config.batch_size)
+        mesh = make_mesh(config.mesh)
         with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
             run = build(config, Path(), mesh)
             state = run.init(jax.random.key(config.seed))

@@ -1,9 +1,10 @@
-"""What every configuration shares: the three sizes, the paper's optimiser and schedule, the default corpus.
+"""What every configuration shares: the four sizes, the paper's optimiser and schedule, the default corpus.
 
 `nano` is made for two CPU cores and has a schedule of its own. `small` and `medium` are the paper's (Appendix B):
 AdamW (0.9, 0.999), eps 1e-7, weight decay 0.01 on every parameter, learning rate 1e-4, 10,000 steps of linear warm-up
 from 0, then linear decay to 0 at step 1,000,000 of which the run makes the first 100,000, with 32 rows of 2048 tokens.
 Their vocabulary has the paper's 32,000 entries: the default corpus is made of bytes and leaves most of them unused.
+`large` is no model of the paper's: their shape and schedule at 1.1 B parameters, for many devices (docs/sharding.md).
 
 A value given by `optional` may also be None on the command line.
 """
@@ -23,6 +24,7 @@ SIZES = {
         "mlp_dim": 3072,
         "vocab_size": 32000,
     },
+    "large": {"d_model": 2048, "num_layers": 24, "num_heads": 32, "head_dim": 64, "mlp_dim": 4096, "vocab_size": 32000},
 }
 
 
@@ -94,6 +96,12 @@ def get_config(name: str, variant: str, size: str) -> ConfigDict:
     config.optimizer.clip_norm = optional(float)
 
     config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1, "sequence": 1})  # -1: the devices that are left
+    # Several processes (docs/sharding.md). All None: SLURM and Open MPI are detected, else there is one process.
+    config.distributed = ConfigDict()
+    config.distributed.coordinator_address = optional(str)  # HOST:PORT of process 0
+    config.distributed.num_processes = optional(int)
+    config.distributed.process_id = optional(int)
+    config.distributed.timeout = 300  # seconds for all processes to come
 
     config.log_every = 100
     config.eval_every = 1000

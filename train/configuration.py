@@ -124,6 +124,7 @@ def validate(config: ConfigDict) -> None:
         "profile.steps",
         "data.held_out_documents",
         "data.shuffle_rows",
+        "distributed.timeout",
     ):
         if flat.get(key) is not None and flat[key] < 1:
             raise UserError(f"{key}={flat[key]} must be at least 1")

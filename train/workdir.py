@@ -20,7 +20,7 @@ from train.errors import UserError, one_line
 # may go on under other values: observing it more often, or on another number of devices, makes no other run of it.
 FREE_ON_RESUME = (
     "log_every", "eval_every", "eval_rows", "checkpoint_every", "checkpoints_kept", "sample.", "mesh.",
-    "data.cache_dir", "skip_limit", "log.", "profile.",
+    "distributed.", "data.cache_dir", "skip_limit", "log.", "profile.",
 )  # fmt: skip
 
 

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from train.data import DocumentRows, PackedRows, held_out_batches, training_batches
-from train.errors import UserError
 from train.tokenized import Split
 
 END = 256
@@ -138,5 +137,3 @@ def test_processes_share_every_batch_and_its_position(processes):
     for process in range(processes):
         for batch, part in zip(held_out, held_out_batches(rows, 4, None, process, processes), strict=True):
             assert np.array_equal(part["weights"], batch["weights"][process::processes])
-    with pytest.raises(UserError, match="batch_size=4 must be a multiple of the number of processes, 3"):
-        training_batches(rows, 4, 0, 0, 3)

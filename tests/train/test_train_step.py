@@ -80,7 +80,7 @@ class Steep(Bigram):
 
 
 def make(clip_norm=None, rate=0.1, model=None):
-    mesh, model = make_mesh(SIZES, batch_size=3), model or Bigram()
+    mesh, model = make_mesh(SIZES), model or Bigram()
     schedule = warmup_linear(rate, 0, 10)
     optimizer = make_optimizer(schedule, b1=0.9, b2=0.999, eps=1e-7, weight_decay=0.01, clip_norm=clip_norm)
     with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):

@@ -113,14 +113,17 @@ class LanguageModel(nn.Module):
 
         start = jnp.zeros(tokens.shape[:1], jnp.int32) if cache is None else cache.position
         positions = start[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)
-        x = nn.Embed(
+        embedding = nn.Embed(
             config.vocab_size,
             config.d_model,
-            dtype=execution.dtype,
             param_dtype=execution.param_dtype,
             embedding_init=nn.with_logical_partitioning(PROJECTION_INIT, ("vocab", "embed")),
             name="embedding",
-        )(tokens)
+        ).embedding
+        # Whole rows before the lookup: from rows that are cut over `embed`, XLA comes to an x that is cut over the
+        # batch only by way of the whole batch's x on every device.
+        embedding = nn.with_logical_constraint(embedding, ("vocab", None))
+        x = jnp.take(embedding.astype(execution.dtype), tokens, axis=0)
         x = nn.with_logical_constraint(x, ("batch", "length", "embed"))
 
         block = nn.remat(Block, prevent_cse=False) if execution.remat else Block
