@@ -44,7 +44,7 @@ def compile_on_mesh(name, tokens):
     with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
         rows, whole = (NamedSharding(mesh, spec) for spec in (PartitionSpec(None, "sequence"), PartitionSpec()))
         ids = jax.ShapeDtypeStruct((BATCH, tokens), jnp.int32)
-        params = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), ids))
+        params = jax.eval_shape(lambda key, ids: nn.unbox(model.init(key, ids)), jax.random.key(0), ids)
         step = jax.jit(jax.value_and_grad(loss), in_shardings=(whole, rows, rows, rows), out_shardings=whole)
         return step.lower(params, ids, ids, ids).compile()
 

@@ -44,8 +44,10 @@ def test_a_step_is_that_of_one_device(steps, variant, mesh):
     assert step["loss"] < 1e-5
     assert step["gradients"] < 1e-5
     assert step["parameters"] < 1e-5
-    # Activations are cut too, or a device would need as much scratch memory as one alone.
-    assert step["scratch"] < 0.4
+    # Activations are cut too, or a device would need as much scratch memory as one alone. A state of second order is as
+    # large wherever tokens are cut, and larger than all that a device has of so few.
+    if variant != "2mamba" or "sequence" not in MESHES[mesh]:
+        assert step["scratch"] < 0.4
 
 
 @pytest.mark.parametrize("mesh", MESHES)
