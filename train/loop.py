@@ -122,12 +122,12 @@ def build(config: ConfigDict, workdir: Path, mesh: Mesh, report: Callable[[str],
     optimizer = make_optimizer(schedule, **options)
     try:
         init, abstract = make_init(model, optimizer, mesh)
-        eval_step = make_eval_step(model, abstract, mesh)
+        eval_step = make_eval_step(model, abstract, mesh, config.loss_chunk_size)
         jax.eval_shape(eval_step, abstract.params, abstract_batch(config.batch_size, config.length))
     except ValueError as error:
         # Tracing is where the library says that a form or an implementation cannot run this model.
         raise UserError(one_line(error)) from error
-    train_step = make_train_step(model, optimizer, schedule, abstract, mesh)
+    train_step = make_train_step(model, optimizer, schedule, abstract, mesh, config.loss_chunk_size)
     return Run(config, workdir, task, model, abstract, init, train_step, eval_step, batch_sharding(mesh))
 
 

@@ -54,6 +54,11 @@ def make_mesh(sizes: Mapping[str, int], batch_size: int) -> Mesh:
     return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
+def token_shards(mesh: Mesh) -> tuple[int, int]:
+    """How many shares the rows of a batch are cut into, and how many the tokens of a row."""
+    return mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["sequence"]
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """The sharding of every array [B, T] of a batch."""
     return NamedSharding(mesh, P(("data", "fsdp"), "sequence"))

@@ -10,7 +10,8 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from train.sharding import batch_sharding, tree_shardings
+from train.cross_entropy import Sums, cross_entropy
+from train.sharding import batch_sharding, token_shards, tree_shardings
 
 Array = jax.Array
 Batch = dict[str, Array]
@@ -28,14 +29,6 @@ class TrainState(NamedTuple):
     opt_state: Any
     skipped: Array
     skipped_in_a_row: Array
-
-
-class Sums(NamedTuple):
-    """Sums over the targets of a batch, float32 scalars: weighted negative log likelihood, hits, and weight."""
-
-    loss: Array
-    correct: Array
-    weight: Array
 
 
 def warmup_linear(peak: float, warmup_steps: int, decay_steps: int) -> optax.Schedule:
@@ -61,13 +54,15 @@ def make_optimizer(
     return adamw if clip_norm is None else optax.chain(optax.clip_by_global_norm(clip_norm), adamw)
 
 
-def weighted_sums(model: nn.Module, params: Any, batch: Batch) -> Sums:
-    """Runs the model on `batch` (see train/data.py) and sums over the targets by their weights."""
-    logits = model.apply({"params": params}, batch["tokens"], segment_ids=batch["segment_ids"])
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"])
-    hits = (jnp.argmax(logits, axis=-1) == batch["targets"]).astype(jnp.float32)
-    weights = batch["weights"]
-    return Sums(jnp.sum(weights * losses), jnp.sum(weights * hits), jnp.sum(weights))
+def weighted_sums(
+    model: nn.Module, params: Any, batch: Batch, chunk_size: int | None = None, shards: tuple[int, int] = (1, 1)
+) -> Sums:
+    """Runs the model on `batch` (see train/data.py) and sums over the targets by their weights.
+
+    `chunk_size` and `shards` are those of `cross_entropy`.
+    """
+    x = model.apply({"params": params}, batch["tokens"], segment_ids=batch["segment_ids"], apply_head=False)
+    return cross_entropy(x, params["head"], batch["targets"], batch["weights"], chunk_size, shards)
 
 
 def make_init(
@@ -98,18 +93,20 @@ def make_train_step(
     schedule: optax.Schedule,
     state: TrainState,
     mesh: Mesh,
+    chunk_size: int | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
     """The jitted `step(state, batch) -> (state, metrics)`; the old state is donated.
 
-    `state` gives the shardings (abstract will do). The loss is sum(weight * nll) / sum(weight) over the whole batch.
-    Where the loss or the norm of its gradient is not finite, nothing but the counts of the state changes.
+    `state` gives the shardings (abstract will do), `chunk_size` is that of `cross_entropy`. The loss is
+    sum(weight * nll) / sum(weight) over the whole batch. Where the loss or the norm of its gradient is not finite,
+    nothing but the counts of the state changes.
     metrics: loss, accuracy, grad_norm (before clipping), learning_rate, float32 scalars; skipped and skipped_in_a_row,
     those of the new state.
     """
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
         def mean_loss(params: Any) -> tuple[Array, Sums]:
-            sums = weighted_sums(model, params, batch)
+            sums = weighted_sums(model, params, batch, chunk_size, token_shards(mesh))
             # A batch may hold no weight at all (documents of one byte, say): its loss is 0, not NaN.
             return sums.loss / jnp.maximum(sums.weight, 1), sums
 
@@ -144,11 +141,13 @@ def make_train_step(
     )
 
 
-def make_eval_step(model: nn.Module, state: TrainState, mesh: Mesh) -> Callable[[Any, Batch], Sums]:
+def make_eval_step(
+    model: nn.Module, state: TrainState, mesh: Mesh, chunk_size: int | None = None
+) -> Callable[[Any, Batch], Sums]:
     """The jitted `step(params, batch) -> Sums`, so that batches add up by their weights."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state.params)
     return jax.jit(
-        lambda params, batch: weighted_sums(model, params, batch),
+        lambda params, batch: weighted_sums(model, params, batch, chunk_size, token_shards(mesh)),
         in_shardings=(shardings, batch_sharding(mesh)),
         out_shardings=NamedSharding(mesh, P()),
     )
