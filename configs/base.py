@@ -82,6 +82,7 @@ def get_config(name: str, variant: str, size: str) -> ConfigDict:
     config.steps = 100_000
     config.batch_size = 32
     config.length = 2048
+    config.microbatches = 1  # that a batch is cut into, one after the other; the result is the whole batch's
     config.loss_chunk_size = optional(int)  # tokens whose logits a device holds at once; None: from the vocabulary
 
     config.optimizer = ConfigDict()

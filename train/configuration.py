@@ -119,6 +119,7 @@ def validate(config: ConfigDict) -> None:
     counts = ("steps", "batch_size", "length", "log_every", "eval_every", "checkpoint_every", "checkpoints_kept")
     for key in (
         *counts,
+        "microbatches",
         "loss_chunk_size",
         "skip_limit",
         "profile.start",

@@ -120,14 +120,15 @@ def build(config: ConfigDict, workdir: Path, mesh: Mesh, report: Callable[[str],
     schedule = warmup_linear(config.optimizer.learning_rate, config.optimizer.warmup_steps, decay_steps(config))
     options = {key: config.optimizer[key] for key in ("b1", "b2", "eps", "weight_decay", "clip_norm")}
     optimizer = make_optimizer(schedule, **options)
+    passes = {"chunk_size": config.loss_chunk_size, "microbatches": config.microbatches}
     try:
         init, abstract = make_init(model, optimizer, mesh)
-        eval_step = make_eval_step(model, abstract, mesh, config.loss_chunk_size)
+        eval_step = make_eval_step(model, abstract, mesh, **passes)
         jax.eval_shape(eval_step, abstract.params, abstract_batch(config.batch_size, config.length))
     except ValueError as error:
         # Tracing is where the library says that a form or an implementation cannot run this model.
         raise UserError(one_line(error)) from error
-    train_step = make_train_step(model, optimizer, schedule, abstract, mesh, config.loss_chunk_size)
+    train_step = make_train_step(model, optimizer, schedule, abstract, mesh, **passes)
     return Run(config, workdir, task, model, abstract, init, train_step, eval_step, batch_sharding(mesh))
 
 

@@ -10,11 +10,11 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from train.accumulation import Batch, sum_over_microbatches
 from train.cross_entropy import Sums, cross_entropy
 from train.sharding import batch_sharding, token_shards, tree_shardings
 
 Array = jax.Array
-Batch = dict[str, Array]
 
 
 class TrainState(NamedTuple):
@@ -94,23 +94,33 @@ def make_train_step(
     state: TrainState,
     mesh: Mesh,
     chunk_size: int | None = None,
+    microbatches: int = 1,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
     """The jitted `step(state, batch) -> (state, metrics)`; the old state is donated.
 
     `state` gives the shardings (abstract will do), `chunk_size` is that of `cross_entropy`. The loss is
-    sum(weight * nll) / sum(weight) over the whole batch. Where the loss or the norm of its gradient is not finite,
-    nothing but the counts of the state changes.
+    sum(weight * nll) / sum(weight) over the whole batch, in however many `microbatches`. Where the loss or the norm of
+    its gradient is not finite, nothing but the counts of the state changes.
     metrics: loss, accuracy, grad_norm (before clipping), learning_rate, float32 scalars; skipped and skipped_in_a_row,
     those of the new state.
     """
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
-        def mean_loss(params: Any) -> tuple[Array, Sums]:
-            sums = weighted_sums(model, params, batch, chunk_size, token_shards(mesh))
-            # A batch may hold no weight at all (documents of one byte, say): its loss is 0, not NaN.
-            return sums.loss / jnp.maximum(sums.weight, 1), sums
+    shards, shardings = token_shards(mesh), jax.tree.map(lambda leaf: leaf.sharding, state)
 
-        (loss, sums), gradients = jax.value_and_grad(mean_loss, has_aux=True)(state.params)
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+        # A batch may hold no weight at all (documents of one byte, say): its loss is 0, not NaN.
+        weight = jnp.maximum(jnp.sum(batch["weights"]), 1)
+
+        def share_of_the_mean(params: Any, microbatch: Batch) -> tuple[Array, Sums]:
+            sums = weighted_sums(model, params, microbatch, chunk_size, shards)
+            return sums.loss / weight, sums
+
+        def gradients_and_sums(microbatch: Batch) -> tuple[Any, Sums]:
+            gradients, sums = jax.grad(share_of_the_mean, has_aux=True)(state.params, microbatch)
+            return jax.lax.with_sharding_constraint(gradients, shardings.params), sums
+
+        gradients, sums = sum_over_microbatches(gradients_and_sums, batch, microbatches, shards[0])
+        loss = sums.loss / weight
         grad_norm = optax.tree.norm(gradients)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
@@ -123,7 +133,7 @@ def make_train_step(
         in_a_row = jnp.where(finite, 0, state.skipped_in_a_row + 1)
         metrics = {
             "loss": loss,
-            "accuracy": sums.correct / jnp.maximum(sums.weight, 1),
+            "accuracy": sums.correct / weight,
             "grad_norm": grad_norm,
             "learning_rate": schedule(state.step - state.skipped),  # the optimiser's own count: it saw no others
             "skipped": skipped,
@@ -131,7 +141,6 @@ def make_train_step(
         }
         return TrainState(state.step + 1, params, opt_state, skipped, in_a_row), metrics
 
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     replicated = NamedSharding(mesh, P())
     return jax.jit(
         train_step,
@@ -142,12 +151,19 @@ def make_train_step(
 
 
 def make_eval_step(
-    model: nn.Module, state: TrainState, mesh: Mesh, chunk_size: int | None = None
+    model: nn.Module, state: TrainState, mesh: Mesh, chunk_size: int | None = None, microbatches: int = 1
 ) -> Callable[[Any, Batch], Sums]:
     """The jitted `step(params, batch) -> Sums`, so that batches add up by their weights."""
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, state.params)
+    shards, shardings = token_shards(mesh), jax.tree.map(lambda leaf: leaf.sharding, state.params)
+
+    def eval_step(params: Any, batch: Batch) -> Sums:
+        def sums(microbatch: Batch) -> Sums:
+            return weighted_sums(model, params, microbatch, chunk_size, shards)
+
+        return sum_over_microbatches(sums, batch, microbatches, shards[0])
+
     return jax.jit(
-        lambda params, batch: weighted_sums(model, params, batch, chunk_size, token_shards(mesh)),
+        eval_step,
         in_shardings=(shardings, batch_sharding(mesh)),
         out_shardings=NamedSharding(mesh, P()),
     )

@@ -69,6 +69,8 @@ def test_debug_shows_where_a_mistake_was_noticed(capsys):
         ({"data.suffix": ".none"}, ["the corpus is empty"]),
         ({"data.held_out_percent": 0}, ["the held-out split", "is empty"]),
         ({"sample.prompt": ""}, ["sample.prompt"]),
+        ({"microbatches": 0}, ["microbatches=0 must be at least 1"]),
+        ({"microbatches": 3}, ["batch_size=4 must be a multiple of microbatches x mesh.data x mesh.fsdp = 3 x 1"]),
         ({"loss_chunk_size": 0}, ["loss_chunk_size=0 must be at least 1"]),
         ({"skip_limit": 0}, ["skip_limit=0 must be at least 1"]),
         ({"profile.start": 0}, ["profile.start=0 must be at least 1"]),

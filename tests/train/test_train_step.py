@@ -77,13 +77,18 @@ def test_loss_is_weighted_by_token():
     assert float(sums.weight) == data["weights"].sum()
 
 
-def make(clip_norm=None, rate=0.1, model=None):
+def make(clip_norm=None, rate=0.1, model=None, microbatches=1):
     mesh, model = make_mesh(SIZES, batch_size=3), model or Bigram()
     schedule = warmup_linear(rate, 0, 10)
     optimizer = make_optimizer(schedule, b1=0.9, b2=0.999, eps=1e-7, weight_decay=0.01, clip_norm=clip_norm)
     with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
         init, abstract = make_init(model, optimizer, mesh)
-        return init, abstract, make_train_step(model, optimizer, schedule, abstract, mesh), optimizer
+        return (
+            init,
+            abstract,
+            make_train_step(model, optimizer, schedule, abstract, mesh, microbatches=microbatches),
+            optimizer,
+        )
 
 
 @pytest.mark.parametrize("clip_norm", [None, 0.01])
@@ -126,10 +131,12 @@ def test_a_batch_without_weights_changes_nothing_but_by_decay():
     np.testing.assert_allclose(state.params["head"], before * (1 - 0.1 * 0.01), rtol=1e-6)
 
 
-def test_a_step_that_is_not_finite_changes_the_counts_alone():
+@pytest.mark.parametrize("microbatches", [1, 3])
+def test_a_step_that_is_not_finite_changes_the_counts_alone(microbatches):
     """Good, bad, bad, good: the end is that of the good ones alone, bit for bit, and so is the learning rate."""
-    init, _, train_step, _ = make(clip_norm=1.0)
-    bad = {**batch(1), "weights": np.full((3, 4), np.nan, np.float32)}
+    init, _, train_step, _ = make(clip_norm=1.0, microbatches=microbatches)
+    bad = batch(1)
+    bad["weights"][1] = np.nan
     expected = init(jax.random.key(0))
     for seed in (0, 2):
         expected, good_metrics = train_step(expected, batch(seed))
