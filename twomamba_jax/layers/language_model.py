@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from twomamba_jax.config import MixerConfig, ModelConfig
 from twomamba_jax.layers.cache import Cache, advance, append, poison_rollback
 from twomamba_jax.layers.cache_stack import attach, detach
-from twomamba_jax.layers.execution import Execution
+from twomamba_jax.layers.execution import REMATS, Execution
 from twomamba_jax.layers.mixer import Mixer
 from twomamba_jax.layers.mlp import PROJECTION_INIT, SwiGLU
 from twomamba_jax.layers.norm import RMSNorm
@@ -126,7 +126,7 @@ class LanguageModel(nn.Module):
         )(tokens)
         x = nn.with_logical_constraint(x, ("batch", "length", "embed"))
 
-        block = nn.remat(Block, prevent_cse=False) if execution.remat else Block
+        block = REMATS[execution.remat](Block)
         caches = []
         for index, (mixer, count) in enumerate(config.runs):
             layers = nn.scan(
