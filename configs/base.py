@@ -88,7 +88,10 @@ def get_config(name: str, variant: str, size: str) -> ConfigDict:
     config.optimizer = ConfigDict()
     config.optimizer.learning_rate = 1e-4
     config.optimizer.warmup_steps = 10_000
-    config.optimizer.decay_steps = optional(int, 1_000_000)  # where the learning rate reaches 0; None: at `steps`
+    config.optimizer.schedule = "linear"  # or "cosine", "wsd": how the learning rate falls (train/schedules.py)
+    config.optimizer.decay_steps = optional(int, 1_000_000)  # where the learning rate ends; None: at `steps`
+    config.optimizer.final_fraction = 0.0  # of the peak: the learning rate at its end
+    config.optimizer.cooldown_steps = optional(int)  # of "wsd": the last steps, in which it falls
     config.optimizer.b1 = 0.9
     config.optimizer.b2 = 0.999
     config.optimizer.eps = 1e-7

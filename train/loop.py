@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from rich.console import Console
 
 from train.checkpoint import Checkpoints
-from train.configuration import build_model, decay_steps, validate
+from train.configuration import build_model, build_schedule, validate
 from train.data import Batch, abstract_batch, held_out_batches, training_batches
 from train.errors import UserError, one_line
 from train.evaluation import evaluate
@@ -32,7 +32,7 @@ from train.profiler import ProfilerWindow
 from train.progress import ProgressDisplay, held_out_figures
 from train.sample import sample_text
 from train.sharding import RULES, batch_sharding, make_mesh
-from train.step import TrainState, make_eval_step, make_init, make_optimizer, make_train_step, warmup_linear
+from train.step import TrainState, make_eval_step, make_init, make_optimizer, make_train_step
 from train.task import Task, make_task
 from train.tokenizers import keep_tokenizer
 from train.trackers import check_trackers, open_trackers
@@ -117,7 +117,7 @@ def build(config: ConfigDict, workdir: Path, mesh: Mesh, report: Callable[[str],
     """
     model = build_model(config)
     task = make_task(config, report)
-    schedule = warmup_linear(config.optimizer.learning_rate, config.optimizer.warmup_steps, decay_steps(config))
+    schedule = build_schedule(config)
     options = {key: config.optimizer[key] for key in ("b1", "b2", "eps", "weight_decay", "clip_norm")}
     optimizer = make_optimizer(schedule, **options)
     passes = {"chunk_size": config.loss_chunk_size, "microbatches": config.microbatches}

@@ -31,21 +31,6 @@ class TrainState(NamedTuple):
     skipped_in_a_row: Array
 
 
-def warmup_linear(peak: float, warmup_steps: int, decay_steps: int) -> optax.Schedule:
-    """From 0 linearly to `peak` at `warmup_steps`, then linearly to 0 at `decay_steps`, and 0 from there on.
-
-    A run that ends before its warm-up does (a trial of a few steps) rises to its end.
-    """
-
-    def schedule(step: Array) -> Array:
-        step = jnp.asarray(step, jnp.float32)
-        rising = step / max(warmup_steps, 1)
-        falling = jnp.maximum(decay_steps - step, 0) / max(decay_steps - warmup_steps, 1)
-        return peak * jnp.where(step < warmup_steps, rising, falling)
-
-    return schedule
-
-
 def make_optimizer(
     schedule: optax.Schedule, *, b1: float, b2: float, eps: float, weight_decay: float, clip_norm: float | None
 ) -> optax.GradientTransformation:

@@ -29,7 +29,7 @@ def free_on_resume(key: str, config: Mapping[str, Any]) -> bool:
     """Whether a run may be resumed with another value of the dotted `key`; `config` is flat.
 
     `steps` is free where optimizer.decay_steps is given: then it only says where the run stops. Otherwise the
-    learning rate falls to 0 at `steps`, and another value is another schedule.
+    learning rate ends at `steps`, and another value is another schedule.
     """
     if key == "steps":
         return config["optimizer.decay_steps"] is not None

@@ -115,7 +115,7 @@ def test_remat_changes_memory_alone():
     for remat in ("dots", "full"):
         jax.tree.map(assert_close, found[remat][0], found["none"][0])
     none, dots, full = (temporary for _, temporary in found.values())
-    assert none > 1.2 * dots
+    assert none > 2 * dots
     assert dots > 1.2 * full
 
 

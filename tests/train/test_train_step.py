@@ -1,4 +1,4 @@
-"""The schedule, the optimiser, the weighted loss and what one step changes."""
+"""The optimiser, the weighted loss and what one step changes."""
 
 import flax.linen as nn
 import jax
@@ -10,8 +10,9 @@ import pytest
 from train.cross_entropy import Sums
 from train.errors import UserError
 from train.evaluation import evaluate
+from train.schedules import make_schedule
 from train.sharding import RULES, make_mesh
-from train.step import make_init, make_optimizer, make_train_step, warmup_linear, weighted_sums
+from train.step import make_init, make_optimizer, make_train_step, weighted_sums
 
 SIZES = {"data": 1, "fsdp": 1, "tensor": 1, "sequence": 1}
 
@@ -41,22 +42,6 @@ def batch(seed: int = 0, shape: tuple[int, int] = (3, 4)):
     }
 
 
-def test_the_paper_s_schedule():
-    schedule = warmup_linear(1e-4, 10_000, 1_000_000)
-    expected = {0: 0, 5000: 5e-5, 10_000: 1e-4, 100_000: 1e-4 * 90 / 99, 505_000: 5e-5, 1_000_000: 0, 2_000_000: 0}
-    for step, rate in expected.items():
-        assert float(schedule(step)) == pytest.approx(rate, rel=1e-6)
-
-
-def test_no_warmup_starts_at_the_peak():
-    assert float(warmup_linear(2.0, 0, 10)(0)) == 2.0
-
-
-def test_a_run_shorter_than_its_warmup_rises_to_its_end():
-    schedule = warmup_linear(1.0, 100, 20)
-    assert [float(schedule(step)) for step in (0, 10, 20)] == pytest.approx([0, 0.1, 0.2])
-
-
 def test_adamw_decays_every_parameter():
     params = {"norm": jnp.ones(3), "kernel": jnp.ones((2, 2))}
     optimizer = make_optimizer(lambda _: 0.1, b1=0.9, b2=0.999, eps=1e-7, weight_decay=0.01, clip_norm=None)
@@ -79,7 +64,7 @@ def test_loss_is_weighted_by_token():
 
 def make(clip_norm=None, rate=0.1, model=None, microbatches=1):
     mesh, model = make_mesh(SIZES, batch_size=3), model or Bigram()
-    schedule = warmup_linear(rate, 0, 10)
+    schedule = make_schedule("linear", rate, 0, 10)
     optimizer = make_optimizer(schedule, b1=0.9, b2=0.999, eps=1e-7, weight_decay=0.01, clip_norm=clip_norm)
     with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
         init, abstract = make_init(model, optimizer, mesh)
