@@ -1,11 +1,15 @@
 """The optimiser, the weighted loss and what one step changes."""
 
+import collections
+import re
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from models import model_of
 
 from train.cross_entropy import Sums
 from train.errors import UserError
@@ -162,3 +166,20 @@ def test_evaluation_weights_by_token_across_batches():
     )
     with pytest.raises(UserError, match="no token to predict"):
         evaluate(lambda *_: Sums(0.0, 0.0, 0.0), None, ["a"], 1.0)
+
+
+def test_a_bfloat16_step_has_float32_where_the_contract_says():
+    """Decays, normalisers, norms, loss, gradients and moments are float32, and the large products are not."""
+    model, mesh = model_of("softmax,2mamba,mamba2", 3, dtype=jnp.bfloat16), make_mesh(SIZES, batch_size=2)
+    optimizer = make_optimizer(lambda _: 0.1, b1=0.9, b2=0.999, eps=1e-7, weight_decay=0.01, clip_norm=None)
+    _, abstract = make_init(model, optimizer, mesh)
+    step = make_train_step(model, optimizer, lambda _: 0.1, abstract, mesh)
+    jaxpr, results = jax.make_jaxpr(step, return_shape=True)(abstract, batch(shape=(2, 13)))
+    made = collections.Counter(re.findall(r":(\w+)\[[\d,]*\] = (\w+)", str(jaxpr)))
+    for name in ("exp", "log", "log1p", "rsqrt", "div"):
+        assert made["f32", name] > 0, name
+        assert made["bf16", name] == 0, name
+    # Forward and two backward of seven projections or more in each layer.
+    assert made["bf16", "dot_general"] >= 3 * 7 * 3
+    floating = {leaf.dtype for leaf in jax.tree.leaves(results) if jnp.issubdtype(leaf.dtype, jnp.floating)}
+    assert floating == {jnp.dtype("float32")}
