@@ -50,7 +50,7 @@ def cross_entropy(
     """The sums of `softmax(x W)` against `targets`, by their weights. Only `loss` has a gradient, of x and the kernel.
 
     Logits, their log-sum-exp and all sums are float32 or wider, from operands of x's dtype, as the model's own logits
-    are. dl enters its two products in x's dtype too; dW is summed and returned in float32 or wider, or the kernel's
+    are. dl enters its two products in x's dtype too; dW is summed in float32 or wider and returned in the kernel's
     dtype. A hit is a target that is the first of the largest logits.
 
     Args:
@@ -58,7 +58,7 @@ def cross_entropy(
       kernel: the head, in any floating dtype.
       targets: from 0 to vocab - 1.
       weights: data, whose gradient is 0.
-      chunk_size: tokens of a device whose logits exist at once, at most; None: `CHUNK_LOGITS` decides.
+      chunk_size: tokens of a device whose logits exist at once, at most, from 1; None: `CHUNK_LOGITS` decides.
       shards: how many shares the mesh cuts B and T into (`train.sharding.token_shards`); each must divide its own.
 
     Returns:
@@ -68,8 +68,8 @@ def cross_entropy(
 
 
 def num_chunks(tokens: int, width: int, vocab_size: int, chunk_size: int | None) -> int:
-    """Chunks of a device's `tokens`; as few as `chunk_size` allows, or, where that is None, as `CHUNK_LOGITS` does."""
-    return -(-tokens // (chunk_size or max(CHUNK_LOGITS // vocab_size, width)))
+    """Chunks of a device's `tokens`: as few as `chunk_size` allows, or, where that is None, as `CHUNK_LOGITS` does."""
+    return -(-tokens // (max(CHUNK_LOGITS // vocab_size, width) if chunk_size is None else chunk_size))
 
 
 def _sums_and_gradients(x, kernel, targets, weights, chunk_size, shards, differentiate):
@@ -101,13 +101,14 @@ def _chunk(head, x, targets, weights, differentiate):
     vocabulary = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
     is_target = vocabulary == targets[..., None]
     largest = jnp.max(logits, axis=-1, keepdims=True)
-    log_total = largest + jnp.log(jnp.sum(jnp.exp(logits - largest), axis=-1, keepdims=True))
-    losses = jnp.sum(jnp.where(is_target, log_total - logits, 0), axis=-1)
+    # Not the log-sum-exp itself: where a target is nearly certain, its loss would be lost in the rounding of `largest`.
+    log_total = jnp.log(jnp.sum(jnp.exp(logits - largest), axis=-1, keepdims=True))
+    losses = jnp.sum(jnp.where(is_target, log_total - (logits - largest), 0), axis=-1)
     hits = jnp.min(jnp.where(logits == largest, vocabulary, logits.shape[-1]), axis=-1) == targets
     sums = Sums(*(jnp.sum(part, axis=-1) for part in (weights * losses, weights * hits, weights)))
     if not differentiate:
         return sums, None, None
-    dl = (weights[..., None] * (jnp.exp(logits - log_total) - is_target)).astype(x.dtype)
+    dl = (weights[..., None] * (jnp.exp(logits - largest - log_total) - is_target)).astype(x.dtype)
     wide = {"preferred_element_type": logits.dtype}
     dx = jnp.einsum("rqcv,ev->rqce", dl, head, **wide).astype(x.dtype)
     return sums, dx, jnp.einsum("rqce,rqcv->rqev", x, dl, **wide)

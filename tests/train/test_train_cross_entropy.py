@@ -71,6 +71,14 @@ def test_bfloat16_operands_are_summed_in_float32():
         np.testing.assert_allclose(gradient.astype(jnp.float32), wanted, rtol=0, atol=2**-7 * np.abs(wanted).max())
 
 
+def test_a_target_that_is_nearly_certain_keeps_its_loss():
+    """Logits of 8192 and 9 less: log(1 + e^-9) = 1.2e-4, where float32 has steps of 1e-3 at 8192."""
+    arguments = jnp.full((1, 1, 1), 8192.0), jnp.array([[1, 1 - 9 / 8192]]), jnp.array([[0]]), jnp.ones((1, 1))
+    loss, gradient = jax.value_and_grad(lambda *arrays: cross_entropy(*arrays).loss, argnums=1)(*arguments)
+    assert float(loss) == pytest.approx(np.log1p(np.exp(-9)), rel=1e-2)
+    np.testing.assert_allclose(gradient[0], np.array([-8192, 8192]) / (1 + np.exp(9)), rtol=1e-2)
+
+
 def test_a_hit_is_the_first_of_the_largest_logits():
     x, kernel = jnp.ones((1, 3, 1)), jnp.array([[0.0, 2.0, 2.0, 1.0]])
     assert float(cross_entropy(x, kernel, jnp.array([[1, 2, 3]]), jnp.ones((1, 3))).correct) == 1

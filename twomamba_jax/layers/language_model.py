@@ -99,11 +99,12 @@ class LanguageModel(nn.Module):
           cache_is_empty: promises that the cache is as `init_cache` makes it, which lets a prompt be read by the
             fastest form and implementation there is.
           last_only: whether to return the logits of each row's last token only; of a long prompt all are many.
-          apply_head: False returns the hidden states [B, T, E] that the head takes in place of the logits, for a loss
-            that makes these piece by piece with `head_logits` and the parameter `head`.
+          apply_head: whether to return logits, and not what the head makes them of, for a loss that makes them piece
+            by piece with `head_logits` and the parameter `head`.
 
         Returns:
-          logits [B, T, vocab], or [B, 1, vocab] of the last tokens; with `cache`, (logits, cache).
+          logits [B, T, vocab], or [B, 1, vocab] of the last tokens; without the head, the normalised hidden states
+          [B, T, E] or [B, 1, E] in `execution.dtype`; with `cache`, (logits, cache).
 
         Raises:
           ValueError: tokens, segment_ids or lengths that are not integers of these shapes; a cache of another model.
