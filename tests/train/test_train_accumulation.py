@@ -13,7 +13,7 @@ from train.step import make_eval_step, make_init, make_train_step
 from twomamba_jax import Execution, LanguageModel, ModelConfig, parse_pattern
 
 CONFIG = ModelConfig(
-    vocab_size=13, d_model=16, num_layers=1, num_heads=2, head_dim=8, mlp_dim=16, mixers=parse_pattern("2mamba", 1)
+    vocab_size=13, d_model=16, num_layers=1, num_heads=2, head_dim=8, mlp_dim=16, mixers=parse_pattern("linear", 1)
 )
 
 
@@ -31,29 +31,30 @@ def batch(dtype):
     return {"tokens": tokens, "targets": targets, "segment_ids": segment_ids, "weights": weights}
 
 
-def one_step(dtype, microbatches):
-    """The metrics of a step, its gradient (from what SGD makes of it), and the sums of an evaluation."""
-    model = LanguageModel(CONFIG, Execution(dtype=dtype, param_dtype=dtype))
-    mesh = make_mesh({"data": 1, "fsdp": 1, "tensor": 1, "sequence": 1}, batch_size=8)
-    with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
-        optimizer = optax.sgd(RATE)
-        init, abstract = make_init(model, optimizer, mesh)
-        eval_step = make_eval_step(model, abstract, mesh, microbatches=microbatches)
-        train_step = make_train_step(model, optimizer, lambda _: RATE, abstract, mesh, microbatches=microbatches)
-        state = init(jax.random.key(0))
-        before = jax.tree.map(np.asarray, state.params)
-        sums = eval_step(state.params, batch(dtype))
-        state, metrics = train_step(state, batch(dtype))
-    return metrics, jax.tree.map(lambda old, new: (old - np.asarray(new)) / RATE, before, state.params), sums
-
-
 @pytest.mark.parametrize(("dtype", "tolerance"), [(np.float64, 1e-13), (np.float32, 1e-5)], ids=["float64", "float32"])
 def test_four_microbatches_of_unequal_counts_are_the_one_big_batch(dtype, tolerance):
-    with jax.enable_x64(dtype == np.float64):
-        found, expected = one_step(dtype, 4), one_step(dtype, 1)
-    assert float(expected[2].weight) == 92
+    """Loss, accuracy, and every gradient (from what SGD makes of it); and the sums of an evaluation in microbatches."""
+    model, optimizer = LanguageModel(CONFIG, Execution(dtype=dtype, param_dtype=dtype)), optax.sgd(RATE)
+    mesh = make_mesh({"data": 1, "fsdp": 1, "tensor": 1, "sequence": 1}, batch_size=8)
+    with jax.enable_x64(dtype == np.float64), jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
+        init, abstract = make_init(model, optimizer, mesh)
+        state, data = init(jax.random.key(0)), batch(dtype)
+        before = jax.tree.map(np.asarray, state.params)
+        sums = make_eval_step(model, abstract, mesh, microbatches=4)(state.params, data)
+
+        def step(microbatches):
+            options = {"chunk_size": 50, "microbatches": microbatches}
+            train_step = make_train_step(model, optimizer, lambda _: RATE, abstract, mesh, **options)
+            after, metrics = train_step(jax.tree.map(jnp.copy, state), data)
+            return metrics, jax.tree.map(lambda old, new: (old - np.asarray(new)) / RATE, before, after.params)
+
+        found, expected = step(4), step(1)
     for leaf, wanted in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(leaf, wanted, rtol=0, atol=tolerance * np.abs(wanted).max())
+    metrics = expected[0]
+    assert float(sums.weight) == 92
+    assert float(sums.loss) == pytest.approx(92 * float(metrics["loss"]), rel=10 * tolerance)
+    assert float(sums.correct) == pytest.approx(92 * float(metrics["accuracy"]), rel=10 * tolerance)
 
 
 def test_sums_are_float32_and_rows_stay_with_their_device():
