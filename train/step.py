@@ -96,16 +96,18 @@ def make_train_step(
         # A batch may hold no weight at all (documents of one byte, say): its loss is 0, not NaN.
         weight = jnp.maximum(jnp.sum(batch["weights"]), 1)
 
-        def share_of_the_mean(params: Any, microbatch: Batch) -> tuple[Array, Sums]:
+        batch = batch | {"weights": batch["weights"] / weight}  # so that sums are the whole batch's means
+
+        def loss_and_sums(params: Any, microbatch: Batch) -> tuple[Array, Sums]:
             sums = weighted_sums(model, params, microbatch, chunk_size, shards)
-            return sums.loss / weight, sums
+            return sums.loss, sums
 
         def gradients_and_sums(microbatch: Batch) -> tuple[Any, Sums]:
-            gradients, sums = jax.grad(share_of_the_mean, has_aux=True)(state.params, microbatch)
+            gradients, sums = jax.grad(loss_and_sums, has_aux=True)(state.params, microbatch)
             return jax.lax.with_sharding_constraint(gradients, shardings.params), sums
 
-        gradients, sums = sum_over_microbatches(gradients_and_sums, batch, microbatches, shards[0])
-        loss = sums.loss / weight
+        gradients, means = sum_over_microbatches(gradients_and_sums, batch, microbatches, shards[0])
+        loss = means.loss
         grad_norm = optax.tree.norm(gradients)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
@@ -118,7 +120,7 @@ def make_train_step(
         in_a_row = jnp.where(finite, 0, state.skipped_in_a_row + 1)
         metrics = {
             "loss": loss,
-            "accuracy": sums.correct / weight,
+            "accuracy": means.correct,
             "grad_norm": grad_norm,
             "learning_rate": schedule(state.step - state.skipped),  # the optimiser's own count: it saw no others
             "skipped": skipped,
