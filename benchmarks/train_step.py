@@ -44,7 +44,7 @@ class Row:
     implementation: str
     batch: int
     length: int
-    remat: bool = False
+    remat: str = "none"
     device: str = ""
     parameters: int = 0
     losses: tuple[float, ...] = ()  # of every step
@@ -67,7 +67,7 @@ def config_of(row: Row, options: argparse.Namespace) -> ConfigDict:
     changes["execution.implementation"] = row.implementation
     changes["execution.form"] = "parallel" if row.implementation == "mosaic_gpu" else None
     if row.implementation in options.remat:
-        changes["execution.remat"] = True
+        changes["execution.remat"] = "full"
     given = [setting.split("=", 1) for setting in options.override]
     apply_overrides(config, [*((key, str(value)) for key, value in changes.items()), *given])
     validate(config)
@@ -138,7 +138,7 @@ def table(records: list[dict], steps: int) -> str:
     header += ["ms a step", "tokens/s", "over XLA", "peak, GiB", "scratch, GiB"]
     lines = [f"| {' | '.join(header)} |", f"|---|---|---|{'---:|' * (len(header) - 3)}"]
     for r in records:
-        remat = "" if r["note"] else "yes" if r["remat"] else "no"
+        remat = "" if r["note"] else r["remat"]
         cells = [r["variant"], r["implementation"], remat, str(r["batch"]), str(r["length"])]
         if r["note"]:
             cells += [r["note"], *[""] * (len(header) - len(cells) - 1)]

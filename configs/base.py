@@ -51,7 +51,7 @@ def get_config(name: str, variant: str, size: str) -> ConfigDict:
     config.execution = ConfigDict()
     config.execution.dtype = "bfloat16"
     config.execution.param_dtype = "float32"
-    config.execution.remat = False
+    config.execution.remat = "none"  # or "dots", "full": what is computed again in the backward pass, not kept
     config.execution.form = optional(str)
     config.execution.implementation = optional(str)
     config.execution.chunk_size = optional(int)
@@ -84,11 +84,16 @@ def get_config(name: str, variant: str, size: str) -> ConfigDict:
     config.steps = 100_000
     config.batch_size = 32
     config.length = 2048
+    config.microbatches = 1  # that a batch is cut into, one after the other; the result is the whole batch's
+    config.loss_chunk_size = optional(int)  # tokens whose logits a device holds at once; None: from the vocabulary
 
     config.optimizer = ConfigDict()
     config.optimizer.learning_rate = 1e-4
     config.optimizer.warmup_steps = 10_000
-    config.optimizer.decay_steps = optional(int, 1_000_000)  # where the learning rate reaches 0; None: at `steps`
+    config.optimizer.schedule = "linear"  # or "cosine", "wsd": how the learning rate falls (train/schedules.py)
+    config.optimizer.decay_steps = optional(int, 1_000_000)  # where the learning rate ends; None: at `steps`
+    config.optimizer.final_fraction = 0.0  # of the peak: the learning rate at its end
+    config.optimizer.cooldown_steps = optional(int)  # of "wsd": the last steps, in which it falls
     config.optimizer.b1 = 0.9
     config.optimizer.b2 = 0.999
     config.optimizer.eps = 1e-7
@@ -119,7 +124,7 @@ def get_config(name: str, variant: str, size: str) -> ConfigDict:
         config.execution.dtype = "float32"
         # Without it XLA's scratch memory is four times as large, and two CPU cores spend a third of each step on the
         # page faults of that (measured: 186 against 149 microseconds of CPU time a token).
-        config.execution.remat = True
+        config.execution.remat = "full"
         config.steps = 800
         config.batch_size = 8
         config.length = 256

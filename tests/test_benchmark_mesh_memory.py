@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 
 def test_a_billion_parameters_compile_for_eight_devices_and_their_state_is_cut_in_eight():
     command = [sys.executable, "benchmarks/mesh_memory.py", "--config", "configs/2mamba.py:large"]
-    command += ["--override", "mesh.data=1", "mesh.fsdp=8", "batch_size=8", "execution.remat=true"]
+    command += ["--override", "mesh.data=1", "mesh.fsdp=8", "batch_size=8", "execution.remat=full"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, text=True, capture_output=True, check=False)
     assert done.returncode == 0, done.stderr

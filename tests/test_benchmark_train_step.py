@@ -57,10 +57,10 @@ def test_recomputes_where_asked_and_where_the_configuration_does(script, argumen
         options = script.parse([*arguments, "--remat", *more])
         return [script.config_of(row, options).execution.remat for row in script.rows_of(options)[:2]]
 
-    assert remat() == [True, True]  # as nano's own
-    assert remat("--override", "execution.remat=false") == [False, False]
+    assert remat() == ["full", "full"]  # as nano's own
+    assert remat("--override", "execution.remat=none") == ["none", "none"]
     small = ["--config", f"{ROOT / 'configs/2mamba.py'}:small"]
-    assert remat("xla", *small) == [True, False]
+    assert remat("xla", *small) == ["full", "none"]
 
 
 def test_prints_a_table_and_writes_the_losses(script, arguments, monkeypatch, capsys):
@@ -87,7 +87,7 @@ def test_prints_a_table_and_writes_the_losses(script, arguments, monkeypatch, ca
     lines = capsys.readouterr().out.splitlines()
     assert lines[-4].startswith("| variant | implementation | remat | B | T | loss at 1 | loss at 2 | off XLA's |")
     cells = lines[-2].split(" | ")
-    assert cells[:5] == ["| 2mamba", "xla", "yes", "2", "32"]
+    assert cells[:5] == ["| 2mamba", "xla", "full", "2", "32"]
     assert cells[5:7] == [f"{loss:.4f}" for loss in row["losses"]]
     assert failed["note"] in lines[-1]
     assert len({line.count(" | ") for line in (lines[-4], *lines[-2:])}) == 1

@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from rich.console import Console
 
 from train.checkpoint import Checkpoints
-from train.configuration import build_model, decay_steps, validate
+from train.configuration import build_model, build_schedule, validate
 from train.data import Batch, abstract_batch, held_out_batches, training_batches
 from train.errors import UserError, one_line
 from train.evaluation import evaluate
@@ -33,7 +33,7 @@ from train.profiler import ProfilerWindow
 from train.progress import ProgressDisplay, held_out_figures
 from train.sample import sample_text
 from train.sharding import RULES, batch_sharding, check_dimensions, make_mesh, rows_of_process
-from train.step import TrainState, make_eval_step, make_init, make_optimizer, make_train_step, warmup_linear
+from train.step import TrainState, make_eval_step, make_init, make_optimizer, make_train_step
 from train.task import Task, make_task
 from train.tokenizers import keep_tokenizer
 from train.trackers import check_trackers, open_trackers
@@ -124,17 +124,18 @@ def build(config: ConfigDict, workdir: Path, mesh: Mesh, report: Callable[[str],
     rows = rows_of_process(sharding, config.batch_size, jax.process_index())
     model = build_model(config)
     task = first_before_others(lambda: make_task(config, report))
-    schedule = warmup_linear(config.optimizer.learning_rate, config.optimizer.warmup_steps, decay_steps(config))
+    schedule = build_schedule(config)
     options = {key: config.optimizer[key] for key in ("b1", "b2", "eps", "weight_decay", "clip_norm")}
     optimizer = make_optimizer(schedule, **options)
+    passes = {"chunk_size": config.loss_chunk_size, "microbatches": config.microbatches}
     try:
         init, abstract = make_init(model, optimizer, mesh)
-        eval_step = make_eval_step(model, abstract, mesh)
+        eval_step = make_eval_step(model, abstract, mesh, **passes)
         jax.eval_shape(eval_step, abstract.params, abstract_batch(config.batch_size, config.length))
     except ValueError as error:
         # Tracing is where the library says that a form or an implementation cannot run this model.
         raise UserError(one_line(error)) from error
-    train_step = make_train_step(model, optimizer, schedule, abstract, mesh)
+    train_step = make_train_step(model, optimizer, schedule, abstract, mesh, **passes)
     return Run(config, workdir, task, model, abstract, init, train_step, eval_step, sharding, rows)
 
 

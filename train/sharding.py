@@ -75,6 +75,11 @@ def check_dimensions(config: ConfigDict, mesh: Mesh) -> None:
             raise UserError(f"{key}={size} must be a multiple of {product} = {parts}: change one of them")
 
 
+def token_shards(mesh: Mesh) -> tuple[int, int]:
+    """How many shares the rows of a batch are cut into, and how many the tokens of a row."""
+    return mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["sequence"]
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """The sharding of every array [B, T] of a batch."""
     return NamedSharding(mesh, P(("data", "fsdp"), "sequence"))

@@ -30,7 +30,7 @@ TINY = {
     "model.head_dim": 8,
     "model.mlp_dim": 32,
     "model.vocab_size": 96,
-    "execution.remat": False,
+    "execution.remat": "none",
     "batch_size": 4,
     "optimizer.decay_steps": 1_000_000,
     "optimizer.warmup_steps": 2,
