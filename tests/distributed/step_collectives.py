@@ -67,7 +67,7 @@ def figures(result) -> list[list[float]]:
 
 def the_loss(*sizes: int) -> dict:
     """The loss and its gradients over a mesh of these sizes; each device has several chunks of tokens."""
-    mesh = make_mesh(dict(zip(MESH_AXES, sizes)), BATCH)
+    mesh = make_mesh(dict(zip(MESH_AXES, sizes)))
     tokens = batch_sharding(mesh)
     places = NamedSharding(mesh, P(*tokens.spec, None)), NamedSharding(mesh, P("fsdp", "tensor"))
     places = (*places, tokens, tokens)
@@ -82,7 +82,7 @@ def the_loss(*sizes: int) -> dict:
 
 def the_step(microbatches: int, *sizes: int) -> dict:
     """A step of SGD."""
-    mesh, model, optimizer = make_mesh(dict(zip(MESH_AXES, sizes)), BATCH), model_of("2mamba"), optax.sgd(1.0)
+    mesh, model, optimizer = make_mesh(dict(zip(MESH_AXES, sizes))), model_of("2mamba"), optax.sgd(1.0)
     with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
         init, abstract = make_init(model, optimizer, mesh)
         step = make_train_step(model, optimizer, lambda _: 1.0, abstract, mesh, CHUNK, microbatches)

@@ -35,7 +35,7 @@ def batch(dtype):
 def test_four_microbatches_of_unequal_counts_are_the_one_big_batch(dtype, tolerance):
     """Loss, accuracy, and every gradient (from what SGD makes of it); and the sums of an evaluation in microbatches."""
     model, optimizer = LanguageModel(CONFIG, Execution(dtype=dtype, param_dtype=dtype)), optax.sgd(RATE)
-    mesh = make_mesh({"data": 1, "fsdp": 1, "tensor": 1, "sequence": 1}, batch_size=8)
+    mesh = make_mesh({"data": 1, "fsdp": 1, "tensor": 1, "sequence": 1})
     with jax.enable_x64(dtype == np.float64), jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
         init, abstract = make_init(model, optimizer, mesh)
         state, data = init(jax.random.key(0)), batch(dtype)

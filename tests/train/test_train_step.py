@@ -170,7 +170,7 @@ def test_evaluation_weights_by_token_across_batches():
 
 def test_a_bfloat16_step_has_float32_where_the_contract_says():
     """Decays, normalisers, norms, loss, gradients and moments are float32, and the large products are not."""
-    model, mesh = model_of("softmax,2mamba,mamba2", 3, dtype=jnp.bfloat16), make_mesh(SIZES, batch_size=2)
+    model, mesh = model_of("softmax,2mamba,mamba2", 3, dtype=jnp.bfloat16), make_mesh(SIZES)
     optimizer = make_optimizer(lambda _: 0.1, b1=0.9, b2=0.999, eps=1e-7, weight_decay=0.01, clip_norm=None)
     _, abstract = make_init(model, optimizer, mesh)
     step = make_train_step(model, optimizer, lambda _: 0.1, abstract, mesh)
