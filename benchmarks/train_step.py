@@ -61,11 +61,10 @@ def rows_of(options: argparse.Namespace) -> list[Row]:
 
 
 def config_of(row: Row, options: argparse.Namespace) -> ConfigDict:
-    """The configuration of a run: XLA chooses its form, the kernels are the parallel form's. Raises UserError."""
+    """The configuration of a run. Raises UserError."""
     config = load_config(options.config)
     changes = {"variant": row.variant, "steps": options.steps, "batch_size": row.batch, "length": row.length}
     changes["execution.implementation"] = row.implementation
-    changes["execution.form"] = "parallel" if row.implementation == "mosaic_gpu" else None
     if row.implementation in options.remat:
         changes["execution.remat"] = "full"
     given = [setting.split("=", 1) for setting in options.override]
