@@ -93,7 +93,8 @@ def training_batches(
     if isinstance(rows, grain.IterDataset):
         dataset = rows.batch(batch_size).map(lambda batch: _own_rows(batch, part, num_parts))
         return iter(grain.experimental.ThreadPrefetchIterDataset(dataset, prefetch_buffer_size=8))
-    dataset = grain.MapDataset.source(rows).seed(seed).shuffle().repeat()[part::num_parts]
+    # As good as endless: of an endless one Grain cannot count the batches of one row.
+    dataset = grain.MapDataset.source(rows).seed(seed).shuffle().repeat(2**62 // len(rows))[part::num_parts]
     dataset = dataset.batch(batch_size // num_parts)
     return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)))
 
