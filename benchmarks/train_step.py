@@ -38,12 +38,19 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One run. temporary_bytes: of the compiled step. note: why there are no figures."""
+    """One run.
+
+    Attributes:
+      perturbation: the initial parameters are times 1 + this.
+      temporary_bytes: of the compiled step.
+      note: why there are no figures.
+    """
 
     variant: str
     implementation: str
     batch: int
     length: int
+    perturbation: float = 0.0
     remat: str = "none"
     device: str = ""
     parameters: int = 0
@@ -57,7 +64,10 @@ class Row:
 
 def rows_of(options: argparse.Namespace) -> list[Row]:
     pairs = [(variant, implementation) for variant in options.variants for implementation in options.implementations]
-    return [Row(*pair, options.batch, options.length) for pair in pairs]
+    rows = [Row(*pair, options.batch, options.length) for pair in pairs]
+    for size in options.perturbations:
+        rows += [dataclasses.replace(row, perturbation=size) for row in rows if row.implementation == "xla"]
+    return rows
 
 
 def config_of(row: Row, options: argparse.Namespace) -> ConfigDict:
@@ -81,6 +91,8 @@ def train(row: Row, options: argparse.Namespace) -> Row:
         with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
             run = build(config, Path(), mesh)
             state = run.init(jax.random.key(config.seed))
+            if row.perturbation:
+                state = state._replace(params=jax.tree.map(lambda x: x * (1 + row.perturbation), state.params))
             batches = training_batches(run.task.train, config.batch_size, config.seed)
             batch = next(batches)
             step = run.train_step.lower(state, batch).compile()
@@ -119,7 +131,8 @@ def in_own_process(function: Callable, *arguments: Any) -> Any:
 
 def records_of(rows: list[Row]) -> list[dict]:
     """The rows, with the speed over XLA's and the largest difference from the losses of XLA's run."""
-    records, peers = [], {row.variant: row for row in rows if row.implementation == "xla" and row.losses}
+    records = []
+    peers = {row.variant: row for row in rows if row.implementation == "xla" and row.losses and not row.perturbation}
     for row in rows:
         record, peer = dataclasses.asdict(row), peers.get(row.variant)
         if peer and row.losses:
@@ -138,7 +151,8 @@ def table(records: list[dict], steps: int) -> str:
     lines = [f"| {' | '.join(header)} |", f"|---|---|---|{'---:|' * (len(header) - 3)}"]
     for r in records:
         remat = "" if r["note"] else r["remat"]
-        cells = [r["variant"], r["implementation"], remat, str(r["batch"]), str(r["length"])]
+        implementation = r["implementation"] + (f" (1 + {r['perturbation']:g})" if r["perturbation"] else "")
+        cells = [r["variant"], implementation, remat, str(r["batch"]), str(r["length"])]
         if r["note"]:
             cells += [r["note"], *[""] * (len(header) - len(cells) - 1)]
         else:
@@ -163,6 +177,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--steps", type=int, default=200)
     remat = "implementations that recompute each block's activations; XLA's T^2 weights of every layer take much memory"
     add("--remat", nargs="*", choices=IMPLEMENTATIONS, default=["xla"], help=remat)
+    help_ = "XLA again from initial parameters times 1 + EPS: how far rounding alone takes the losses of two runs apart"
+    add("--perturbations", type=float, nargs="*", default=[], metavar="EPS", help=help_)
     add("--override", nargs="*", default=[], metavar="KEY=VALUE", help="as --config.KEY=VALUE of train.main")
     add("--out", type=Path, default=Path("docs/figures/train_step"), help="writes OUT.json")
     options = parser.parse_args(arguments)
