@@ -38,13 +38,20 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One run. temporary_bytes: of the compiled step. note: why there are no figures."""
+    """One run.
+
+    Attributes:
+      perturbation: the initial parameters are times 1 + this.
+      temporary_bytes: of the compiled step.
+      note: why there are no figures.
+    """
 
     variant: str
     implementation: str
     batch: int
     length: int
-    remat: bool = False
+    perturbation: float = 0.0
+    remat: str = "none"
     device: str = ""
     parameters: int = 0
     losses: tuple[float, ...] = ()  # of every step
@@ -57,17 +64,19 @@ class Row:
 
 def rows_of(options: argparse.Namespace) -> list[Row]:
     pairs = [(variant, implementation) for variant in options.variants for implementation in options.implementations]
-    return [Row(*pair, options.batch, options.length) for pair in pairs]
+    rows = [Row(*pair, options.batch, options.length) for pair in pairs]
+    for size in options.perturbations:
+        rows += [dataclasses.replace(row, perturbation=size) for row in rows if row.implementation == "xla"]
+    return rows
 
 
 def config_of(row: Row, options: argparse.Namespace) -> ConfigDict:
-    """The configuration of a run: XLA chooses its form, the kernels are the parallel form's. Raises UserError."""
+    """The configuration of a run. Raises UserError."""
     config = load_config(options.config)
     changes = {"variant": row.variant, "steps": options.steps, "batch_size": row.batch, "length": row.length}
     changes["execution.implementation"] = row.implementation
-    changes["execution.form"] = "parallel" if row.implementation == "mosaic_gpu" else None
     if row.implementation in options.remat:
-        changes["execution.remat"] = True
+        changes["execution.remat"] = "full"
     given = [setting.split("=", 1) for setting in options.override]
     apply_overrides(config, [*((key, str(value)) for key, value in changes.items()), *given])
     validate(config)
@@ -78,10 +87,12 @@ def train(row: Row, options: argparse.Namespace) -> Row:
     """The row with the figures of its run; with a note instead where it cannot be made."""
     try:
         config = config_of(row, options)
-        mesh = make_mesh(config.mesh, config.batch_size)
+        mesh = make_mesh(config.mesh)
         with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
             run = build(config, Path(), mesh)
             state = run.init(jax.random.key(config.seed))
+            if row.perturbation:
+                state = state._replace(params=jax.tree.map(lambda x: x * (1 + row.perturbation), state.params))
             batches = training_batches(run.task.train, config.batch_size, config.seed)
             batch = next(batches)
             step = run.train_step.lower(state, batch).compile()
@@ -120,7 +131,8 @@ def in_own_process(function: Callable, *arguments: Any) -> Any:
 
 def records_of(rows: list[Row]) -> list[dict]:
     """The rows, with the speed over XLA's and the largest difference from the losses of XLA's run."""
-    records, peers = [], {row.variant: row for row in rows if row.implementation == "xla" and row.losses}
+    records = []
+    peers = {row.variant: row for row in rows if row.implementation == "xla" and row.losses and not row.perturbation}
     for row in rows:
         record, peer = dataclasses.asdict(row), peers.get(row.variant)
         if peer and row.losses:
@@ -138,8 +150,9 @@ def table(records: list[dict], steps: int) -> str:
     header += ["ms a step", "tokens/s", "over XLA", "peak, GiB", "scratch, GiB"]
     lines = [f"| {' | '.join(header)} |", f"|---|---|---|{'---:|' * (len(header) - 3)}"]
     for r in records:
-        remat = "" if r["note"] else "yes" if r["remat"] else "no"
-        cells = [r["variant"], r["implementation"], remat, str(r["batch"]), str(r["length"])]
+        remat = "" if r["note"] else r["remat"]
+        implementation = r["implementation"] + (f" (1 + {r['perturbation']:g})" if r["perturbation"] else "")
+        cells = [r["variant"], implementation, remat, str(r["batch"]), str(r["length"])]
         if r["note"]:
             cells += [r["note"], *[""] * (len(header) - len(cells) - 1)]
         else:
@@ -164,6 +177,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--steps", type=int, default=200)
     remat = "implementations that recompute each block's activations; XLA's T^2 weights of every layer take much memory"
     add("--remat", nargs="*", choices=IMPLEMENTATIONS, default=["xla"], help=remat)
+    help_ = "XLA again from initial parameters times 1 + EPS: how far rounding alone takes the losses of two runs apart"
+    add("--perturbations", type=float, nargs="*", default=[], metavar="EPS", help=help_)
     add("--override", nargs="*", default=[], metavar="KEY=VALUE", help="as --config.KEY=VALUE of train.main")
     add("--out", type=Path, default=Path("docs/figures/train_step"), help="writes OUT.json")
     options = parser.parse_args(arguments)

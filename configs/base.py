@@ -1,9 +1,10 @@
-"""What every configuration shares: the three sizes, the paper's optimiser and schedule, the default corpus.
+"""What every configuration shares: the four sizes, the paper's optimiser and schedule, the default corpus.
 
 `nano` is made for two CPU cores and has a schedule of its own. `small` and `medium` are the paper's (Appendix B):
 AdamW (0.9, 0.999), eps 1e-7, weight decay 0.01 on every parameter, learning rate 1e-4, 10,000 steps of linear warm-up
 from 0, then linear decay to 0 at step 1,000,000 of which the run makes the first 100,000, with 32 rows of 2048 tokens.
 Their vocabulary has the paper's 32,000 entries: the default corpus is made of bytes and leaves most of them unused.
+`large` is no model of the paper's: their shape and schedule at 1.1 B parameters, for many devices (docs/sharding.md).
 
 A value given by `optional` may also be None on the command line.
 """
@@ -23,6 +24,7 @@ SIZES = {
         "mlp_dim": 3072,
         "vocab_size": 32000,
     },
+    "large": {"d_model": 2048, "num_layers": 24, "num_heads": 32, "head_dim": 64, "mlp_dim": 4096, "vocab_size": 32000},
 }
 
 
@@ -49,7 +51,7 @@ def get_config(name: str, variant: str, size: str) -> ConfigDict:
     config.execution = ConfigDict()
     config.execution.dtype = "bfloat16"
     config.execution.param_dtype = "float32"
-    config.execution.remat = False
+    config.execution.remat = "none"  # or "dots", "full": what is computed again in the backward pass, not kept
     config.execution.form = optional(str)
     config.execution.implementation = optional(str)
     config.execution.chunk_size = optional(int)
@@ -82,11 +84,16 @@ def get_config(name: str, variant: str, size: str) -> ConfigDict:
     config.steps = 100_000
     config.batch_size = 32
     config.length = 2048
+    config.microbatches = 1  # that a batch is cut into, one after the other; the result is the whole batch's
+    config.loss_chunk_size = optional(int)  # tokens whose logits a device holds at once; None: from the vocabulary
 
     config.optimizer = ConfigDict()
     config.optimizer.learning_rate = 1e-4
     config.optimizer.warmup_steps = 10_000
-    config.optimizer.decay_steps = optional(int, 1_000_000)  # where the learning rate reaches 0; None: at `steps`
+    config.optimizer.schedule = "linear"  # or "cosine", "wsd": how the learning rate falls (train/schedules.py)
+    config.optimizer.decay_steps = optional(int, 1_000_000)  # where the learning rate ends; None: at `steps`
+    config.optimizer.final_fraction = 0.0  # of the peak: the learning rate at its end
+    config.optimizer.cooldown_steps = optional(int)  # of "wsd": the last steps, in which it falls
     config.optimizer.b1 = 0.9
     config.optimizer.b2 = 0.999
     config.optimizer.eps = 1e-7
@@ -94,6 +101,12 @@ def get_config(name: str, variant: str, size: str) -> ConfigDict:
     config.optimizer.clip_norm = optional(float)
 
     config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1, "sequence": 1})  # -1: the devices that are left
+    # Several processes (docs/sharding.md). All None: SLURM and Open MPI are detected, else there is one process.
+    config.distributed = ConfigDict()
+    config.distributed.coordinator_address = optional(str)  # HOST:PORT of process 0
+    config.distributed.num_processes = optional(int)
+    config.distributed.process_id = optional(int)
+    config.distributed.timeout = 300  # seconds for all processes to come
 
     config.log_every = 100
     config.eval_every = 1000
@@ -111,7 +124,7 @@ def get_config(name: str, variant: str, size: str) -> ConfigDict:
         config.execution.dtype = "float32"
         # Without it XLA's scratch memory is four times as large, and two CPU cores spend a third of each step on the
         # page faults of that (measured: 186 against 149 microseconds of CPU time a token).
-        config.execution.remat = True
+        config.execution.remat = "full"
         config.steps = 800
         config.batch_size = 8
         config.length = 256

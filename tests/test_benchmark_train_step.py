@@ -49,7 +49,9 @@ def test_trains_as_configured(script, arguments):
     assert (config.execution.implementation, config.execution.form) == ("xla", None)
     assert config.model.d_model == 16
     config = script.config_of(kernels, options)
-    assert (config.execution.implementation, config.execution.form) == ("mosaic_gpu", "parallel")
+    assert (config.execution.implementation, config.execution.form) == ("mosaic_gpu", None)
+    *_, perturbed = script.rows_of(script.parse([*arguments, "--variants", "softmax", "--perturbations", "1e-6"]))
+    assert (perturbed.implementation, perturbed.perturbation) == ("xla", 1e-6)
 
 
 def test_recomputes_where_asked_and_where_the_configuration_does(script, arguments):
@@ -57,22 +59,23 @@ def test_recomputes_where_asked_and_where_the_configuration_does(script, argumen
         options = script.parse([*arguments, "--remat", *more])
         return [script.config_of(row, options).execution.remat for row in script.rows_of(options)[:2]]
 
-    assert remat() == [True, True]  # as nano's own
-    assert remat("--override", "execution.remat=false") == [False, False]
+    assert remat() == ["full", "full"]  # as nano's own
+    assert remat("--override", "execution.remat=none") == ["none", "none"]
     small = ["--config", f"{ROOT / 'configs/2mamba.py'}:small"]
-    assert remat("xla", *small) == [True, False]
+    assert remat("xla", *small) == ["full", "none"]
 
 
 def test_prints_a_table_and_writes_the_losses(script, arguments, monkeypatch, capsys):
     """A run that cannot be made has its reason in the table, and the exit status is 1."""
     monkeypatch.setattr(script, "in_own_process", lambda function, *given: function(*given))
-    chosen = ["--variants", "2mamba", "3mamba", "--implementations", "xla"]
+    chosen = ["--variants", "2mamba", "3mamba", "--implementations", "xla", "--perturbations", "1e-3"]
     assert script.main([*arguments, *chosen]) == 1
 
     report = json.loads(Path(script.parse(arguments).out.as_posix() + ".json").read_text())
     assert report["command"].startswith("python benchmarks/train_step.py --config ")
     assert report["versions"].keys() >= {"jax", "jaxlib"}
-    row, failed = report["rows"]
+    row, failed, perturbed, _ = report["rows"]
+    assert 1e-7 < perturbed["largest_loss_difference"] < 0.1
     assert (row["variant"], row["implementation"], row["batch"], row["length"]) == ("2mamba", "xla", 2, 32)
     assert row["device"] == jax.devices()[0].device_kind
     # The untrained model knows nothing of its 512 tokens.
@@ -85,12 +88,12 @@ def test_prints_a_table_and_writes_the_losses(script, arguments, monkeypatch, ca
     assert "3mamba" in failed["note"]
 
     lines = capsys.readouterr().out.splitlines()
-    assert lines[-4].startswith("| variant | implementation | remat | B | T | loss at 1 | loss at 2 | off XLA's |")
-    cells = lines[-2].split(" | ")
-    assert cells[:5] == ["| 2mamba", "xla", "yes", "2", "32"]
+    assert lines[-6].startswith("| variant | implementation | remat | B | T | loss at 1 | loss at 2 | off XLA's |")
+    cells = lines[-4].split(" | ")
+    assert cells[:5] == ["| 2mamba", "xla", "full", "2", "32"]
     assert cells[5:7] == [f"{loss:.4f}" for loss in row["losses"]]
-    assert failed["note"] in lines[-1]
-    assert len({line.count(" | ") for line in (lines[-4], *lines[-2:])}) == 1
+    assert failed["note"] in lines[-3]
+    assert len({line.count(" | ") for line in (lines[-6], *lines[-4:])}) == 1
 
 
 def test_compares_with_xla(script):

@@ -1,5 +1,7 @@
 """Checkpoints by Orbax, written while the training goes on; the last ones and the best one are kept.
 
+All processes of a run save and restore, into one directory that all of them see; what Orbax does not do is the first's.
+
 Each has a manifest (train/manifest.py), written when all else is on the disk; without it a checkpoint does not count.
 """
 
@@ -10,10 +12,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
 import orbax.checkpoint as ocp
 
 from train.errors import UserError, one_line
 from train.manifest import MANIFEST, describe_arrays, find_damage, read_held_out_loss, write_manifest
+from train.processes import on_first
 from train.step import TrainState
 
 Which = Literal["best", "latest"]
@@ -90,19 +94,25 @@ class Checkpoints:
         step that is used in its place; what a save that did not end left is removed. Raises UserError where there are
         checkpoints and none can be read.
         """
+        step = on_first(lambda: self._find_latest(describe_arrays(abstract), warn))
+        if step is None:
+            return None
+        restored = self._checkpointer.restore(
+            self._directory / str(step),
+            args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract), position=ocp.args.JsonRestore()),
+        )
+        return restored.state, restored.position
+
+    def _find_latest(self, arrays: dict[str, str], warn: Callable[[str], None]) -> int | None:
+        """The step to restore, with the directory cleared up as `restore` says."""
         for path in self._directory.glob("*.orbax-checkpoint-tmp*"):
             shutil.rmtree(path, ignore_errors=True)  # not worth an end: it takes room and nothing else
-        arrays = describe_arrays(abstract)
         damaged: dict[int, str] = {}
         for step in reversed(checkpoint_steps(self._directory)):
             damage = find_damage(self._directory / str(step), arrays)
             if damage is None:
                 self._set_aside(damaged, step, warn)
-                restored = self._checkpointer.restore(
-                    self._directory / str(step),
-                    args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract), position=ocp.args.JsonRestore()),
-                )
-                return restored.state, restored.position
+                return step
             damaged[step] = damage
         if damaged:
             raise UserError(
@@ -149,6 +159,8 @@ class Checkpoints:
     def _seal(self, step: int, arrays: dict[str, str], held_out_loss: float | None) -> None:
         """Completes the checkpoint of `step` when Orbax is done with it, then deletes those that are not kept."""
         self._checkpointer.wait_until_finished()
+        if jax.process_index() > 0:
+            return
         write_manifest(self._directory / str(step), arrays, held_out_loss)
         steps = checkpoint_steps(self._directory)
         for old in set(steps[: -self._keep]) - set(best_first(self._directory)[:1]):

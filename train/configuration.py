@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
+import optax
 from ml_collections import ConfigDict, FieldReference
 
 from train.errors import UserError, nearest, one_line
+from train.schedules import make_schedule
 from twomamba_jax.config import ModelConfig
 from twomamba_jax.layers import Execution, LanguageModel
 from twomamba_jax.variants import parse_pattern
@@ -119,11 +121,14 @@ def validate(config: ConfigDict) -> None:
     counts = ("steps", "batch_size", "length", "log_every", "eval_every", "checkpoint_every", "checkpoints_kept")
     for key in (
         *counts,
+        "microbatches",
+        "loss_chunk_size",
         "skip_limit",
         "profile.start",
         "profile.steps",
         "data.held_out_documents",
         "data.shuffle_rows",
+        "distributed.timeout",
     ):
         if flat.get(key) is not None and flat[key] < 1:
             raise UserError(f"{key}={flat[key]} must be at least 1")
@@ -131,18 +136,22 @@ def validate(config: ConfigDict) -> None:
         raise UserError(f"eval_rows={config.eval_rows} must be at least 1, or None for the whole held-out split")
     if config.seed < 0:
         raise UserError(f"seed={config.seed} must not be negative")
-    if config.optimizer.warmup_steps < 0 or decay_steps(config) < 1:
-        raise UserError(
-            f"optimizer.warmup_steps={config.optimizer.warmup_steps} must not be negative, and the step where the "
-            f"learning rate ends at 0, {decay_steps(config)}, must be at least 1"
-        )
+    build_schedule(config)
     if config.sample.temperature < 0:
         raise UserError(f"sample.temperature={config.sample.temperature} must not be negative; 0 is greedy")
 
 
-def decay_steps(config: ConfigDict) -> int:
-    """The step at which the learning rate reaches 0: optimizer.decay_steps, or the run's own end."""
-    return config.steps if config.optimizer.decay_steps is None else config.optimizer.decay_steps
+def build_schedule(config: ConfigDict) -> optax.Schedule:
+    """The learning rate of `config.optimizer`, which ends at its `decay_steps` or with the run. Raises UserError."""
+    optimizer = config.optimizer
+    return make_schedule(
+        optimizer.schedule,
+        optimizer.learning_rate,
+        optimizer.warmup_steps,
+        config.steps if optimizer.decay_steps is None else optimizer.decay_steps,
+        optimizer.final_fraction,
+        optimizer.cooldown_steps,
+    )
 
 
 def build_model(config: ConfigDict) -> LanguageModel:

@@ -11,7 +11,6 @@ import grain
 import jax
 import numpy as np
 
-from train.errors import UserError
 from train.tokenized import Split
 
 Batch = dict[str, np.ndarray]
@@ -83,30 +82,29 @@ PACKINGS = {"packed": PackedRows, "documents": DocumentRows}
 
 
 def training_batches(
-    rows: Rows | grain.IterDataset, batch_size: int, seed: int, process: int = 0, num_processes: int = 1
+    rows: Rows | grain.IterDataset, batch_size: int, seed: int, part: int = 0, num_parts: int = 1
 ) -> grain.DatasetIterator[Batch]:
     """Batches of `rows` without end, shuffled anew in every pass; `get_state()` is its position as JSON values.
 
-    Of each batch, process p of P gets rows p, p + P, and so on: the P processes together have the batch that one would
-    have alone, so a position is the same for all of them and for any number of them. Rows that are a stream come in
-    the stream's own order. Raises UserError where the processes do not divide `batch_size`.
+    Of each batch, part p of P has rows p, p + P, and so on: the P parts (of processes, see `rows_of_process`) together
+    are the batch that one process would have alone, so a position is the same for all of them and for any number of
+    them. Rows that are a stream come in the stream's own order. P divides `batch_size`.
     """
-    if batch_size % num_processes:
-        raise UserError(f"batch_size={batch_size} must be a multiple of the number of processes, {num_processes}")
     if isinstance(rows, grain.IterDataset):
-        dataset = rows.batch(batch_size).map(lambda batch: _own_rows(batch, process, num_processes))
+        dataset = rows.batch(batch_size).map(lambda batch: _own_rows(batch, part, num_parts))
         return iter(grain.experimental.ThreadPrefetchIterDataset(dataset, prefetch_buffer_size=8))
-    dataset = grain.MapDataset.source(rows).seed(seed).shuffle().repeat()[process::num_processes]
-    dataset = dataset.batch(batch_size // num_processes)
+    # As good as endless: of an endless one Grain cannot count the batches of one row.
+    dataset = grain.MapDataset.source(rows).seed(seed).shuffle().repeat(2**62 // len(rows))[part::num_parts]
+    dataset = dataset.batch(batch_size // num_parts)
     return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)))
 
 
 def held_out_batches(
-    rows: Rows, batch_size: int, limit: int | None, process: int = 0, num_processes: int = 1
+    rows: Rows, batch_size: int, limit: int | None, part: int = 0, num_parts: int = 1
 ) -> Iterator[Batch]:
     """`limit` of the rows (None: all), spread evenly and in order; the last batch is filled up with weights of 0.
 
-    Processes share each batch as those of `training_batches` do.
+    Each batch is cut into parts as those of `training_batches` are.
     """
     count = len(rows) if limit is None else min(limit, len(rows))
     indices = [number * len(rows) // count for number in range(count)]
@@ -114,11 +112,11 @@ def held_out_batches(
         batch = [rows[index] for index in indices[start : start + batch_size]]
         filling = batch_size - len(batch)
         batch += [{**batch[-1], "weights": np.zeros_like(batch[-1]["weights"])}] * filling
-        yield _own_rows({key: np.stack([row[key] for row in batch]) for key in batch[0]}, process, num_processes)
+        yield _own_rows({key: np.stack([row[key] for row in batch]) for key in batch[0]}, part, num_parts)
 
 
-def _own_rows(batch: Batch, process: int, num_processes: int) -> Batch:
-    return {key: array[process::num_processes] for key, array in batch.items()}
+def _own_rows(batch: Batch, part: int, num_parts: int) -> Batch:
+    return {key: array[part::num_parts] for key, array in batch.items()}
 
 
 def abstract_batch(batch_size: int, length: int) -> dict[str, Any]:

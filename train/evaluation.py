@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from train.cross_entropy import Sums
 from train.data import Batch
 from train.errors import UserError
-from train.step import Sums
 
 
 def evaluate(

@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from rich.console import Console
 
 from train.checkpoint import Checkpoints
-from train.configuration import build_model, decay_steps, validate
+from train.configuration import build_model, build_schedule, validate
 from train.data import Batch, abstract_batch, held_out_batches, training_batches
 from train.errors import UserError, one_line
 from train.evaluation import evaluate
@@ -28,11 +28,12 @@ from train.interruption import Interruption
 from train.meter import Meter
 from train.metrics import only_finite, read_metrics
 from train.plot import plot_runs
+from train.processes import first_before_others, on_first
 from train.profiler import ProfilerWindow
 from train.progress import ProgressDisplay, held_out_figures
 from train.sample import sample_text
-from train.sharding import RULES, batch_sharding, make_mesh
-from train.step import TrainState, make_eval_step, make_init, make_optimizer, make_train_step, warmup_linear
+from train.sharding import RULES, batch_sharding, check_dimensions, make_mesh, rows_of_process
+from train.step import TrainState, make_eval_step, make_init, make_optimizer, make_train_step
 from train.task import Task, make_task
 from train.tokenizers import keep_tokenizer
 from train.trackers import check_trackers, open_trackers
@@ -53,15 +54,20 @@ class Run:
     train_step: Callable[..., Any]
     eval_step: Callable[..., Any]
     batch_sharding: NamedSharding
+    rows: tuple[int, int]  # as `rows_of_process` gives them, of this process
 
     def place(self, batch: Batch) -> dict[str, jax.Array]:
-        """The batch on the devices: each process has its own rows of it."""
-        return {key: jax.make_array_from_process_local_data(self.batch_sharding, rows) for key, rows in batch.items()}
+        """The batch on the devices: each process has the rows of it that its devices hold, with all their tokens."""
+        shape = self.config.batch_size, self.config.length
+        return {
+            key: jax.make_array_from_process_local_data(self.batch_sharding, rows, shape) for key, rows in batch.items()
+        }
 
     def evaluate(self, params: Any) -> dict[str, float]:
         """The held-out metrics of `params`."""
-        config, shard = self.config, (jax.process_index(), jax.process_count())
-        batches = map(self.place, held_out_batches(self.task.held_out, config.batch_size, config.eval_rows, *shard))
+        config = self.config
+        batches = held_out_batches(self.task.held_out, config.batch_size, config.eval_rows, *self.rows)
+        batches = map(self.place, batches)
         return evaluate(self.eval_step, params, batches, self.task.targets_per_byte)
 
     def make_meter(self) -> Meter:
@@ -76,7 +82,8 @@ def run(config: ConfigDict, workdir: Path, warn: Callable[[str], None], console:
 
     Returns the step that the run is at: below `config.steps` where SIGTERM or SIGINT asked it to save and stop. Raises
     UserError for everything that the user can put right; nothing but a token cache is written before the configuration
-    has passed all checks. One device or many, the mesh of `config.mesh` spans all that JAX sees.
+    has passed all checks. One device or many, the mesh of `config.mesh` spans all that JAX sees. Of several processes
+    all call this, with the same configuration and workdir; only the first writes and prints.
     """
 
     def report(message: str) -> None:
@@ -84,21 +91,18 @@ def run(config: ConfigDict, workdir: Path, warn: Callable[[str], None], console:
 
     validate(config)
     check_trackers(config)
-    mesh = make_mesh(config.mesh, config.batch_size)
+    mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
         current = build(config, workdir, mesh, report)
-        with writing(workdir):
-            claim(workdir, config, current.task.identity)
-            if current.task.tokenizer is not None:
-                keep_tokenizer(config.data.tokenizer, workdir)
-        with Interruption() as interruption, closing(Checkpoints(workdir, config.checkpoints_kept)) as checkpoints:
+        on_first(lambda: make_workdir(current))
+        with Interruption(mesh) as interruption, closing(Checkpoints(workdir, config.checkpoints_kept)) as checkpoints:
             restored = checkpoints.restore(current.abstract, warn)
             state, position = restored or (current.init(jax.random.key(config.seed)), None)
             start = int(state.step)
             count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
             report(
-                f"{config.name}-{config.size}: {config.variant}, {count:,} parameters, {mesh.size} device(s), "
-                f"step {start} of {config.steps}, workdir {workdir}"
+                f"{config.name}-{config.size}: {config.variant}, {count:,} parameters, {mesh.size} device(s) of "
+                f"{jax.process_count()} process(es), step {start} of {config.steps}, workdir {workdir}"
             )
             if start >= config.steps:
                 report(f"the run in {workdir} is finished")
@@ -115,20 +119,32 @@ def build(config: ConfigDict, workdir: Path, mesh: Mesh, report: Callable[[str],
 
     `report` is told what takes time.
     """
+    check_dimensions(config, mesh)
+    sharding = batch_sharding(mesh)
+    rows = rows_of_process(sharding, config.batch_size, jax.process_index())
     model = build_model(config)
-    task = make_task(config, report)
-    schedule = warmup_linear(config.optimizer.learning_rate, config.optimizer.warmup_steps, decay_steps(config))
+    task = first_before_others(lambda: make_task(config, report))
+    schedule = build_schedule(config)
     options = {key: config.optimizer[key] for key in ("b1", "b2", "eps", "weight_decay", "clip_norm")}
     optimizer = make_optimizer(schedule, **options)
+    passes = {"chunk_size": config.loss_chunk_size, "microbatches": config.microbatches}
     try:
         init, abstract = make_init(model, optimizer, mesh)
-        eval_step = make_eval_step(model, abstract, mesh)
+        eval_step = make_eval_step(model, abstract, mesh, **passes)
         jax.eval_shape(eval_step, abstract.params, abstract_batch(config.batch_size, config.length))
     except ValueError as error:
         # Tracing is where the library says that a form or an implementation cannot run this model.
         raise UserError(one_line(error)) from error
-    train_step = make_train_step(model, optimizer, schedule, abstract, mesh)
-    return Run(config, workdir, task, model, abstract, init, train_step, eval_step, batch_sharding(mesh))
+    train_step = make_train_step(model, optimizer, schedule, abstract, mesh, **passes)
+    return Run(config, workdir, task, model, abstract, init, train_step, eval_step, sharding, rows)
+
+
+def make_workdir(run: Run) -> None:
+    """Makes the working directory this run's, or checks that it is. Raises UserError where it is not."""
+    with writing(run.workdir):
+        claim(run.workdir, run.config, run.task.identity)
+        if run.task.tokenizer is not None:
+            keep_tokenizer(run.config.data.tokenizer, run.workdir)
 
 
 def train(
@@ -146,19 +162,20 @@ def train(
     config = run.config
     start = int(state.step)
     with ExitStack() as stack:
-        shard = jax.process_index(), jax.process_count()
-        batches = training_batches(run.task.train, config.batch_size, config.seed, *shard)
+        batches = training_batches(run.task.train, config.batch_size, config.seed, *run.rows)
         stack.callback(batches.close)
         if position is not None:
             batches.set_state(position)
-        trackers = open_trackers(config, run.workdir, start, stack)
-        profiler = ProfilerWindow(config.profile.start, config.profile.steps, run.workdir / "profile")
+        is_first = jax.process_index() == 0
+        trackers = open_trackers(config, run.workdir, start, stack) if is_first else []
+        traced = config.profile.start if is_first else None
+        profiler = ProfilerWindow(traced, config.profile.steps, run.workdir / "profile")
         stack.callback(profiler.close)
         display = stack.enter_context(ProgressDisplay(console, start, config.steps))
 
         batch = run.place(next(batches))
         train_step = run.train_step.lower(state, batch).compile()
-        meter, best, logged = run.make_meter(), checkpoints.best_loss, start
+        meter, best, logged = run.make_meter(), on_first(lambda: checkpoints.best_loss), start
         meter.training.resume()
         for step in range(start + 1, config.steps + 1):
             if step > start + 1:
@@ -174,7 +191,7 @@ def train(
                 step == config.steps or step % every == 0
                 for every in (config.log_every, config.eval_every, config.checkpoint_every)
             )
-            stops = interruption.requested
+            stops = interruption.agreed()
             if not (log or evaluates or saves or stops):
                 continue
             record: dict[str, Any] = {"step": step}
@@ -219,14 +236,19 @@ def check_skipped(state: TrainState, metrics: dict[str, jax.Array], limit: int) 
 
 def finish(run: Run, state: TrainState, console: Console) -> None:
     """Draws the curve and the sample of a run that has made its last step, and prints its held-out figures."""
-    name = f"{run.config.name}-{run.config.size} ({run.config.variant})"
-    records = read_metrics(run.workdir / "metrics.jsonl")
     step = int(state.step)
     sample = sample_text(run.model, state.params, run.task, run.config.sample, run.config.seed)
+    figures = on_first(lambda: write_results(run, step, sample))
+    console.print(sample, highlight=False, markup=False, soft_wrap=True)
+    figures = only_finite(run.evaluate(state.params)) if figures is None else figures
+    console.print(f"step {step}: {held_out_figures(figures)}", highlight=False, soft_wrap=True)
+
+
+def write_results(run: Run, step: int, sample: str) -> dict[str, Any] | None:
+    """Writes the curve and the sample; returns the record of an evaluation at `step`, if there is one."""
+    name = f"{run.config.name}-{run.config.size} ({run.config.variant})"
+    records = read_metrics(run.workdir / "metrics.jsonl")
     with writing(run.workdir):
         plot_runs({name: records}, run.workdir / "curve.png")
         replace(run.workdir / "sample.txt", sample)
-    console.print(sample, highlight=False, markup=False, soft_wrap=True)
-    figures = next((record for record in records if record["step"] == step and "eval/loss" in record), None)
-    figures = only_finite(run.evaluate(state.params)) if figures is None else figures
-    console.print(f"step {step}: {held_out_figures(figures)}", highlight=False, soft_wrap=True)
+    return next((record for record in records if record["step"] == step and "eval/loss" in record), None)

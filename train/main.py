@@ -9,17 +9,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+import jax
 from rich.console import Console
 
 from train.configuration import apply_overrides, load_config
-from train.errors import UserError
+from train.errors import UserError, one_line
 from train.loop import run
+from train.processes import join, leave, process_name
 from train.workdir import default_workdir
 
 DESCRIPTION = """\
 Trains a language model. Giving the same command again resumes the run from its latest checkpoint. Every key of the
 configuration can be set by --config.KEY=VALUE, nested keys with dots: --config.optimizer.learning_rate=1e-3.
-SIGTERM and SIGINT save and end the run with exit status 0.
+SIGTERM and SIGINT save and end the run with exit status 0. Several processes are one run: see docs/sharding.md.
 Mistakes in the command or the data are one line on stderr and exit status 2."""
 
 
@@ -66,20 +68,38 @@ def main(arguments: Sequence[str]) -> int:
         settings = [f"--config.{key}={text}" for key, text in overrides]
         command = ["python", "-m", "train.main", "--config", options.config, *settings, "--workdir", str(workdir)]
         resume = shlex.join(command)
-        step = run(config, workdir, lambda message: print(f"warning: {message}", file=sys.stderr), Console())
+        join(config.distributed)
+        console = Console(quiet=jax.process_index() > 0)
+        step = run(config, workdir, lambda message: print(f"warning: {message}", file=sys.stderr), console)
         if step < config.steps:
-            print(f"stopped by a signal, saved at step {step}")
-        print(f"to resume or extend: {resume}")
+            console.print(f"stopped by a signal, saved at step {step}", highlight=False, soft_wrap=True)
+        console.print(f"to resume or extend: {resume}", highlight=False, markup=False, soft_wrap=True)
     except UserError as error:
         if debug:  # The library's refusals are ValueErrors, and so are mistakes in a layer that somebody is writing.
             traceback.print_exc()
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {process_name()}{error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"\ninterrupted; to resume from the latest checkpoint: {resume}", file=sys.stderr)
         return 130
+    except (jax.errors.JaxRuntimeError, ValueError) as error:  # The latter where a failed collective's result is read.
+        if not jax.distributed.is_initialized():
+            raise
+        if debug:
+            traceback.print_exc()
+        print(
+            f"error: {process_name()}{one_line(error)}; where another process ended first, its own last line says why; "
+            "give all of them the same command again to resume",
+            file=sys.stderr,
+        )
+        return 2
+    except Exception:
+        if not jax.distributed.is_initialized():
+            raise
+        traceback.print_exc()  # and then `leave`: the others would wait for this process, and it for them
+        return 1
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))

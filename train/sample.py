@@ -2,11 +2,13 @@
 
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from train.sharding import ONE_ROW_RULES
 from train.task import Task
 from twomamba_jax.generation import generate
 from twomamba_jax.layers import LanguageModel
@@ -18,14 +20,15 @@ def sample_text(model: LanguageModel, params: Any, task: Task, options: ConfigDi
     Without one, `options.tokens` tokens are sampled. `options.temperature` 0 is greedy.
     """
     count = options.tokens if task.truth is None else task.truth.size
-    generation = generate(
-        model,
-        params,
-        jnp.asarray(task.prompt, jnp.int32)[None],
-        max_new_tokens=count,
-        temperature=options.temperature,
-        rng=jax.random.key(seed),
-    )
+    with nn.logical_axis_rules(ONE_ROW_RULES):
+        generation = generate(
+            model,
+            params,
+            jnp.asarray(task.prompt, jnp.int32)[None],
+            max_new_tokens=count,
+            temperature=options.temperature,
+            rng=jax.random.key(seed),
+        )
     continuation = np.asarray(generation.tokens)[0]
     if task.truth is None:
         return task.render(np.concatenate([task.prompt, continuation])) + "\n"

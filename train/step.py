@@ -10,10 +10,11 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from train.sharding import batch_sharding, tree_shardings
+from train.accumulation import Batch, sum_over_microbatches
+from train.cross_entropy import Sums, cross_entropy
+from train.sharding import batch_sharding, token_shards, tree_shardings
 
 Array = jax.Array
-Batch = dict[str, Array]
 
 
 class TrainState(NamedTuple):
@@ -30,29 +31,6 @@ class TrainState(NamedTuple):
     skipped_in_a_row: Array
 
 
-class Sums(NamedTuple):
-    """Sums over the targets of a batch, float32 scalars: weighted negative log likelihood, hits, and weight."""
-
-    loss: Array
-    correct: Array
-    weight: Array
-
-
-def warmup_linear(peak: float, warmup_steps: int, decay_steps: int) -> optax.Schedule:
-    """From 0 linearly to `peak` at `warmup_steps`, then linearly to 0 at `decay_steps`, and 0 from there on.
-
-    A run that ends before its warm-up does (a trial of a few steps) rises to its end.
-    """
-
-    def schedule(step: Array) -> Array:
-        step = jnp.asarray(step, jnp.float32)
-        rising = step / max(warmup_steps, 1)
-        falling = jnp.maximum(decay_steps - step, 0) / max(decay_steps - warmup_steps, 1)
-        return peak * jnp.where(step < warmup_steps, rising, falling)
-
-    return schedule
-
-
 def make_optimizer(
     schedule: optax.Schedule, *, b1: float, b2: float, eps: float, weight_decay: float, clip_norm: float | None
 ) -> optax.GradientTransformation:
@@ -61,13 +39,15 @@ def make_optimizer(
     return adamw if clip_norm is None else optax.chain(optax.clip_by_global_norm(clip_norm), adamw)
 
 
-def weighted_sums(model: nn.Module, params: Any, batch: Batch) -> Sums:
-    """Runs the model on `batch` (see train/data.py) and sums over the targets by their weights."""
-    logits = model.apply({"params": params}, batch["tokens"], segment_ids=batch["segment_ids"])
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"])
-    hits = (jnp.argmax(logits, axis=-1) == batch["targets"]).astype(jnp.float32)
-    weights = batch["weights"]
-    return Sums(jnp.sum(weights * losses), jnp.sum(weights * hits), jnp.sum(weights))
+def weighted_sums(
+    model: nn.Module, params: Any, batch: Batch, chunk_size: int | None = None, shards: tuple[int, int] = (1, 1)
+) -> Sums:
+    """Runs the model on `batch` (see train/data.py) and sums over the targets by their weights.
+
+    `chunk_size` and `shards` are those of `cross_entropy`.
+    """
+    x = model.apply({"params": params}, batch["tokens"], segment_ids=batch["segment_ids"], apply_head=False)
+    return cross_entropy(x, params["head"], batch["targets"], batch["weights"], chunk_size, shards)
 
 
 def make_init(
@@ -98,22 +78,36 @@ def make_train_step(
     schedule: optax.Schedule,
     state: TrainState,
     mesh: Mesh,
+    chunk_size: int | None = None,
+    microbatches: int = 1,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
     """The jitted `step(state, batch) -> (state, metrics)`; the old state is donated.
 
-    `state` gives the shardings (abstract will do). The loss is sum(weight * nll) / sum(weight) over the whole batch.
-    Where the loss or the norm of its gradient is not finite, nothing but the counts of the state changes.
+    `state` gives the shardings (abstract will do), `chunk_size` is that of `cross_entropy`. The loss is
+    sum(weight * nll) / sum(weight) over the whole batch, in however many `microbatches`. Where the loss or the norm of
+    its gradient is not finite, nothing but the counts of the state changes.
     metrics: loss, accuracy, grad_norm (before clipping), learning_rate, float32 scalars; skipped and skipped_in_a_row,
     those of the new state.
     """
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
-        def mean_loss(params: Any) -> tuple[Array, Sums]:
-            sums = weighted_sums(model, params, batch)
-            # A batch may hold no weight at all (documents of one byte, say): its loss is 0, not NaN.
-            return sums.loss / jnp.maximum(sums.weight, 1), sums
+    shards, shardings = token_shards(mesh), jax.tree.map(lambda leaf: leaf.sharding, state)
 
-        (loss, sums), gradients = jax.value_and_grad(mean_loss, has_aux=True)(state.params)
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+        # A batch may hold no weight at all (documents of one byte, say): its loss is 0, not NaN.
+        weight = jnp.maximum(jnp.sum(batch["weights"]), 1)
+
+        batch = batch | {"weights": batch["weights"] / weight}  # so that sums are the whole batch's means
+
+        def loss_and_sums(params: Any, microbatch: Batch) -> tuple[Array, Sums]:
+            sums = weighted_sums(model, params, microbatch, chunk_size, shards)
+            return sums.loss, sums
+
+        def gradients_and_sums(microbatch: Batch) -> tuple[Any, Sums]:
+            gradients, sums = jax.grad(loss_and_sums, has_aux=True)(state.params, microbatch)
+            return jax.lax.with_sharding_constraint(gradients, shardings.params), sums
+
+        gradients, means = sum_over_microbatches(gradients_and_sums, batch, microbatches, shards[0])
+        loss = means.loss
         grad_norm = optax.tree.norm(gradients)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
@@ -126,7 +120,7 @@ def make_train_step(
         in_a_row = jnp.where(finite, 0, state.skipped_in_a_row + 1)
         metrics = {
             "loss": loss,
-            "accuracy": sums.correct / jnp.maximum(sums.weight, 1),
+            "accuracy": means.correct,
             "grad_norm": grad_norm,
             "learning_rate": schedule(state.step - state.skipped),  # the optimiser's own count: it saw no others
             "skipped": skipped,
@@ -134,7 +128,6 @@ def make_train_step(
         }
         return TrainState(state.step + 1, params, opt_state, skipped, in_a_row), metrics
 
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     replicated = NamedSharding(mesh, P())
     return jax.jit(
         train_step,
@@ -144,11 +137,20 @@ def make_train_step(
     )
 
 
-def make_eval_step(model: nn.Module, state: TrainState, mesh: Mesh) -> Callable[[Any, Batch], Sums]:
+def make_eval_step(
+    model: nn.Module, state: TrainState, mesh: Mesh, chunk_size: int | None = None, microbatches: int = 1
+) -> Callable[[Any, Batch], Sums]:
     """The jitted `step(params, batch) -> Sums`, so that batches add up by their weights."""
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, state.params)
+    shards, shardings = token_shards(mesh), jax.tree.map(lambda leaf: leaf.sharding, state.params)
+
+    def eval_step(params: Any, batch: Batch) -> Sums:
+        def sums(microbatch: Batch) -> Sums:
+            return weighted_sums(model, params, microbatch, chunk_size, shards)
+
+        return sum_over_microbatches(sums, batch, microbatches, shards[0])
+
     return jax.jit(
-        lambda params, batch: weighted_sums(model, params, batch),
+        eval_step,
         in_shardings=(shardings, batch_sharding(mesh)),
         out_shardings=NamedSharding(mesh, P()),
     )

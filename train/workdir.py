@@ -16,11 +16,12 @@ from ml_collections import ConfigDict
 from train.configuration import flatten, to_json
 from train.errors import UserError, one_line
 
-# These leave the parameters after a given number of steps as they are (a mesh changes only the rounding), so a run
-# may go on under other values: observing it more often, or on another number of devices, makes no other run of it.
+# These leave the parameters after a given number of steps as they are (a mesh, microbatches and chunks change only the
+# rounding), so a run may go on under other values: observing it more often, or on another number of devices, makes no
+# other run of it.
 FREE_ON_RESUME = (
     "log_every", "eval_every", "eval_rows", "checkpoint_every", "checkpoints_kept", "sample.", "mesh.",
-    "data.cache_dir", "skip_limit", "log.", "profile.",
+    "distributed.", "data.cache_dir", "skip_limit", "log.", "profile.", "microbatches", "loss_chunk_size",
 )  # fmt: skip
 
 
@@ -28,7 +29,7 @@ def free_on_resume(key: str, config: Mapping[str, Any]) -> bool:
     """Whether a run may be resumed with another value of the dotted `key`; `config` is flat.
 
     `steps` is free where optimizer.decay_steps is given: then it only says where the run stops. Otherwise the
-    learning rate falls to 0 at `steps`, and another value is another schedule.
+    learning rate ends at `steps`, and another value is another schedule.
     """
     if key == "steps":
         return config["optimizer.decay_steps"] is not None

@@ -30,6 +30,8 @@ def simulate():
         command = [sys.executable, str(path), *map(str, arguments)]
         done = subprocess.run(command, cwd=ROOT, env=environment, text=True, capture_output=True, check=False)
         assert done.returncode == 0, done.stderr
+        # XLA's words for an array that it puts whole on every device, since it cannot get from one cut to another.
+        assert "Involuntary full rematerialization" not in done.stderr, done.stderr
         return json.loads(done.stdout.splitlines()[-1])
 
     return run

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from chunked_cases import normal
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from pallas_kernels.chunked import attention
@@ -27,10 +28,6 @@ def enter(weights, added, initial, reverse):
     steps_of_first = jax.tree.map(lambda x: x[:, first], (weights, added))
     passed = steps.advance(start, *steps.compose_all(*steps_of_first, reverse))
     return jax.tree.map(lambda *x: jnp.stack(x[::-1] if reverse else x), start, passed)
-
-
-def normal(seed, *shape, dtype=jnp.bfloat16):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
 
 
 @pytest.mark.parametrize(("score", "reverse"), [("squared", False), ("squared", True), ("linear", True)])

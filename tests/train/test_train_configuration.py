@@ -48,7 +48,7 @@ def test_overrides_take_the_type_of_the_key():
     config = changed(
         steps="7",
         optimizer__learning_rate="1",
-        execution__remat="true",
+        execution__remat="full",
         execution__form="chunked",
         execution__chunk_size="16",
         optimizer__decay_steps="none",
@@ -58,7 +58,7 @@ def test_overrides_take_the_type_of_the_key():
     assert config.steps == 7
     assert type(config.optimizer.learning_rate) is float
     assert config.optimizer.learning_rate == 1.0
-    assert config.execution.remat is True
+    assert config.execution.remat == "full"
     assert config.execution.form == "chunked"
     assert config.execution.chunk_size == 16
     assert config.optimizer.decay_steps is None
@@ -85,7 +85,7 @@ def test_tuples():
         ("steps", "None", "--config.steps takes int, got 'None'"),
         ("eval_rows", "many", "--config.eval_rows takes None or int, got 'many'"),
         ("optimizer.learning_rate", "nan", "takes float, got 'nan'"),
-        ("execution.remat", "maybe", "takes bool, got 'maybe'"),
+        ("data.streaming", "maybe", "takes bool, got 'maybe'"),
     ],
 )
 def test_wrong_overrides(key, value, message):
@@ -121,7 +121,7 @@ def test_a_workdir_holds_one_run(tmp_path):
 
 def test_free_keys_may_change_and_are_recorded(tmp_path):
     claim(tmp_path, changed(), CORPUS)
-    claim(tmp_path, changed(log_every="3", mesh__data="1", sample__temperature="0"), CORPUS)
+    claim(tmp_path, changed(log_every="3", mesh__data="1", microbatches="2", sample__temperature="0"), CORPUS)
     assert json.loads((tmp_path / "config.json").read_text())["log_every"] == 3
 
 

@@ -1,19 +1,13 @@
-"""The mesh, and the shardings that come out of the step on several devices."""
+"""The mesh, and what it refuses."""
 
-import json
-import math
-import os
-import subprocess
-import sys
-from pathlib import Path
+from typing import NamedTuple
 
 import pytest
+from jax.sharding import AbstractMesh
 
-import train
+from train.configuration import apply_overrides, load_config
 from train.errors import UserError
-from train.sharding import make_mesh, mesh_shape
-
-ROOT = Path(train.__file__).parents[1]
+from train.sharding import MESH_AXES, check_dimensions, make_mesh, mesh_shape, rows_of_process
 
 
 def sizes(data=1, fsdp=1, tensor=1, sequence=1):
@@ -42,87 +36,64 @@ def test_sizes_that_do_not_fit(shape, message):
 
 
 def test_a_mesh_of_one():
-    mesh = make_mesh(sizes(data=-1), batch_size=3)
+    mesh = make_mesh(sizes(data=-1))
     assert dict(mesh.shape) == sizes()
 
 
-# Runs where JAX was told to make four devices of the CPU, which it can be told only before it starts.
-SCRIPT = """
-import json, sys
-import flax.linen as nn, jax, numpy as np
-from pathlib import Path
-from train.configuration import apply_overrides, load_config
-from train.errors import UserError
-from train.data import training_batches
-from train.loop import build
-from train.sharding import RULES, make_mesh
-
-jax.config.update("jax_disable_most_optimizations", True)  # compilation is nearly all that this costs
-
-def two_steps(**mesh_sizes):
-    config = load_config("configs/2mamba.py")
-    values = json.loads(sys.argv[1]) | {f"mesh.{axis}": size for axis, size in mesh_sizes.items()}
-    apply_overrides(config, [(key, str(value)) for key, value in values.items()])
-    mesh = make_mesh(config.mesh, config.batch_size)
-    with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
-        run = build(config, Path("unused"), mesh)
-        state = run.init(jax.random.key(0))
-        batches = training_batches(run.task.train, config.batch_size, 0)
-        losses = []
-        for _ in range(2):
-            state, metrics = run.train_step(state, next(batches))
-            losses.append(float(metrics["loss"]))
-        batches.close()
-        eval_loss = run.evaluate(state.params)["eval/loss"]
-    flat, _ = jax.tree_util.tree_flatten_with_path(state.params)
-    shapes = {jax.tree_util.keystr(path): [leaf.shape, leaf.sharding.shard_shape(leaf.shape)] for path, leaf in flat}
-    return {
-        "losses": losses + [eval_loss],
-        "devices": mesh.size,
-        "shapes": shapes,
-        "moments": all(
-            mine.sharding == other.sharding
-            for mine, other in zip(jax.tree.leaves(state.params), jax.tree.leaves(state.opt_state[1][0].mu))
+@pytest.mark.parametrize(
+    ("mesh", "changes", "message"),
+    [
+        (sizes(data=2, fsdp=2), {"batch_size": 6}, "batch_size=6 must be a multiple of mesh.data x mesh.fsdp = 4"),
+        (sizes(sequence=8), {"length": 260}, "length=260 must be a multiple of mesh.sequence = 8"),
+        (sizes(fsdp=8), {"model.d_model": 132}, "model.d_model=132 must be a multiple of mesh.fsdp = 8"),
+        (sizes(tensor=4), {}, "model.num_heads=2 must be a multiple of mesh.tensor = 4: change one of them"),
+        (
+            sizes(tensor=2),
+            {"model.num_kv_heads": 1},
+            "model.num_kv_heads=1 must be a multiple of mesh.tensor = 2",
         ),
-    }
-
-results = {"data": two_steps(data=-1), "mixed": two_steps(data=1, fsdp=2, tensor=2)}
-try:
-    make_mesh({"data": -1, "fsdp": 1, "tensor": 1, "sequence": 1}, 6)
-except UserError as error:
-    results["error"] = str(error)
-print(json.dumps(results))
-"""
-
-
-@pytest.fixture(scope="module")
-def on_four_devices(tiny, tmp_path_factory):
-    overrides = [argument.removeprefix("--config.").split("=", 1) for argument in tiny(Path("unused"))[4:]]
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-c", SCRIPT, json.dumps(dict(overrides))]
-    done = subprocess.run(command, cwd=ROOT, env=environment, text=True, capture_output=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+        (sizes(tensor=2), {"model.mlp_dim": 255}, "model.mlp_dim=255 must be a multiple of mesh.tensor = 2"),
+        (sizes(tensor=2), {"model.vocab_size": 257}, "model.vocab_size=257 must be a multiple of mesh.tensor = 2"),
+    ],
+)
+def test_dimensions_that_a_mesh_cannot_cut(mesh, changes, message):
+    config = load_config("configs/2mamba.py")
+    apply_overrides(config, [(key, str(value)) for key, value in changes.items()])
+    with pytest.raises(UserError, match=message):
+        check_dimensions(config, AbstractMesh(tuple(mesh.values()), MESH_AXES))
 
 
-def test_data_parallel_replicates_the_parameters(on_four_devices):
-    result = on_four_devices["data"]
-    assert result["devices"] == 4
-    assert all(whole == part for whole, part in result["shapes"].values())
+class Device(NamedTuple):
+    process_index: int
+    id: int
 
 
-def test_fsdp_and_tensor_axes_cut_the_parameters_where_the_rules_say(on_four_devices):
-    result = on_four_devices["mixed"]
-    embedding = next(shapes for name, shapes in result["shapes"].items() if "embed" in name.lower())
-    assert embedding == [[512, 16], [256, 8]]  # vocab over tensor=2, embed over fsdp=2
-    whole, part = (sum(math.prod(shapes[i]) for shapes in result["shapes"].values()) for i in (0, 1))
-    assert part < 0.5 * whole
-    assert result["moments"]
+class Devices:
+    """A sharding over devices of several processes: which rows each of them holds."""
+
+    def __init__(self, parts, **mesh):
+        self.mesh = AbstractMesh(tuple((sizes() | mesh).values()), MESH_AXES)
+        self._parts = parts
+
+    def devices_indices_map(self, shape):
+        return {Device(process, number): (rows, slice(None)) for number, (process, rows) in enumerate(self._parts)}
 
 
-def test_the_mesh_changes_rounding_only(on_four_devices):
-    assert on_four_devices["mixed"]["losses"] == pytest.approx(on_four_devices["data"]["losses"], rel=1e-5)
+@pytest.mark.parametrize(
+    ("parts", "expected"),
+    [
+        ([(0, slice(None)), (1, slice(None))], [(0, 1), (0, 1)]),  # tensor or sequence over the processes
+        ([(0, slice(0, 4)), (1, slice(4, 8))], [(0, 2), (1, 2)]),
+        ([(0, slice(4, 8)), (1, slice(0, 2)), (1, slice(2, 4))], [(1, 2), (0, 2)]),
+        ([(0, slice(0, 4)), (1, slice(0, 4)), (2, slice(4, 8)), (3, slice(4, 8))], [(0, 2), (0, 2), (1, 2), (1, 2)]),
+    ],
+)
+def test_a_process_has_the_rows_that_its_devices_hold(parts, expected):
+    assert [rows_of_process(Devices(parts), 8, process) for process in range(len(expected))] == expected
 
 
-def test_a_batch_that_does_not_divide_is_refused(on_four_devices):
-    assert "batch_size=6 must be a multiple of mesh.data x mesh.fsdp = 4" in on_four_devices["error"]
+def test_rows_that_overlap_between_processes_are_refused():
+    # Two processes of three devices each, tensor 2: the middle rows are on both.
+    parts = [(0, slice(0, 2)), (0, slice(0, 2)), (0, slice(2, 4)), (1, slice(2, 4)), (1, slice(4, 6)), (1, slice(4, 6))]
+    with pytest.raises(UserError, match="gives the 2 processes rows that overlap or are not equally many"):
+        rows_of_process(Devices(parts, data=3, tensor=2), 6, 0)

@@ -1,12 +1,26 @@
 """How a model is computed: none of it changes a parameter or, beyond rounding, a result."""
 
 import dataclasses
-from typing import Any
+import functools
+from typing import Any, Literal
 
+import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from twomamba_jax.ops.checks import FORMS
 from twomamba_jax.ops.kernels import IMPLEMENTATIONS
+
+# From a block to one that computes again, in the backward pass, what it has not kept. `dots` keeps the products without
+# a batch dimension: the projections, dear to compute and linear in T. Those with one are the scores and weighted values
+# of every row and head; to keep these too, as JAX's `dots_saveable` does, is to keep what is quadratic in T.
+REMATS = {
+    "none": lambda block: block,
+    "dots": functools.partial(
+        nn.remat, prevent_cse=False, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    ),
+    "full": functools.partial(nn.remat, prevent_cse=False),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,20 +30,21 @@ class Execution:
     Attributes:
       dtype: of activations and matrix products. Norms, decays, states and logits are float32 or wider all the same.
       param_dtype: of the parameters.
-      remat: recompute each block's activations in the backward pass instead of keeping them.
+      remat: what of each block is computed again in the backward pass instead of being kept: "none", "dots" (all but
+        the results of projections), or "full" (all).
       form: as in `decay_attention`.
       chunk_size: as in `decay_attention`.
       implementation: as in `decay_attention`.
       precision: as in `decay_attention`.
 
     Raises:
-      ValueError: a dtype that is not floating, an unknown form, implementation or precision, a chunk size below 1 or
-        without the chunked form.
+      ValueError: a dtype that is not floating, an unknown remat, form, implementation or precision, a chunk size below
+        1 or without the chunked form.
     """
 
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
-    remat: bool = False
+    remat: Literal["none", "dots", "full"] = "none"
     form: str | None = None
     chunk_size: int | None = None
     implementation: str | None = None
@@ -41,6 +56,8 @@ class Execution:
             object.__setattr__(self, name, jnp.dtype(getattr(self, name)))
             if not jnp.issubdtype(getattr(self, name), jnp.floating):
                 raise ValueError(f"{name}={getattr(self, name)} must be a floating point dtype")
+        if self.remat not in REMATS:
+            raise ValueError(f"remat={self.remat!r} is unknown: expected one of {', '.join(REMATS)}")
         for name, known in (
             ("form", FORMS),
             ("implementation", IMPLEMENTATIONS),

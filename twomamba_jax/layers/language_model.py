@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from twomamba_jax.config import MixerConfig, ModelConfig
 from twomamba_jax.layers.cache import Cache, advance, append, poison_rollback
 from twomamba_jax.layers.cache_stack import attach, detach
-from twomamba_jax.layers.execution import Execution
+from twomamba_jax.layers.execution import REMATS, Execution
 from twomamba_jax.layers.mixer import Mixer
 from twomamba_jax.layers.mlp import PROJECTION_INIT, SwiGLU
 from twomamba_jax.layers.norm import RMSNorm
@@ -86,6 +86,7 @@ class LanguageModel(nn.Module):
         lengths: Lengths | None = None,
         cache_is_empty: bool = False,
         last_only: bool = False,
+        apply_head: bool = True,
     ) -> Float[Array, "B T vocab"] | tuple[Float[Array, "B T vocab"], Cache]:
         """Logits of the token after each one, float32 or wider.
 
@@ -98,9 +99,12 @@ class LanguageModel(nn.Module):
           cache_is_empty: promises that the cache is as `init_cache` makes it, which lets a prompt be read by the
             fastest form and implementation there is.
           last_only: whether to return the logits of each row's last token only; of a long prompt all are many.
+          apply_head: whether to return logits, and not what the head makes them of, for a loss that makes them piece
+            by piece with `head_logits` and the parameter `head`.
 
         Returns:
-          logits [B, T, vocab], or [B, 1, vocab] of the last tokens; with `cache`, (logits, cache).
+          logits [B, T, vocab], or [B, 1, vocab] of the last tokens; without the head, the normalised hidden states
+          [B, T, E] or [B, 1, E] in `execution.dtype`; with `cache`, (logits, cache).
 
         Raises:
           ValueError: tokens, segment_ids or lengths that are not integers of these shapes; a cache of another model.
@@ -113,17 +117,20 @@ class LanguageModel(nn.Module):
 
         start = jnp.zeros(tokens.shape[:1], jnp.int32) if cache is None else cache.position
         positions = start[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)
-        x = nn.Embed(
+        embedding = nn.Embed(
             config.vocab_size,
             config.d_model,
-            dtype=execution.dtype,
             param_dtype=execution.param_dtype,
             embedding_init=nn.with_logical_partitioning(PROJECTION_INIT, ("vocab", "embed")),
             name="embedding",
-        )(tokens)
+        ).embedding
+        # Whole rows before the lookup: from rows that are cut over `embed`, XLA comes to an x that is cut over the
+        # batch only by way of the whole batch's x on every device.
+        embedding = nn.with_logical_constraint(embedding, ("vocab", None))
+        x = jnp.take(embedding.astype(execution.dtype), tokens, axis=0)
         x = nn.with_logical_constraint(x, ("batch", "length", "embed"))
 
-        block = nn.remat(Block, prevent_cse=False) if execution.remat else Block
+        block = REMATS[execution.remat](Block)
         caches = []
         for index, (mixer, count) in enumerate(config.runs):
             layers = nn.scan(
@@ -146,15 +153,19 @@ class LanguageModel(nn.Module):
         counts = jnp.full(start.shape, tokens.shape[1], jnp.int32) if lengths is None else lengths.astype(jnp.int32)
         if last_only:
             x = jnp.take_along_axis(x, jnp.maximum(counts - 1, 0)[:, None, None], axis=1)
-        logits = self._logits(norm(x))
+        out = self._logits(norm(x)) if apply_head else norm(x)
         if cache is None:
-            return logits
-        return poison_rollback(logits, cache), advance(cache, tuple(caches), counts)
+            return out
+        return poison_rollback(out, cache), advance(cache, tuple(caches), counts)
 
     def _logits(self, x: jax.Array) -> jax.Array:
-        """The untied head, summed and kept in float32 or wider."""
+        """The untied head."""
         init = nn.with_logical_partitioning(PROJECTION_INIT, ("embed", "vocab"))
         shape = (self.config.d_model, self.config.vocab_size)
-        kernel = self.param("head", init, shape, self.execution.param_dtype).astype(x.dtype)
-        logits = jnp.einsum("bte,ev->btv", x, kernel, preferred_element_type=accumulation_dtype(x.dtype))
-        return nn.with_logical_constraint(logits, ("batch", "length", "vocab"))
+        kernel = self.param("head", init, shape, self.execution.param_dtype)
+        return nn.with_logical_constraint(head_logits(x, kernel), ("batch", "length", "vocab"))
+
+
+def head_logits(x: Float[Array, "... E"], kernel: Float[Array, "E vocab"]) -> Float[Array, "... vocab"]:
+    """x W, the product in x's dtype, summed and kept in float32 or wider."""
+    return jnp.einsum("...e,ev->...v", x, kernel.astype(x.dtype), preferred_element_type=accumulation_dtype(x.dtype))

@@ -1,0 +1,70 @@
+"""Training steps on meshes of eight simulated devices are those of one device, and are cut as the rules say."""
+
+import json
+import math
+
+import pytest
+
+VARIANTS = ("2mamba", "2mamba-e", "mamba2", "mamba2s", "linear", "softmax")
+
+MESHES = {
+    "data 8": {"data": 8},
+    "fsdp 8": {"fsdp": 8},
+    "tensor 4 x data 2": {"tensor": 4, "data": 2},
+    "sequence 8": {"sequence": 8},
+    "fsdp 2 x tensor 2 x sequence 2": {"fsdp": 2, "tensor": 2, "sequence": 2},
+}
+
+# A device's part of the parameters: embedding [vocab 64, embed 32], head [32, 64], the queries' kernel [layers 1, embed
+# 32, heads 4, head_dim 16], and the last of the MLP [layers 1, mlp 64, embed 32].
+PARTS = {
+    "data 8": ([64, 32], [32, 64], [1, 32, 4, 16], [1, 64, 32]),
+    "fsdp 8": ([64, 4], [4, 64], [1, 4, 4, 16], [1, 64, 4]),
+    "tensor 4 x data 2": ([16, 32], [32, 16], [1, 32, 1, 16], [1, 16, 32]),
+    "sequence 8": ([64, 32], [32, 64], [1, 32, 4, 16], [1, 64, 32]),
+    "fsdp 2 x tensor 2 x sequence 2": ([32, 16], [16, 32], [1, 16, 2, 16], [1, 32, 16]),
+}
+PATHS = (
+    "['embedding']['embedding']",
+    "['head']",
+    "['layers_0']['mixer']['q']['kernel']",
+    "['layers_0']['mlp']['down']['kernel']",
+)
+
+
+@pytest.fixture(scope="module")
+def steps(simulate):
+    return simulate("meshes.py", json.dumps(MESHES), json.dumps(VARIANTS))
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_step_is_that_of_one_device(steps, variant, mesh):
+    step = steps[f"{variant} {mesh}"]
+    assert step["loss"] < 1e-5
+    assert step["gradients"] < 1e-5
+    assert step["parameters"] < 1e-5
+    # Activations are cut too, or a device would need as much scratch memory as one alone. A state of second order is as
+    # large wherever tokens are cut, and larger than all that a device has of so few.
+    if variant != "2mamba" or "sequence" not in MESHES[mesh]:
+        assert step["scratch"] < 0.4
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_the_state_that_a_step_returns_is_cut_as_the_rules_say(steps, mesh):
+    shapes = steps[f"2mamba {mesh}"]["shapes"]
+    for prefix in (".params", ".opt_state[0].trace"):
+        assert [shapes[prefix + path][1] for path in PATHS] == list(PARTS[mesh])
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_no_large_array_is_replicated_under_fsdp(steps, variant):
+    shapes = steps[f"{variant} fsdp 8"]["shapes"].values()
+    count = sum(math.prod(whole) for whole, _ in shapes)
+    assert all(math.prod(part) == math.prod(whole) / 8 for whole, part in shapes if math.prod(whole) > count / 100)
+
+
+def test_a_checkpoint_of_eight_devices_resumes_on_four_and_on_one(simulate, tmp_path):
+    losses = simulate("resume.py", tmp_path)
+    assert losses["4"] == pytest.approx(losses["8"], rel=1e-5)
+    assert losses["1"] == pytest.approx(losses["8"], rel=1e-5)
