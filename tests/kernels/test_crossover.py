@@ -35,9 +35,25 @@ def test_the_nearest_entry_or_equal_numbers_of_products(
     assert crossover(device, score, head_dim, direction, sequences) == tokens
 
 
-@pytest.mark.parametrize(("score", "crossover"), [("squared", 2000), ("linear", 640)])
-def test_none_takes_what_the_table_says(monkeypatch, score, crossover):
+@pytest.mark.parametrize(
+    ("score", "implementation", "crossover"), [("squared", None, 2000), ("linear", "mosaic_gpu", 640)]
+)
+def test_no_form_is_what_the_table_says(monkeypatch, score, implementation, crossover):
     """B H = 128 here, and T one below, at and above the crossover of both directions together."""
+    assert forms(monkeypatch, score, implementation, (crossover - 1, crossover, crossover + 1)) == [
+        "parallel",
+        "parallel",
+        "chunked",
+    ]
+
+
+def test_none_takes_no_kernel_that_has_not_been_checked(monkeypatch):
+    longest = kernels.LONGEST["linear"]
+    assert forms(monkeypatch, "linear", None, (longest, longest + 1)) == ["parallel"]  # and then XLA
+
+
+def forms(monkeypatch, score, implementation, lengths) -> list[str]:
+    """Those that the kernels are asked for."""
     monkeypatch.setattr(table, "TABLE", ROWS)
     monkeypatch.setattr(kernels, "unsupported_device", lambda: None)
     monkeypatch.setattr(kernels, "device_kind", lambda: "a GPU")
@@ -48,7 +64,7 @@ def test_none_takes_what_the_table_says(monkeypatch, score, crossover):
         return q, None
 
     monkeypatch.setattr(kernels, "attend", attend)
-    for tokens in (crossover - 1, crossover, crossover + 1):
+    for tokens in lengths:
         q = jax.ShapeDtypeStruct((4, tokens, 32, 64), jnp.bfloat16)
-        jax.eval_shape(lambda q: decay_attention(q, q, q, None, score=score), q)
-    assert taken == ["parallel", "parallel", "chunked"]
+        jax.eval_shape(lambda q: decay_attention(q, q, q, None, score=score, implementation=implementation), q)
+    return taken
