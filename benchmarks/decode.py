@@ -31,6 +31,7 @@ from twomamba_jax.ops.state import FiniteState
 
 SIZES = {
     "small": {"d_model": 1024, "num_layers": 20, "num_heads": 16, "head_dim": 64, "mlp_dim": 2048, "vocab_size": 32000},
+    "nano": {"d_model": 128, "num_layers": 4, "num_heads": 2, "head_dim": 64, "mlp_dim": 256, "vocab_size": 512},
     "tiny": {"d_model": 64, "num_layers": 2, "num_heads": 2, "head_dim": 16, "mlp_dim": 64, "vocab_size": 64},
 }
 GIB, MIB = 2**30, 2**20

@@ -1,10 +1,11 @@
-"""Prints how the training step of every named variant on meshes of 8 devices differs from that on one device, as JSON.
+"""Prints how the training step of variants on meshes of 8 devices differs from that on one device, as JSON.
 
-For each variant and mesh: `loss`, `gradients` and `parameters` (after one step of SGD), the largest difference over the
-largest magnitude, of all leaves the worst; `shapes`, of each leaf of the state behind the step its shape and that of a
-device's part; `scratch`, the bytes of a device's temporaries over those of one device alone.
+For each pair of a variant and a mesh: `loss`, `gradients` and `parameters` (after one step of SGD), the largest
+difference over the largest magnitude, of all leaves the worst; `shapes`, of each leaf of the state behind the step its
+shape and that of a device's part; `scratch`, the bytes of a device's temporaries over those of one device alone.
 """
 
+import itertools
 import json
 import sys
 
@@ -79,14 +80,14 @@ def temporaries(step):
     return step.memory_analysis().temp_size_in_bytes
 
 
-def main(meshes, variants):
+def main(meshes, cases):
     batch, results = make_batch(), {}
     alone = jax.make_mesh((1,) * 4, MESH_AXES, (AxisType.Auto,) * 4, devices=jax.devices()[:1])
-    for variant in variants:
+    for variant, names in itertools.groupby(cases, key=lambda case: case[0]):
         start, loss, state, step = step_on(alone, configure(variant, {}), None, batch)
         expected = jax.tree.map(np.asarray, state)
-        for name, sizes in meshes.items():
-            config = configure(variant, sizes)
+        for _, name in names:
+            config = configure(variant, meshes[name])
             _, our_loss, ours, our_step = step_on(make_mesh(config.mesh), config, start, batch)
             leaves, _ = jax.tree_util.tree_flatten_with_path(ours)
             results[f"{variant} {name}"] = {

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 
 import pytest
 
@@ -32,13 +33,22 @@ PATHS = (
 )
 
 
+# Every mesh, and every variant where all its parts meet: compilation is most of the suite's time. All 30 of them:
+# `TWOMAMBA_ALL_MESHES=1 pytest tests/distributed/test_meshes.py`.
+CASES = [
+    (variant, mesh)
+    for variant in VARIANTS
+    for mesh in MESHES
+    if variant == "2mamba" or len(MESHES[mesh]) == 3 or os.environ.get("TWOMAMBA_ALL_MESHES")
+]
+
+
 @pytest.fixture(scope="module")
 def steps(simulate):
-    return simulate("meshes.py", json.dumps(MESHES), json.dumps(VARIANTS))
+    return simulate("meshes.py", json.dumps(MESHES), json.dumps(CASES))
 
 
-@pytest.mark.parametrize("mesh", MESHES)
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(("variant", "mesh"), CASES)
 def test_a_step_is_that_of_one_device(steps, variant, mesh):
     step = steps[f"{variant} {mesh}"]
     assert step["loss"] < 1e-5
@@ -57,11 +67,11 @@ def test_the_state_that_a_step_returns_is_cut_as_the_rules_say(steps, mesh):
         assert [shapes[prefix + path][1] for path in PATHS] == list(PARTS[mesh])
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_no_large_array_is_replicated_under_fsdp(steps, variant):
-    shapes = steps[f"{variant} fsdp 8"]["shapes"].values()
+@pytest.mark.parametrize(("variant", "mesh"), [case for case in CASES if "fsdp" in MESHES[case[1]]])
+def test_no_large_array_is_replicated_under_fsdp(steps, variant, mesh):
+    shapes, parts = steps[f"{variant} {mesh}"]["shapes"].values(), MESHES[mesh]["fsdp"]
     count = sum(math.prod(whole) for whole, _ in shapes)
-    assert all(math.prod(part) == math.prod(whole) / 8 for whole, part in shapes if math.prod(whole) > count / 100)
+    assert all(math.prod(part) <= math.prod(whole) / parts for whole, part in shapes if math.prod(whole) > count / 100)
 
 
 def test_a_checkpoint_of_eight_devices_resumes_on_four_and_on_one(simulate, tmp_path):

@@ -143,8 +143,7 @@ def test_gradient(normalize):
     "case",
     [
         Case(300, edges=(100, 260)),
-        Case(270, heads=(1, 1), normalize=False, decay=False),
-        Case(150, "linear", edges=(50, 140)),
+        Case(150, "linear", normalize=False, edges=(50, 140)),
     ],
     ids=str,
 )

@@ -211,33 +211,35 @@ def test_full_cache_raises_outside_jit():
 FOLD = 4
 
 
-@pytest.mark.parametrize("pattern", ["2mamba", "2mamba-e", "softmax,mamba2,2mamba"])
+@pytest.mark.parametrize("pattern", ["2mamba,2mamba-e,linear", "softmax,mamba2,mamba2s"])
 def test_roll_back_over_folds_leaves_no_trace(pattern):
-    """Ragged rows, so that folds fall on every step: after every step, each number of tokens is taken back.
+    """A row for each number of tokens and each distance from a fold: it reads other tokens and takes them back.
 
-    The two steps after it have the bits of the same steps taken before.
+    The steps after it have the bits of the same steps without them. Five at a time, three times: folds fall on all.
     """
-    model, lengths, steps = model_of(pattern, 3 if "," in pattern else 1), np.array([9, 2, 7]), 13
-    params, tokens = init(model), jnp.tile(TOKENS, (1, 3))
-    step = jax.jit(lambda tokens, cache: model.apply({"params": params}, tokens, cache=cache))
+    model, steps = model_of(pattern, 3), 15
+    params, back = init(model), jax.jit(roll_back)
+    counts, lengths = np.tile(np.arange(1, FOLD + 1), FOLD), FOLD + 1 + np.repeat(np.arange(FOLD), FOLD)
+    prompts, right = np.split(np.random.default_rng(0).integers(23, size=(FOLD**2, 2 * FOLD + steps)), [2 * FOLD], 1)
+    wrong = (right + 7) % 23
 
-    def token(position):
-        return jnp.take_along_axis(tokens, jnp.asarray(position)[:, None], axis=1)
+    def step(tokens, cache, active):
+        return read(model, params, tokens[:, None], cache, lengths=active.astype(np.int32))
 
-    cache = init_cache(model.config, 3, 32, fold_size=FOLD, rollback=True)
-    _, cache = read(model, params, tokens[:, :9], cache, lengths=jnp.asarray(lengths))
-    caches, logits = [cache], []
+    cache = init_cache(model.config, FOLD**2, 3 * FOLD + steps, fold_size=FOLD, rollback=True)
+    _, cache = read(model, params, prompts, cache, lengths=lengths)
+    expected, want = cache, []
     for index in range(steps):
-        new, cache = step(token(lengths + index), cache)
-        caches.append(cache)
-        logits.append(new)
-    for index in range(FOLD, steps - 1):
-        for count in range(1, FOLD + 1):
-            back, start = roll_back(caches[index], count), index - count
-            np.testing.assert_array_equal(back.position, lengths + start)
-            for offset in range(2):
-                new, back = step(token(lengths + start + offset), back)
-                np.testing.assert_array_equal(new, logits[start + offset])
+        logits, expected = step(right[:, index], expected, counts > 0)
+        want.append(logits)
+    for index in range(steps):
+        if index % 5 == 0:
+            for ahead in range(FOLD):
+                _, cache = step(wrong[:, (index + ahead) % steps], cache, ahead < counts)
+            np.testing.assert_array_equal(cache.position, lengths + index + counts)
+            cache = back(cache, counts)
+        logits, cache = step(right[:, index], cache, counts > 0)
+        np.testing.assert_array_equal(logits, want[index])
 
 
 def test_roll_back_refuses_what_is_gone():
@@ -299,5 +301,7 @@ def test_a_cache_is_saved_and_forked_like_any_pytree(tmp_path):
     (tmp_path / "cache").write_bytes(pickle.dumps(jax.device_get(leaves)))
     restored = jax.tree.unflatten(structure, pickle.loads((tmp_path / "cache").read_bytes()))
     first = decode(model, params, TOKENS[:, 5:8], cache)[0]
-    decode(model, params, TOKENS[:, :3], cache)  # another way on from the same prompt
+    other = decode(model, params, TOKENS[:, 8:], cache)[0]  # another way on from the same prompt
     np.testing.assert_array_equal(decode(model, params, TOKENS[:, 5:8], restored)[0], first)
+    mixed = decode(model, params, TOKENS[:, 5:8].at[1].set(TOKENS[1, 8:]), cache)[0]
+    np.testing.assert_array_equal(mixed, first.at[1].set(other[1]))

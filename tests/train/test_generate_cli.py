@@ -1,6 +1,7 @@
 """`python -m twomamba_jax.generate` on a run that has just been trained: text, figures, mistakes, interrupts."""
 
 import io
+import json
 import re
 import shutil
 import subprocess
@@ -33,17 +34,35 @@ def test_continues_a_prompt(capsys, finished, tmp_path, monkeypatch):
     assert two.startswith(f"--- sample 1\n{first.out}--- sample 2\n")
 
 
+def test_what_a_prompt_begins_with(sentencepiece_model):
+    """The token that opens a document; where there is none, an empty prompt stands behind the document before."""
+    for spec, text, expected in (
+        (str(sentencepiece_model), "", lambda one: [one.bos_id]),
+        (str(sentencepiece_model), "x", lambda one: [one.bos_id, *one.encode("x")]),
+        ("bytes", "", lambda one: [one.eos_id]),
+        ("bytes", "x", lambda one: [ord("x")]),
+    ):
+        tokenizer = load_tokenizer(spec)
+        options = command_line.parse(["--workdir", "run", "--prompt", text])
+        assert command_line.prompt_tokens(options, tokenizer).tolist() == expected(tokenizer)
+
+
 def test_mistakes_are_one_line(capsys, finished, tmp_path):
-    empty = tmp_path / "empty"
-    shutil.copytree(finished, empty)
+    empty, foreign = tmp_path / "empty", tmp_path / "foreign"
+    for copy in (empty, foreign):
+        shutil.copytree(finished, copy)
     shutil.rmtree(empty / "checkpoints")
+    corpus = json.loads((foreign / "corpus.json").read_text())
+    (foreign / "corpus.json").write_text(json.dumps(corpus | {"tokenizer": "another"}))
     prompt = ("--prompt", "x")
     for workdir, options, message in (
         (tmp_path / "none", prompt, "there is no run in"),
         (empty, prompt, "there is no checkpoint in"),
+        (foreign, prompt, "was trained with one of digest another, its tokenizer file has bytes"),
         (finished, (), "one of the arguments --prompt --prompt_file is required; see --help"),
         (finished, ("--prompt_file", str(tmp_path / "none")), "cannot read --prompt_file"),
         (finished, (*prompt, "--temperature", "-1"), "temperature=-1.0 must be at least 0"),
+        (finished, (*prompt, "--top_p", "0"), "top_p=0.0 must be above 0 and at most 1"),
         (finished, (*prompt, "--top_p", "1.5"), "top_p=1.5 must be above 0 and at most 1"),
         (finished, (*prompt, "--max_new_tokens", "0"), "--max_new_tokens=0 and --num_samples=1 must be at least 1"),
     ):

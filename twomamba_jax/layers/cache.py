@@ -4,6 +4,7 @@ A cache can be copied, saved and restored like any pytree, to go on from one pro
 its last tokens can be taken back.
 """
 
+import functools
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -16,6 +17,7 @@ from twomamba_jax.ops import cached_attention
 from twomamba_jax.ops.cached_attention import FOLD_SIZE, DecodingCache, init_decoding_cache
 from twomamba_jax.ops.feature_map import FINITE_SCORES
 from twomamba_jax.ops.new_tokens import NewTokens
+from twomamba_jax.ops.spread import check_multiple
 from twomamba_jax.ops.state import state_bytes
 from twomamba_jax.shapes import Array, Float, Int
 
@@ -83,24 +85,57 @@ def init_cache(
         are float32 or wider.
       state_dtype: of finite states. bfloat16 halves them, and rounds them at every fold (docs/inference.md).
 
+    Under a mesh and logical axis rules each device makes its rows and heads alone.
+
     Raises:
-      ValueError: batch, max_length or fold_size below 1.
+      ValueError: batch, max_length or fold_size below 1; a batch or heads that are no multiple of the devices that they
+        are spread over.
     """
     for name, value in (("batch", batch), ("max_length", max_length)):
         if value < 1:
             raise ValueError(f"{name}={value} must be at least 1")
+    rows, heads = nn.logical_to_mesh_axes(("batch", "heads"))
+    check_multiple(batch, "rows of the batch", rows)
+    check_multiple(config.kv_heads, "key/value heads", heads)
     options = {"fold_size": fold_size, "rollback": rollback, "dtype": dtype, "state_dtype": state_dtype}
+    return _init_cache(config, batch, max_length, tuple(options.items()), tuple(nn.get_logical_axis_rules()))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
+def _init_cache(config: ModelConfig, batch: int, max_length: int, options: tuple, rules: tuple) -> Cache:
+    """`init_cache` as a program, so that no device holds what belongs to others; `rules` tells JAX of a change."""
+    options = dict(options)
 
     def stacked(mixer: MixerConfig, count: int) -> MixerCache:
         one = init_mixer_cache(mixer, config, batch, max_length, **options)
         return jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *x.shape)), one)
 
     position, left = jnp.zeros((2, batch), jnp.int32)
-    return Cache(
+    cache = Cache(
         tuple(stacked(mixer, count) for mixer, count in config.runs),
         position,
-        Rollback(left, jnp.int32(fold_size)) if rollback else None,
+        Rollback(left, jnp.int32(options["fold_size"])) if options["rollback"] else None,
     )
+    return _spread(cache)
+
+
+def _spread(cache: Cache) -> Cache:
+    """The cache with its rows and heads over the axes of the mesh that the logical axis rules name."""
+
+    def constrain(x, *names):
+        return nn.with_logical_constraint(x, (*names, *[None] * x.ndim)[: x.ndim])
+
+    layers = tuple(
+        MixerCache(
+            jax.tree.map(lambda x: constrain(x, "layers", "batch", "heads"), layer.attention),
+            jax.tree.map(lambda x: constrain(x, "layers", "batch", None, "heads"), layer.convolution),
+        )
+        for layer in cache.layers
+    )
+    rollback = cache.rollback
+    if rollback is not None:
+        rollback = rollback._replace(left=constrain(rollback.left, "batch"))
+    return Cache(layers, constrain(cache.position, "batch"), rollback)
 
 
 def init_mixer_cache(

@@ -8,11 +8,13 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from twomamba_jax.ops import cache as key_values
 from twomamba_jax.ops.decay import suffix_log_decay
 from twomamba_jax.ops.new_tokens import NewTokens
 from twomamba_jax.ops.numerics import accumulation_dtype
+from twomamba_jax.ops.spread import spread_stack
 from twomamba_jax.ops.state import KeyValueCache
 from twomamba_jax.shapes import Array, Float, Int
 
@@ -30,10 +32,15 @@ class AttentionCache(NamedTuple):
     length: Int[Array, "B"]
 
 
-def append(new: NewTokens, cache: AttentionCache) -> AttentionCache:
-    """The cache with the new tokens in it. An axis may lead, as of layers in a stack."""
+def append(new: NewTokens, cache: AttentionCache, partition: PartitionSpec | None) -> AttentionCache:
+    """The cache with the new tokens in it. An axis may lead, as of layers in a stack; `partition` as in `spread`."""
     if cache.length.ndim == 1:
-        return jax.tree.map(lambda x: x[0], append(*jax.tree.map(lambda x: x[None], (new, cache))))
+        return jax.tree.map(lambda x: x[0], append(*jax.tree.map(lambda x: x[None], (new, cache)), partition))
+    # XLA, left to itself, gives every device the new tokens of all.
+    return spread_stack(_append, partition, new, cache)
+
+
+def _append(new: NewTokens, cache: AttentionCache) -> AttentionCache:
     size, capacity = new.keys.shape[3], cache.keys.shape[3]
     slots = jax.vmap(lambda length, counts: key_values.slot_index(length, counts, size, capacity))
     # All axes before the slots' are indexed too: XLA would otherwise put the slots' first, in a copy.

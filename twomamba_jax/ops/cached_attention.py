@@ -179,7 +179,7 @@ def append(
     An axis may lead, as of layers in a stack. No reverse derivative: how often it folds depends on the lengths.
     """
     if isinstance(cache, AttentionCache):
-        return attention_cache.append(new, cache)
+        return attention_cache.append(new, cache, partition)
     op = make_operation(cache.keys.shape[-1], score, True, None, precision)
     return recurrent_cache.append(op, new, cache, partition)
 

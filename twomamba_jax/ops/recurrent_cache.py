@@ -17,6 +17,7 @@ from twomamba_jax.ops import stages, steps
 from twomamba_jax.ops.new_tokens import NewTokens
 from twomamba_jax.ops.operation import Operation
 from twomamba_jax.ops.parallel import parallel
+from twomamba_jax.ops.spread import spread_stack
 from twomamba_jax.ops.state import FiniteState, LayerState
 from twomamba_jax.shapes import Array, Float, Int
 
@@ -86,9 +87,8 @@ def prefill(op: Operation, attend_all, q, k, v, log_decay, counts, cache: Recurr
 
     keys, values, decays = last(k, 2), last(v, 2), last(log_decay, 2)
     y_tail = parallel(op, last(q, 3), keys, values, decays, None, state)
-    rows = jnp.arange(y.shape[0])[:, None]
-    by_token = jnp.moveaxis(y, 3, 1).at[rows, jnp.where(counted, tail, y.shape[3])]
-    y = jnp.moveaxis(by_token.set(jnp.moveaxis(y_tail, 3, 1).astype(y.dtype), mode="drop"), 1, 3)
+    put = jax.vmap(lambda row, at, new: row.at[:, :, at].set(new, mode="drop"))  # no row needs another's device
+    y = put(y, jnp.where(counted, tail, y.shape[3]), y_tail.astype(y.dtype))
 
     moved, old_state = target > start, _alone(cache.state)
     state = jax.tree.map(lambda new, old: _where(moved, new.astype(old.dtype), old), state, old_state)
@@ -103,13 +103,7 @@ def append(op: Operation, new: NewTokens, cache: RecurrentCache, partition: Part
     if cache.length.ndim == 1:
         stack = append(op, *jax.tree.map(lambda x: x[None], (new, cache)), partition)
         return jax.tree.map(lambda x: x[0], stack)
-    fold = functools.partial(_fold, op)
-    cache = jax.vmap(_extend)(new, cache)
-    if partition is None or jax.sharding.get_abstract_mesh().empty:
-        return fold(cache)
-    batch, _, heads, *_ = (*partition, None, None, None)
-    specs = jax.tree.map(lambda x: PartitionSpec(None, *(batch, heads)[: x.ndim - 1]), cache)
-    return jax.shard_map(fold, in_specs=(specs,), out_specs=specs, check_vma=False)(cache)
+    return spread_stack(functools.partial(_fold, op), partition, jax.vmap(_extend)(new, cache))
 
 
 def _extend(new: NewTokens, cache: RecurrentCache) -> RecurrentCache:

@@ -47,7 +47,10 @@ def spread(call: Callable, partition: PartitionSpec | None, q, k, v, log_decay, 
         return local(q, k, v, log_decay, segment_ids, state)
     batch, _, heads, *_ = (*partition, None, None, None)
     tokens = None if axis is None else axis.name
-    _check_sizes(batch, tokens, heads, q, k)
+    check_multiple(q.shape[0], "rows of the batch", batch)
+    check_multiple(q.shape[1], "tokens", tokens)
+    check_multiple(q.shape[2], "query heads", heads)
+    check_multiple(k.shape[2], "key/value heads", heads)
     array, of_state = PartitionSpec(batch, tokens, heads), PartitionSpec(batch, heads)
     if isinstance(state, KeyValueCache):
         slots = PartitionSpec(batch, None, heads)
@@ -61,18 +64,25 @@ def spread(call: Callable, partition: PartitionSpec | None, q, k, v, log_decay, 
     return spread_call(q, k, v, log_decay, segment_ids, state)
 
 
-def _check_sizes(batch, tokens, heads, q, k) -> None:
-    for size, what, axes in (
-        (q.shape[0], "rows of the batch", batch),
-        (q.shape[1], "tokens", tokens),
-        (q.shape[2], "query heads", heads),
-        (k.shape[2], "key/value heads", heads),
-    ):
-        if size % (devices := _devices(axes)):
-            raise ValueError(
-                f"{size} {what} cannot be spread over the {devices} devices of mesh axis {axes!r}: make them a "
-                f"multiple of {devices}, or that axis smaller"
-            )
+def spread_stack(call: Callable, partition: PartitionSpec | None, *stacks):
+    """call(*stacks) -> one like the last, on each device with its part of their arrays [L, B, G, ...] and [L, B].
+
+    `partition` is as in `spread`.
+    """
+    if partition is None or jax.sharding.get_abstract_mesh().empty:
+        return call(*stacks)
+    batch, _, heads, *_ = (*partition, None, None, None)
+    specs = jax.tree.map(lambda x: PartitionSpec(None, *(batch, heads)[: x.ndim - 1]), stacks)
+    return jax.shard_map(call, in_specs=specs, out_specs=specs[-1], check_vma=False)(*stacks)
+
+
+def check_multiple(size: int, what: str, axes) -> None:
+    """Raises ValueError where `size` things cannot be dealt out over the mesh axes in equal parts."""
+    if size % (devices := _devices(axes)):
+        raise ValueError(
+            f"{size} {what} cannot be spread over the {devices} devices of mesh axis {axes!r}: make them a multiple of "
+            f"{devices}, or that axis smaller"
+        )
 
 
 def _devices(axes) -> int:
