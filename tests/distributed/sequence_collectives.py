@@ -1,4 +1,4 @@
-"""What the devices say to each other in the gradient of each named model, its tokens spread over eight of them.
+"""What the devices say to each other in the gradient of models, their tokens spread over eight of them.
 
 Prints JSON: for each model the bytes that each kind of collective leaves on a device.
 """
@@ -16,7 +16,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from train.sharding import MESH_AXES, RULES
 from twomamba_jax import LanguageModel, ModelConfig, parse_pattern
 
-NAMES = ("2mamba", "2mamba-e", "mamba2", "mamba2s", "linear", "softmax")
+NAMES = ("2mamba", "2mamba-e", "mamba2")
 BATCH, TOKENS, VOCAB = 2, 64, 32
 COLLECTIVE = re.compile(r"= (.*?) (all-gather|all-to-all|all-reduce|collective-permute|reduce-scatter)\(")
 BYTES = {"f32": 4, "s32": 4, "u32": 4, "pred": 1}

@@ -2,9 +2,9 @@
 
 import json
 import math
-import os
 
 import pytest
+from exhaustive import EXHAUSTIVE
 
 VARIANTS = ("2mamba", "2mamba-e", "mamba2", "mamba2s", "linear", "softmax")
 
@@ -33,13 +33,12 @@ PATHS = (
 )
 
 
-# Every mesh, and every variant where all its parts meet: compilation is most of the suite's time. All 30 of them:
-# `TWOMAMBA_ALL_MESHES=1 pytest tests/distributed/test_meshes.py`.
+# Every mesh, and where all its parts meet the variants of every kind of layer.
 CASES = [
     (variant, mesh)
     for variant in VARIANTS
     for mesh in MESHES
-    if variant == "2mamba" or len(MESHES[mesh]) == 3 or os.environ.get("TWOMAMBA_ALL_MESHES")
+    if EXHAUSTIVE or variant == "2mamba" or (variant in ("2mamba-e", "mamba2", "softmax") and len(MESHES[mesh]) == 3)
 ]
 
 

@@ -142,7 +142,7 @@ def test_gradient(normalize):
 @pytest.mark.parametrize(
     "case",
     [
-        Case(300, edges=(100, 260)),
+        Case(300, heads=(1, 1), edges=(100, 260)),
         Case(150, "linear", normalize=False, edges=(50, 140)),
     ],
     ids=str,

@@ -17,8 +17,8 @@ from twomamba_jax import decay_attention
 from twomamba_jax.ops import kernels
 
 FORWARD, QUERIES, KEYS = (f"squared_{kernel}" for kernel in ("forward", "backward_queries", "backward_keys"))
-# Of every entry of the table: with everything, with nothing, and as 2Mamba trains.
-KINDS = ("-decay-segments-normalize", "8192", "-decay-normalize")
+# Of every entry of the table: with everything, and with nothing.
+KINDS = ("-decay-segments-normalize", "8192")
 PROGRAMS = [program for program in programs() if program.name.endswith(KINDS)]
 
 

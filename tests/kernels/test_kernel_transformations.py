@@ -63,20 +63,18 @@ def test_the_number_of_programs_changes_nothing():
     """With fewer programs than tiles, each goes from one tile to the next."""
     tiles = Tiles(own=64, streamed=64, stages=2)
     call = Case(tokens=200, heads=(1, 1)).call()
-    one, three, many = (run_tuned(call, Tuning(tiles, tiles, tiles, programs=n)) for n in (1, 3, 132))
-    assert_same_bits(three, one)
-    assert_same_bits(many, one)
+    three, many = (run_tuned(call, Tuning(tiles, tiles, tiles, programs=n)) for n in (3, 132))
+    assert_same_bits(many, three)
 
 
-@pytest.mark.parametrize("score", ["squared", "exp"])
-def test_two_runs_have_the_same_bits_and_so_has_a_call_without_gradients(score):
-    call = Case(score=score, segments=True, heads=(1, 1)).call()
+def test_two_runs_have_the_same_bits_and_so_has_a_call_without_gradients():
+    call = Case(segments=True, heads=(1, 1)).call()
     first = call.run()
     assert_same_bits(call.run(), first)
     assert_same_bits(jax.jit(call.operation)(*call.inputs), first["y"])
 
 
-@pytest.mark.parametrize("score", ["linear", "squared", "exp"])
+@pytest.mark.parametrize("score", ["squared", "exp"])
 def test_the_final_state_is_that_of_xla(score):
     call = Case(score=score, tokens=40, segments=True, lengths=True).call()
     y, state = jax.jit(functools.partial(call.operation, return_final_state=True))(*call.inputs)

@@ -8,6 +8,7 @@ import numpy as np
 import oracle
 import pytest
 from cases import Case
+from exhaustive import EXHAUSTIVE
 from ladder import LADDER, ladder_inputs, relative_rms
 
 from twomamba_jax import decay_attention, decay_attention_step, init_state
@@ -165,9 +166,7 @@ def test_denominators_below_two_to_the_minus_100_count_as_zero(exponent):
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize(
-    ("dtype", "exponent"), [(jnp.float32, -40), (jnp.float32, 0), (jnp.float32, 60), (jnp.bfloat16, 60)]
-)
+@pytest.mark.parametrize(("dtype", "exponent"), [(jnp.float32, -40), (jnp.float32, 60), (jnp.bfloat16, 60)])
 @pytest.mark.parametrize("score", ["linear", "squared"])
 def test_scores_from_two_to_minus_40_to_60_stay_finite(score, exponent, dtype, form):
     """Outputs and gradients, with 600 tokens of equal score: 600 * 2^120 is past float32."""
@@ -250,6 +249,7 @@ def test_the_current_token_is_attended_directly():
 # Point 6: arrays of more than 2^31 elements.
 
 
+@pytest.mark.skipif(not EXHAUSTIVE, reason="half a minute and 12 GiB: see exhaustive.py; kernels have theirs on a GPU")
 def test_more_than_two_to_the_31_elements():
     """Every head is given the same queries, so each must equal the one head that is computed alone."""
     tokens, heads, size = 256, 32800, 256
