@@ -51,7 +51,7 @@ TILES = {
 }
 
 
-@pytest.mark.parametrize(("score", "name"), [*(("squared", name) for name in TILES), ("exp", "192")])
+@pytest.mark.parametrize(("score", "name"), [*(("squared", name) for name in TILES if name != "128"), ("exp", "128")])
 def test_tiles_of_other_sizes(score, name):
     tiles = TILES[name]
     whole = dataclasses.replace(tiles, part=None)
@@ -74,9 +74,8 @@ def test_two_runs_have_the_same_bits_and_so_has_a_call_without_gradients():
     assert_same_bits(jax.jit(call.operation)(*call.inputs), first["y"])
 
 
-@pytest.mark.parametrize("score", ["squared", "exp"])
-def test_the_final_state_is_that_of_xla(score):
-    call = Case(score=score, tokens=40, segments=True, lengths=True).call()
+def test_the_final_state_is_that_of_xla():
+    call = Case(tokens=40, segments=True, lengths=True).call()
     y, state = jax.jit(functools.partial(call.operation, return_final_state=True))(*call.inputs)
     common = {"form": "parallel", "implementation": "xla", "return_final_state": True}
     _, want = jax.jit(functools.partial(decay_attention, **common, **call.options))(*call.inputs)
