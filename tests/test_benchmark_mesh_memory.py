@@ -6,9 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+from exhaustive import EXHAUSTIVE
+
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.mark.skipif(not EXHAUSTIVE, reason="ten seconds of one compilation: see exhaustive.py")
 def test_a_billion_parameters_compile_for_eight_devices_and_their_state_is_cut_in_eight():
     command = [sys.executable, "benchmarks/mesh_memory.py", "--config", "configs/2mamba.py:large"]
     command += ["--override", "mesh.data=1", "mesh.fsdp=8", "batch_size=8", "execution.remat=full"]

@@ -10,6 +10,7 @@ import re
 import jax
 import jax.numpy as jnp
 import pytest
+from exhaustive import EXHAUSTIVE
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from pallas_kernels.quadratic.programs import programs
@@ -17,9 +18,8 @@ from twomamba_jax import decay_attention
 from twomamba_jax.ops import kernels
 
 FORWARD, QUERIES, KEYS = (f"squared_{kernel}" for kernel in ("forward", "backward_queries", "backward_keys"))
-# Of every entry of the table: with everything, and with nothing.
-KINDS = ("-decay-segments-normalize", "8192")
-PROGRAMS = [program for program in programs() if program.name.endswith(KINDS)]
+# Of every entry of the table one with everything, and in an exhaustive run all.
+PROGRAMS = [program for program in programs() if EXHAUSTIVE or program.name.endswith("-decay-segments-normalize")]
 
 
 def lower(function, *arguments) -> list[tuple[str, tuple[int, ...]]]:
