@@ -1,6 +1,5 @@
 """Settings for every test."""
 
-import gc
 from pathlib import Path
 
 import jax
@@ -9,9 +8,6 @@ import pytest
 # Nearly all of the suite's time is compilation. This turns off LLVM's optimisation of what is compiled (as JAX's own
 # tests do), which halves it; the programs that the command-line tests start in processes of their own are optimised.
 jax.config.update("jax_disable_most_optimizations", True)
-
-# Traced programs are many objects that live long: by default Python goes through them all again and again.
-gc.set_threshold(100_000, 50, 100)
 
 # Linux gives a process 65,530 memory maps; compiled programs take several each, and LLVM aborts where none is left.
 MOST_MAPS = 25_000
