@@ -9,6 +9,10 @@ import pytest
 # tests do), which halves it; the programs that the command-line tests start in processes of their own are optimised.
 jax.config.update("jax_disable_most_optimizations", True)
 
+# Interpreted kernels that run at the same time share threads and may wait for each other for ever: outside of `jax.jit`
+# the next program starts when the one before has ended.
+jax.config.update("jax_cpu_enable_async_dispatch", False)
+
 # Linux gives a process 65,530 memory maps; compiled programs take several each, and LLVM aborts where none is left.
 MOST_MAPS = 25_000
 
