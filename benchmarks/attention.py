@@ -20,6 +20,7 @@ import shlex
 import statistics
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -27,7 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from attention_check import error_over_bound, same_bits
-from attention_report import GIB, crossovers_of, merged, plot, records_of, table
+from attention_report import GIB, crossovers_of, merged, plot, records_of, table, tables_of_kernels
 from attention_rows import ATTENTIONS, CUDNN, LONGEST_BOTH, Row, function_of, make_inputs, rows_of
 
 from twomamba_jax.ops.feature_map import SCORES
@@ -90,6 +91,17 @@ def time_of(program: Callable, inputs: tuple, most: int) -> list[tuple[str, floa
     return [("wall", wall()) for _ in range(runs)]
 
 
+def kernels_of(program: Callable, inputs: tuple) -> dict[str, float]:
+    """Milliseconds of each kernel of one run, the longest first; those of one name together."""
+    from jax.experimental.mosaic.gpu import profiler
+
+    _, times = profiler.measure(program, aggregate=False)(*inputs)
+    total = Counter()
+    for name, milliseconds in times:
+        total[name.partition("_mosaic")[0]] += milliseconds
+    return dict(total.most_common())
+
+
 def measure(rows: list[Row], options: argparse.Namespace) -> list[Row]:
     """The rows of one length and direction with their figures."""
     done, programs, limit = [], {}, options.memory_limit * GIB
@@ -111,7 +123,9 @@ def measure(rows: list[Row], options: argparse.Namespace) -> list[Row]:
             clock = min(clock for clock, _ in times[place])  # CUPTI's where there are both
             found = [milliseconds for name, milliseconds in times[place] if name == clock]
             median = statistics.median(found)
-            done[place] = row = dataclasses.replace(row, milliseconds=median, runs=len(found), clock=clock)
+            kernels = kernels_of(*programs[place]) if options.kernels else {}
+            figures = {"milliseconds": median, "runs": len(found), "clock": clock, "kernels": kernels}
+            done[place] = row = dataclasses.replace(row, **figures)
         print(f"T={row.tokens} {row.direction} {row.label}: {row.note or row.milliseconds}", file=sys.stderr)
     return done
 
@@ -147,6 +161,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     # By default it forgets over 1000 tokens or so, which leaves weight to every tile near the diagonal's.
     add("--decay", type=float, default=-2e-3, help="log decays are uniform from here to 0")
     add("--iterations", type=int, default=4, help=f"the most runs in each of {ROUNDS} rounds")
+    add("--kernels", action="store_true", help="also the time of each kernel, which needs CUPTI")
     add("--memory_limit", type=float, default=0.8 * pool, metavar="GIB", help="default: 80 %% of what JAX may take")
     add("--seed", type=int, default=secrets.randbits(31), help="default: a fresh one")
     add("--out", type=Path, default=Path("docs/figures/attention"), help="writes OUT.json and OUT.png")
@@ -191,7 +206,7 @@ def show(report: dict, out: Path) -> None:
     crossovers = crossovers_of(records, device)
     plot(records, crossovers, f"{device}: {sizes}", Path(f"{out}.png"))
     versions = ", ".join(map(" ".join, report["versions"].items()))
-    print(f"{device}, {versions}; {sizes}", table(records), *crossovers, sep="\n\n")
+    print(f"{device}, {versions}; {sizes}", table(records), *tables_of_kernels(records), *crossovers, sep="\n\n")
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -17,6 +17,7 @@ PRODUCTS = {FORWARD: 2, BOTH: 7}
 GIB, MIB = 2**30, 2**20
 MEMORY = (("temporary_bytes", MIB, ".0f"), ("peak_bytes", GIB, ".2f"))
 STYLES = {FORWARD: ("-", "o"), BOTH: ("--", "x")}
+SHOWN_MILLISECONDS = 0.005  # of a kernel
 SAME = ("device", "sizes", "versions")  # of runs that are shown together
 
 
@@ -48,6 +49,18 @@ def table(records: list[dict]) -> str:
         cells += ["" if r[key] is None else format(r[key] / unit, f) for key, unit, f in MEMORY]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
+
+
+def tables_of_kernels(records: list[dict]) -> list[str]:
+    """A Markdown table of each row whose kernels were timed one by one."""
+    tables = []
+    for r in records:
+        lines = [f"| {name} | {ms:.3f} |" for name, ms in r.get("kernels", {}).items() if ms >= SHOWN_MILLISECONDS]
+        if lines:
+            tables.append(
+                "\n".join([f"| {r['label']}, {r['direction']}, T = {r['tokens']} | ms |", "|---|---:|", *lines])
+            )
+    return tables
 
 
 def crossovers_of(records: list[dict], device: str) -> list[Crossover]:

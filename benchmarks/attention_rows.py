@@ -48,6 +48,7 @@ class Row:
       clock: cupti: the kernels' time on the device; wall: the whole call's.
       temporary_bytes: of the compiled program.
       peak_bytes: these, its arguments and its outputs.
+      kernels: milliseconds of each kernel of a run, where they are asked for.
       note: why there is no measurement.
     """
 
@@ -66,6 +67,7 @@ class Row:
     temporary_bytes: int | None = None
     peak_bytes: int | None = None
     error_over_bound: float | None = None
+    kernels: dict[str, float] = dataclasses.field(default_factory=dict, compare=False)
     note: str = ""
 
     @property

@@ -2,7 +2,8 @@
 
 Every variant is trained by every implementation as `train.main` does it: the same initial parameters, batches,
 optimiser and step. A run has a process of its own, so that its peak of device memory is its own. Prints a Markdown
-table; writes OUT.json, which has the loss of every step.
+table; writes OUT.json, which has the loss of every step. `--parts 3` also says where the time of a step goes, from a
+trace of three more; with XLA_FLAGS=--xla_gpu_enable_command_buffer= every kernel has a name.
 """
 
 import argparse
@@ -23,6 +24,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 from ml_collections import ConfigDict
+from step_parts import traced
 
 from train.configuration import apply_overrides, load_config, validate
 from train.data import training_batches
@@ -43,6 +45,7 @@ class Row:
     Attributes:
       perturbation: the initial parameters are times 1 + this.
       temporary_bytes: of the compiled step.
+      parts: milliseconds of each part of the model in a step.
       note: why there are no figures.
     """
 
@@ -59,6 +62,7 @@ class Row:
     tokens_per_second: float | None = None
     peak_bytes: int | None = None  # of device memory, where the device tells
     temporary_bytes: int | None = None
+    parts: dict[str, float] = dataclasses.field(default_factory=dict)
     note: str = ""
 
 
@@ -96,14 +100,20 @@ def train(row: Row, options: argparse.Namespace) -> Row:
             batches = training_batches(run.task.train, config.batch_size, config.seed)
             batch = next(batches)
             step = run.train_step.lower(state, batch).compile()
-            losses, times = [], []
-            while len(losses) < config.steps:
-                start = time.perf_counter()
+
+            def advance():
+                nonlocal state, batch
                 state, metrics = step(state, batch)
                 batch = next(batches)
                 jax.block_until_ready((state, metrics))
+                return float(metrics["loss"])
+
+            losses, times = [], []
+            while len(losses) < config.steps:
+                start = time.perf_counter()
+                losses.append(advance())
                 times.append(time.perf_counter() - start)
-                losses.append(float(metrics["loss"]))
+            parts = traced(advance, options.parts, step.as_text()) if options.parts else {}
             batches.close()
     except UserError as error:
         return dataclasses.replace(row, note=one_line(error))
@@ -120,6 +130,7 @@ def train(row: Row, options: argparse.Namespace) -> Row:
         tokens_per_second=config.batch_size * config.length / seconds,
         peak_bytes=(device.memory_stats() or {}).get("peak_bytes_in_use"),
         temporary_bytes=step.memory_analysis().temp_size_in_bytes,
+        parts=parts,
     )
 
 
@@ -165,6 +176,17 @@ def table(records: list[dict], steps: int) -> str:
     return "\n".join(lines)
 
 
+def table_of_parts(records: list[dict]) -> str:
+    """Markdown: milliseconds of a step by part, a column for every run that was traced."""
+    records = [record for record in records if record["parts"]]
+    names = dict.fromkeys(name for record in records for name in record["parts"])
+    lines = [f"| part | {' | '.join(f'{r["variant"]}, {r["implementation"]}' for r in records)} |"]
+    lines.append(f"|---|{'---:|' * len(records)}")
+    for name in names:
+        lines.append(f"| {name} | {' | '.join(f'{r["parts"].get(name, 0):.2f}' for r in records)} |")
+    return "\n".join(lines)
+
+
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """The options. A wrong one ends the program with status 2 and the reason."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -179,6 +201,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--remat", nargs="*", choices=IMPLEMENTATIONS, default=["xla"], help=remat)
     help_ = "XLA again from initial parameters times 1 + EPS: how far rounding alone takes the losses of two runs apart"
     add("--perturbations", type=float, nargs="*", default=[], metavar="EPS", help=help_)
+    help_ = "steps to trace after the others, for the time of a step by part of the model; 0: none"
+    add("--parts", type=int, default=0, metavar="STEPS", help=help_)
     add("--override", nargs="*", default=[], metavar="KEY=VALUE", help="as --config.KEY=VALUE of train.main")
     add("--out", type=Path, default=Path("docs/figures/train_step"), help="writes OUT.json")
     options = parser.parse_args(arguments)
@@ -210,6 +234,8 @@ def main(arguments: Sequence[str]) -> int:
     devices = ", ".join(dict.fromkeys(row.device for row in rows if row.device))
     print(f"{devices}; {', '.join(map(' '.join, versions.items()))}; {options.config}\n")
     print(table(report["rows"], options.steps))
+    if options.parts:
+        print(f"\n{table_of_parts(report['rows'])}")
     return int(any(row.note for row in rows))
 
 

@@ -112,6 +112,14 @@ def test_writes_a_table_the_figures_and_a_plot(attention, tmp_path, capsys):
     assert Path(f"{out}.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_shows_kernels_one_by_one(attention):
+    row = attention.Row("chunked", "squared", "forward", 8192, 8, 16, 16, 64, None, 3.0)
+    timed = dataclasses.replace(row, kernels={"update": 2.0, "scan": 0.5, "copy": 1e-4})
+    (table,) = attention.tables_of_kernels(attention.records_of([row, timed], CEILINGS))
+    header = "| squared, chunked, forward, T = 8192 | ms |"
+    assert table.splitlines() == [header, "|---|---:|", "| update | 2.000 |", "| scan | 0.500 |"]
+
+
 def test_derives_flops_and_ratios(attention):
     def row(implementation, direction, milliseconds):
         return attention.Row(implementation, "exp", direction, 8192, 8, 16, 16, 64, None, milliseconds)

@@ -19,12 +19,14 @@ MODEL = {"d_model": 16, "num_layers": 1, "head_dim": 8, "mlp_dim": 32}
 
 @pytest.fixture(scope="module")
 def script():
-    """The script as a module."""
+    """The script as a module, beside those that it imports."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
     spec = importlib.util.spec_from_file_location("benchmark_train_step", ROOT / "benchmarks" / "train_step.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     yield module
+    sys.path.remove(str(ROOT / "benchmarks"))
     del sys.modules[spec.name]
 
 
@@ -69,7 +71,7 @@ def test_prints_a_table_and_writes_the_losses(script, arguments, monkeypatch, ca
     """A run that cannot be made has its reason in the table, and the exit status is 1."""
     monkeypatch.setattr(script, "in_own_process", lambda function, *given: function(*given))
     chosen = ["--variants", "2mamba", "3mamba", "--implementations", "xla", "--perturbations", "1e-3"]
-    assert script.main([*arguments, *chosen]) == 1
+    assert script.main([*arguments, *chosen, "--parts", "2"]) == 1
 
     report = json.loads(Path(script.parse(arguments).out.as_posix() + ".json").read_text())
     assert report["command"].startswith("python benchmarks/train_step.py --config ")
@@ -87,7 +89,17 @@ def test_prints_a_table_and_writes_the_losses(script, arguments, monkeypatch, ca
     assert (row["speed_over_xla"], row["largest_loss_difference"], row["note"]) == (1, 0, "")
     assert "3mamba" in failed["note"]
 
-    lines = capsys.readouterr().out.splitlines()
+    lines, parts = (text.splitlines() for text in capsys.readouterr().out.rsplit("\n\n", 1))
+    assert parts[:2] == ["| part | 2mamba, xla | 2mamba, xla |", "|---|---:|---:|"]
+    names = {line.split(" | ")[0] for line in parts[2:]}
+    assert names == {f"| {name}" for name in (*row["parts"], *perturbed["parts"])}
+    assert names >= {
+        "| head and loss",
+        "| rest of the mixers, forward",
+        "| rest of the mixers, backward",
+        "| optimiser",
+    }
+    assert sum(row["parts"].values()) > 0
     assert lines[-6].startswith("| variant | implementation | remat | B | T | loss at 1 | loss at 2 | off XLA's |")
     cells = lines[-4].split(" | ")
     assert cells[:5] == ["| 2mamba", "xla", "full", "2", "32"]

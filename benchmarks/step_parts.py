@@ -1,0 +1,66 @@
+"""Where the time of a compiled training step goes: that of its operations on the device, by part of the model."""
+
+import re
+import tempfile
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+
+# The first pattern that is found in an operation's line of the compiled program says which part it belongs to.
+PARTS = {
+    "attention kernels": r'custom_call_target="(mosaic_gpu|__cudnn)',
+    "slices and stacks of the loop over layers": r"LanguageModel\)+/while/body/(jit\(dynamic|dynamic)",
+    "head and loss": r"jvp\(\)|/head",
+    "embedding": r"embedding|_take",
+    "norms": r"/(\w+_)?norm/",
+    "projections of the mixers": r"/mixer/(mixer\._project|\w*\._per_head|mixer\._log_decay/mixer\._per_head|out)",
+    "rest of the mixers": r"/mixer/",
+    "MLPs": r"/mlp/",
+    "rest of the model": r"LanguageModel",
+    "optimiser": r'op_name="jit\(train_step\)/',
+}
+OTHER = "without a name"
+CONTROL = re.compile(r"\s(while|conditional|call)\(")  # their bodies' operations are counted
+
+
+def traced(step: Callable[[], None], steps: int, program: str) -> dict[str, float]:
+    """Milliseconds of each part of one step, the longest first, of `steps` calls that wait for their end.
+
+    `program` is the compiled program's text. Operations that run at a time count one by one.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            for _ in range(steps):
+                step()
+        (path,) = Path(folder).glob("**/*.xplane.pb")
+        return parts_of(jax.profiler.ProfileData.from_file(str(path)), program, steps)
+
+
+def parts_of(trace: jax.profiler.ProfileData, program: str, steps: int) -> dict[str, float]:
+    """As `traced`, of a trace. Of several devices the first counts."""
+    lines = {}
+    for line in program.splitlines():
+        if found := re.match(r"\s+(?:ROOT )?%?([\w.\-]+) = ", line):
+            lines[found[1]] = line
+    planes = {plane.name: plane for plane in trace.planes}
+    first = min((name for name in planes if name.startswith("/device:GPU:")), default="/host:CPU")
+    nanoseconds = Counter()
+    with warnings.catch_warnings():  # one of JAX's own binding, which where it is an error ends the process
+        warnings.simplefilter("ignore", DeprecationWarning)
+        for event in (event for line in planes[first].lines for event in line.events):
+            name = next((value for key, value in event.stats if key == "hlo_op"), None)
+            text = lines.get(name, "")
+            if name is not None and not CONTROL.search(text):
+                nanoseconds[part_of(text)] += event.duration_ns
+    return {part: total / steps / 1e6 for part, total in nanoseconds.most_common()}
+
+
+def part_of(line: str) -> str:
+    """The part that a line of the compiled program belongs to, and its direction where there are two."""
+    part = next((part for part, pattern in PARTS.items() if re.search(pattern, line)), OTHER)
+    if "jvp(" not in line or "jvp()" in line:
+        return part
+    return f"{part}, {'backward' if 'transpose(jvp' in line else 'forward'}"
