@@ -184,16 +184,19 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 def run(options: argparse.Namespace, command: list[str]) -> int:
     """Measures, prints and writes; the exit status."""
     ceilings = measure_ceilings(options.iterations)
-    groups = itertools.groupby(rows_of(options), key=lambda row: (row.tokens, row.direction))
-    records = records_of([row for _, group in groups for row in measure(list(group), options)], ceilings)
     installed = {x.name: x.version for x in importlib.metadata.distributions()}
     versions = {}
     for name in ("twomamba-jax", "jax", "jaxlib", "numpy", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13"):
         versions |= {name: installed[name]} if name in installed else {}
     sizes = f"{options.heads} heads of {options.head_dim}, bf16, B T = {options.total}"
     report = {"command": shlex.join(command), "seed": options.seed, "device": jax.devices()[0].device_kind}
-    report |= {"versions": versions, "sizes": sizes, "ceilings": ceilings, "rows": records}
-    Path(f"{options.out}.json").write_text(json.dumps(report, indent=1) + "\n")
+    report |= {"versions": versions, "sizes": sizes, "ceilings": ceilings}
+    rows = []
+    for _, group in itertools.groupby(rows_of(options), key=lambda row: (row.tokens, row.direction)):
+        rows += measure(list(group), options)
+        report["rows"] = records = records_of(rows, ceilings)
+        # Now, and not at the end: whoever stops it keeps the lengths so far.
+        Path(f"{options.out}.json").write_text(json.dumps(report, indent=1) + "\n")
     show(report, options.out)
     print(f"\nceilings: bf16 matrix product {ceilings['tflops']:.0f} TFLOP/s, copy ", end="")
     print(f"{ceilings['terabytes_per_second']:.2f} TB/s")
