@@ -64,7 +64,7 @@ def test_recomputes_where_asked_and_where_the_configuration_does(script, argumen
     assert remat() == ["full", "full"]  # as nano's own
     assert remat("--override", "execution.remat=none") == ["none", "none"]
     small = ["--config", f"{ROOT / 'configs/2mamba.py'}:small"]
-    assert remat("xla", *small) == ["full", "none"]
+    assert remat("xla", *small) == ["full", "dots"]
 
 
 def test_prints_a_table_and_writes_the_losses(script, arguments, monkeypatch, capsys):

@@ -29,6 +29,7 @@ from pallas_kernels.chunked.stages import Stages, StateArrays, States
 from pallas_kernels.device import in_32_bits
 from pallas_kernels.interpreter import interpreting
 from pallas_kernels.quadratic.attention import Attention, attend, differentiate
+from pallas_kernels.residuals import named
 
 STAGES = {"linear": LINEAR, "squared": SQUARED}
 
@@ -154,6 +155,7 @@ def _attention(spec: ChunkedAttention, q, k, v, log_decay, run, initial):
 
 def _attention_forward(spec: ChunkedAttention, q, k, v, log_decay, run, initial):
     y, final, norm = _forward(spec, q, k, v, log_decay, run, initial)
+    y, norm = named(y, norm)
     return (y, final), (q, k, v, log_decay, run, initial, y, norm)
 
 

@@ -28,9 +28,13 @@ class Crossover:
     tokens: int
 
 
-# Where a line between the logarithms of the quadratic kernels' times at 2,048 and 8,192 (forward: 8,192 and 32,768)
-# meets the chunked kernels' time at 32,768, which is the same at any length: docs/figures/attention_*.json.
+# Of the H100 measured length by length; of the H200 where a line between the logarithms of the quadratic kernels' times
+# at 2,048 and 8,192 (forward: 8,192 and 32,768) meets the time in chunks at 32,768: docs/figures/attention_*.json.
 TABLE = (
+    Crossover("NVIDIA H100 80GB HBM3", "linear", 64, "forward", sequences=256, tokens=2200),
+    Crossover("NVIDIA H100 80GB HBM3", "linear", 64, "forward+backward", sequences=512, tokens=1700),
+    Crossover("NVIDIA H100 80GB HBM3", "squared", 64, "forward", sequences=64, tokens=9100),
+    Crossover("NVIDIA H100 80GB HBM3", "squared", 64, "forward+backward", sequences=128, tokens=6500),
     Crossover("NVIDIA H200", "squared", 64, "forward", sequences=128, tokens=8500),
     Crossover("NVIDIA H200", "squared", 64, "forward+backward", sequences=128, tokens=6300),
 )
@@ -39,11 +43,13 @@ TABLE = (
 def crossover(device: str, score: str, head_dim: int, direction: str, sequences: int) -> int:
     """The longest T for the quadratic kernels, at `sequences` = B H.
 
-    That of the entry with the nearest B H, by ratio; where the device, score, head dim or direction has none, the T at
-    which both do the same number of products: a token's T (K + V) flops against C (K + V) + 4 D V, of states of D rows.
+    That of the device's entry with the nearest B H, by ratio; where the device has none, of any device's, since all are
+    Hopper's; where the score, head dim or direction has none, the T at which both do the same number of products: a
+    token's T (K + V) flops against C (K + V) + 4 D V, of states of D rows.
     """
-    key = device, score, head_dim, direction
-    entries = [entry for entry in TABLE if (entry.device, entry.score, entry.head_dim, entry.direction) == key]
+    key = score, head_dim, direction
+    entries = [entry for entry in TABLE if (entry.score, entry.head_dim, entry.direction) == key]
+    entries = [entry for entry in entries if entry.device == device] or entries
     if entries:
         return min(entries, key=lambda entry: abs(math.log(entry.sequences / sequences))).tokens
     from pallas_kernels.chunked.attention import STAGES  # with the kernels, which are slow to import

@@ -139,7 +139,8 @@ def update(problem: Problem, x, w):
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
         kernel_name="squared_update",
     )
-    return kernel(jnp.moveaxis(x, 1, 3), w)
+    # Behind a barrier a transposition moves memory and no more: fused with what makes x, it would read that by columns.
+    return kernel(jnp.moveaxis(lax.optimization_barrier(x), 1, 3), w)
 
 
 def _of_kind(first, value):

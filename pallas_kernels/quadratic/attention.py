@@ -15,6 +15,7 @@ from pallas_kernels.quadratic.decay_gradient import decay_gradient
 from pallas_kernels.quadratic.forward import forward
 from pallas_kernels.quadratic.operands import LOG2E, Decay, Problem
 from pallas_kernels.quadratic.tuning import Tuning, tuning
+from pallas_kernels.residuals import named
 
 HEAD_DIMS = (64, 128)
 SCORES = ("linear", "squared", "exp")
@@ -105,7 +106,7 @@ def _attention(attention: Attention, q, k, v, log_decay, run):
 
 
 def _attention_forward(attention: Attention, q, k, v, log_decay, run):
-    y, norm = attend(attention, q, k, v, log_decay, run, save_norm=attention.normalize)
+    y, norm = named(*attend(attention, q, k, v, log_decay, run, save_norm=attention.normalize))
     return y, (q, k, v, log_decay, run, y, norm)
 
 

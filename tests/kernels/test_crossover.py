@@ -23,7 +23,8 @@ ROWS = (
         ("a GPU", "squared", 64, "forward+backward", 31, 3000),
         ("a GPU", "squared", 64, "forward+backward", 33, 2000),
         ("a GPU", "squared", 64, "forward+backward", 4096, 2000),
-        ("another", "squared", 64, "forward", 8, 6144),  # 1024 (K + V) + 4 * 2560 V flops, K = V
+        ("another", "squared", 64, "forward+backward", 8, 3000),
+        ("a GPU", "squared", 32, "forward", 8, 6144),  # 1024 (K + V) + 4 * 2560 V flops, K = V
         ("a GPU", "linear", 64, "forward", 8, 640),  # 512 (K + V) + 4 K V
         ("a GPU", "linear", 128, "forward", 8, 768),
     ],
@@ -35,21 +36,12 @@ def test_the_nearest_entry_or_equal_numbers_of_products(
     assert crossover(device, score, head_dim, direction, sequences) == tokens
 
 
-@pytest.mark.parametrize(
-    ("score", "implementation", "crossover"), [("squared", None, 2000), ("linear", "mosaic_gpu", 640)]
-)
+@pytest.mark.parametrize("implementation", [None, "mosaic_gpu"])
+@pytest.mark.parametrize(("score", "crossover"), [("squared", 2000), ("linear", 640)])
 def test_no_form_is_what_the_table_says(monkeypatch, score, implementation, crossover):
     """B H = 128 here, and T one below, at and above the crossover of both directions together."""
-    assert forms(monkeypatch, score, implementation, (crossover - 1, crossover, crossover + 1)) == [
-        "parallel",
-        "parallel",
-        "chunked",
-    ]
-
-
-def test_none_takes_no_kernel_that_has_not_been_checked(monkeypatch):
-    longest = kernels.LONGEST["linear"]
-    assert forms(monkeypatch, "linear", None, (longest, longest + 1)) == ["parallel"]  # and then XLA
+    lengths = crossover - 1, crossover, crossover + 1
+    assert forms(monkeypatch, score, implementation, lengths) == ["parallel", "parallel", "chunked"]
 
 
 def forms(monkeypatch, score, implementation, lengths) -> list[str]:

@@ -15,6 +15,7 @@ from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from pallas_kernels.quadratic.programs import programs
 from twomamba_jax import decay_attention
+from twomamba_jax.layers.execution import DEAR
 from twomamba_jax.ops import kernels
 
 FORWARD, QUERIES, KEYS = (f"squared_{kernel}" for kernel in ("forward", "backward_queries", "backward_keys"))
@@ -82,6 +83,21 @@ def test_vmap():
 def test_checkpoint_computes_the_forward_kernel_again():
     assert names(gradients(jax.checkpoint(loss)), Q, KV, KV, DECAY) == [FORWARD, FORWARD, QUERIES, KEYS]
     assert names(gradients(loss), Q, KV, KV, DECAY) == [FORWARD, QUERIES, KEYS]
+
+
+def test_the_policy_of_models_keeps_what_the_kernels_need():
+    """On one device and on a mesh, where each device keeps its own; and in chunks, of which this counts the calls."""
+    keep = functools.partial(jax.checkpoint, policy=DEAR)
+    assert names(gradients(keep(loss)), Q, KV, KV, DECAY) == [FORWARD, QUERIES, KEYS]
+    with jax.sharding.use_abstract_mesh(AbstractMesh((2,), ("data",), axis_types=(AxisType.Auto,))):
+        split = functools.partial(loss, partition=PartitionSpec("data"))
+        assert names(gradients(keep(split)), Q, KV, KV, DECAY) == [FORWARD, QUERIES, KEYS]
+
+    def queries(wrap):
+        program = jax.make_jaxpr(gradients(wrap(functools.partial(loss, form="chunked"))))(Q, KV, KV, DECAY)
+        return len(re.findall(r"name=query\b", str(program)))
+
+    assert [queries(wrap) for wrap in (lambda f: f, keep, jax.checkpoint)] == [2, 2, 3]  # for y and dv, and y again
 
 
 @pytest.mark.parametrize("remat", [False, True])

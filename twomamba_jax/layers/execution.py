@@ -8,17 +8,22 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import residuals
 from twomamba_jax.ops.checks import FORMS
 from twomamba_jax.ops.kernels import IMPLEMENTATIONS
 
-# From a block to one that computes again, in the backward pass, what it has not kept. `dots` keeps the products without
-# a batch dimension: the projections, dear to compute and linear in T. Those with one are the scores and weighted values
-# of every row and head; to keep these too, as JAX's `dots_saveable` does, is to keep what is quadratic in T.
+# What is dear to compute and linear in T: products without a batch dimension, which are the projections, and what the
+# attention kernels need again. Products with one are the scores and weighted values of every row and head; to keep
+# these too, as JAX's `dots_saveable` does, is to keep what is quadratic in T.
+DEAR = jax.checkpoint_policies.save_from_both_policies(
+    jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    jax.checkpoint_policies.save_only_these_names(residuals.NAME),
+)
+
+# From a block to one that computes again, in the backward pass, what it has not kept.
 REMATS = {
     "none": lambda block: block,
-    "dots": functools.partial(
-        nn.remat, prevent_cse=False, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-    ),
+    "dots": functools.partial(nn.remat, prevent_cse=False, policy=DEAR),
     "full": functools.partial(nn.remat, prevent_cse=False),
 }
 
@@ -31,7 +36,7 @@ class Execution:
       dtype: of activations and matrix products. Norms, decays, states and logits are float32 or wider all the same.
       param_dtype: of the parameters.
       remat: what of each block is computed again in the backward pass instead of being kept: "none", "dots" (all but
-        the results of projections), or "full" (all).
+        the results of projections and attention kernels), or "full" (all).
       form: as in `decay_attention`.
       chunk_size: as in `decay_attention`.
       implementation: as in `decay_attention`.

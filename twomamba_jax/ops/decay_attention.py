@@ -81,8 +81,7 @@ def decay_attention(
       chunk_size: tokens per chunk, of the chunked form, which it asks for where `form` is None; None chooses.
       implementation: `xla`, or `mosaic_gpu`: kernels for Hopper GPUs, for bfloat16 and K = V of 64 or 128; of the
         chunked form for `linear`, in chunks of a multiple of 128 tokens, and for `squared` with K = 64, in chunks of a
-        multiple of 256. None: the kernels where they support the call (not those of the chunked `linear`, which have
-        not run on a GPU yet), and XLA elsewhere; said once in the log.
+        multiple of 256. None: the kernels where they support the call, and XLA elsewhere; said once in the log.
       precision: None uses weights and features in q's dtype (float16 in float32) and JAX's default product precision;
         `highest` computes everything in float32 or wider. Denominators and states are always float32 or wider.
       partition: the mesh axes over which q [B, T, H, K] is spread, and so k, v and the result, where a mesh is set
@@ -106,8 +105,7 @@ def decay_attention(
     checks.check_state(op, q, k, v, initial_state, lengths)
     checks.check_form(op, form, chunk_size)
     axis = sequence_axis(partition)
-    named = implementation is not None
-    unsupported = functools.partial(kernels.unsupported, op, q, k, v, initial_state, axis, chunk_size, named)
+    unsupported = functools.partial(kernels.unsupported, op, q, k, v, initial_state, axis, chunk_size)
     if form is None:
         form = "chunked" if chunk_size else _choose_form(op, q, v, axis, implementation, unsupported)
     implementation = kernels.choose(implementation, form, unsupported)
@@ -169,7 +167,7 @@ def decay_attention_step(
     checks.check_arrays(q, k, v, log_decay)
     op = make_operation(q.shape[-1], score, normalize, scale, precision)
     checks.check_state(op, q, k, v, state, None)
-    unsupported = functools.partial(kernels.unsupported, op, q, k, v, state, None, None, implementation is not None)
+    unsupported = functools.partial(kernels.unsupported, op, q, k, v, state, None, None)
     kernels.choose(implementation, "step", unsupported)
     y, new_state = recurrent.step(op, *heads_first(q, k, v, clamp_log_decay(log_decay, q.dtype)), state)
     y = tokens_first(y)[:, 0].astype(q.dtype)

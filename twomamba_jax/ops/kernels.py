@@ -23,9 +23,6 @@ MOSAIC_GPU = "mosaic_gpu"
 # (docs/kernels.md), where that and not a chunked kernel is what they compete with.
 LONGEST = {"linear": 16384, "squared": 131072, "exp": sys.maxsize}
 
-# Scores whose chunked kernels have not been checked on a GPU: they run only where they are named.
-UNCHECKED_IN_CHUNKS = ("linear",)
-
 
 _log = logging.getLogger("twomamba_jax")
 
@@ -58,10 +55,8 @@ def _log_choice(form, implementation, reason) -> None:
     _log.info("decay_attention: form=%s, implementation=%s%s", form, implementation, why)
 
 
-def unsupported(
-    op: Operation, q, k, v, initial_state, axis: SequenceAxis | None, chunk_size, named: bool, form
-) -> str | None:
-    """Why the kernels cannot compute this call here, or None if they can; or why they do only if they are `named`.
+def unsupported(op: Operation, q, k, v, initial_state, axis: SequenceAxis | None, chunk_size, form) -> str | None:
+    """Why the kernels cannot compute this call here, or None if they can.
 
     What is heavy to import, and not there on every platform, is imported where there is a device for it.
     """
@@ -81,11 +76,7 @@ def unsupported(
         return None
     from pallas_kernels.chunked.attention import unsupported as unsupported_in_chunks
 
-    if reason := unsupported_in_chunks(q, score=op.score, chunk_size=chunk_size):
-        return reason
-    if not named and op.score in UNCHECKED_IN_CHUNKS:
-        return f"its chunked kernels for score={op.score!r} have not run on a GPU yet, and run only if named"
-    return None
+    return unsupported_in_chunks(q, score=op.score, chunk_size=chunk_size)
 
 
 def crossover(op: Operation, q) -> int:
