@@ -87,10 +87,11 @@ def crossovers_of(records: list[dict], device: str) -> list[Crossover]:
 def plot(records: list[dict], crossovers: list[Crossover], title: str, path: Path) -> None:
     """Time per token, and over that of cuDNN's softmax in the same run, against T; log-log."""
     labels, lengths = [*dict.fromkeys(r["label"] for r in records)], sorted({r["tokens"] for r in records})
-    figure = Figure(figsize=(13, 5), layout="constrained")
+    figure = Figure(figsize=(15, 5), layout="constrained")
     figure.suptitle(title)
     panels = {"nanoseconds_per_token": "time per token, ns", "over_cudnn": "time / cuDNN softmax"}
-    for ax, (key, name) in zip(figure.subplots(1, len(panels)), panels.items()):
+    axes = figure.subplots(1, len(panels))
+    for ax, (key, name) in zip(axes, panels.items()):
         for (number, label), direction in itertools.product(enumerate(labels), STYLES):
             here = [r for r in records if (r["label"], r["direction"]) == (label, direction) and r.get(key)]
             if here:
@@ -99,15 +100,14 @@ def plot(records: list[dict], crossovers: list[Crossover], title: str, path: Pat
                 ax.plot([r["tokens"] for r in here], [r[key] for r in here], label=f"{label}, {direction}", **style)
         for crossover in crossovers:
             ax.axvline(crossover.tokens, color="k", linestyle=STYLES[crossover.direction][0], linewidth=0.8)
-            text = f"chunked faster, {crossover.direction}: T > {crossover.tokens:,}"
+            text = f"{crossover.score} chunked faster, {crossover.direction}: T > {crossover.tokens:,}"
             ax.annotate(text, (crossover.tokens, 0.02), xycoords=("data", "axes fraction"), rotation=90, fontsize=7)
         ax.set(xlabel="T, tokens", ylabel=name, xscale="log", yscale="log")
         ax.set_xticks(lengths, [f"{length:,}" for length in lengths], rotation=45)
         ax.minorticks_off()
         ax.grid(alpha=0.3)
-        if ax.lines:
-            ax.legend(fontsize=7)
-    figure.savefig(path, dpi=150)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside center right", fontsize=7)
+    figure.savefig(path, dpi=120)
 
 
 def merged(paths: list[Path]) -> dict:

@@ -29,10 +29,11 @@ class Crossover:
 
 
 # Of the H100 measured length by length; of the H200 where a line between the logarithms of the quadratic kernels' times
-# at 2,048 and 8,192 (forward: 8,192 and 32,768) meets the time in chunks at 32,768: docs/figures/attention_*.json.
+# at 2,048 and 8,192 (forward: 8,192 and 32,768) meets the time in chunks at 32,768: docs/figures.
 TABLE = (
     Crossover("NVIDIA H100 80GB HBM3", "linear", 64, "forward", sequences=256, tokens=2200),
     Crossover("NVIDIA H100 80GB HBM3", "linear", 64, "forward+backward", sequences=512, tokens=1700),
+    Crossover("NVIDIA H100 80GB HBM3", "linear", 128, "forward+backward", sequences=256, tokens=1800),
     Crossover("NVIDIA H100 80GB HBM3", "squared", 64, "forward", sequences=64, tokens=9100),
     Crossover("NVIDIA H100 80GB HBM3", "squared", 64, "forward+backward", sequences=128, tokens=6500),
     Crossover("NVIDIA H200", "squared", 64, "forward", sequences=128, tokens=8500),
