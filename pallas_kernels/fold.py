@@ -1,0 +1,239 @@
+"""What decoding folds into its states: S' = g S + sum_t w_t phi(k_t) v_t^T, in place, in a single pass over S.
+
+The states of all layers lie in one stack, of which only the rows of the batch that are due are read and written. They
+are far larger than everything else that this touches, so it is a question of bandwidth: tiles of S, whatever states
+they belong to, are dealt out to the programs in equal parts and go through buffers in shared memory.
+"""
+
+import math
+from typing import Literal, NamedTuple
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.accumulator import COLUMN, ROW, TILE, columns, rows
+from pallas_kernels.device import in_32_bits
+
+HEIGHT = 64  # rows of a tile in registers: the features of one cyclic offset
+WIDTH = 64  # values, and numbers of a key
+FEATURES = {"linear": WIDTH, "squared": WIDTH * (WIDTH + 1) // 2}
+LONGEST = 128  # tokens, whose keys and values lie in shared memory
+BUFFERS = 3  # tiles in shared memory: one in registers, two on their way
+PROGRAMS = 264  # that share the work: two for each multiprocessor of an H200
+AT_ONCE = 8  # tokens whose keys and values are on their way together
+
+
+class Stack(NamedTuple):
+    """States of all layers: kv [L, B, G, D, V] float32 or bfloat16, key_sum [L, B, G, D] float32."""
+
+    kv: jax.Array
+    key_sum: jax.Array
+
+
+def unsupported(score: str, state: Stack, keys, values, size: int) -> str | None:
+    """Why the kernel cannot fold `size` tokens, of rings [L, B, G, N, 64], into these states, or None."""
+    *_, features, width = state.kv.shape
+    if (keys.shape[-1], width) != (WIDTH, WIDTH):
+        return f"it folds keys and values of {WIDTH} numbers, and these have {keys.shape[-1]} and {width}"
+    if state.kv.dtype not in (jnp.float32, jnp.bfloat16):
+        return f"it folds into states in float32 or bfloat16, and these are {state.kv.dtype}"
+    for name, array in (("keys", keys), ("values", values)):
+        if array.dtype not in (jnp.float32, jnp.bfloat16):
+            return f"it folds {name} in float32 or bfloat16, and these are {array.dtype}"
+    if size > LONGEST:
+        return f"it has shared memory for {LONGEST} tokens at a time, and these are {size}"
+    return None
+
+
+@in_32_bits
+def fold(
+    score: Literal["linear", "squared"],
+    state: Stack,
+    previous: Stack | None,
+    keys,
+    values,
+    start,
+    log_weights,
+    log_carry,
+    due,
+) -> tuple[Stack, Stack | None]:
+    """exp(log_carry) S + sum_t exp(log_weights_t) phi(k_t) v_t^T in the rows that are due, and key_sum without v_t.
+
+    Products and sums are in float32; what a row becomes depends on nothing of another row. States that are donated, or
+    the carry of a loop, are changed where they lie.
+
+    Args:
+      score: whose features phi are: as in `twomamba_jax.ops.feature_map`.
+      state: of all layers; D = 64 for `linear` and 2080 for `squared`, V = 64.
+      previous: shaped like the state, or None. Rows that are due take what `state` was.
+      keys: [L, B, G, N, 64] float32 or bfloat16.
+      values: [L, B, G, N, 64] float32 or bfloat16.
+      start: where the tokens begin in the N, int32 [B].
+      log_weights: [L, B, G, r] float32, none above 0; r <= 128.
+      log_carry: [L, B, G] float32, none above 0.
+      due: bool [B].
+
+    Returns:
+      (state, previous).
+    """
+    layers, batch, groups, features, _ = state.kv.shape
+    size, per_row = log_weights.shape[-1], layers * groups
+    height = min(features, 2 * HEIGHT)
+    tiles = -(-features // height)
+    degree = {"linear": 1, "squared": 2}[score]
+    dtype = state.kv.dtype
+
+    def body(order_ref, due_ref, start_ref, key_ref, value_ref, root_ref, carry_ref, *rest):
+        refs, (kv_s, sum_s, key_s, value_s, arrived) = rest[:-5], rest[-5:]
+        program = lax.axis_index("program")
+        total = due_ref[0] * per_row * tiles
+        share = (total + PROGRAMS - 1) // PROGRAMS
+        first = program * share
+        last = lax.min(first + share, total)
+
+        def place(step):
+            """The row, its state among all, and the tile of that state."""
+            item, tile = step // tiles, lax.rem(step, tiles)
+            row = order_ref[item // per_row]
+            rest = lax.rem(item, per_row)
+            return row, (rest // groups * batch + row) * groups + lax.rem(rest, groups), tile
+
+        def of(ref, index, tile):
+            """A tile of the states; what is past their end is neither read nor written."""
+            at = (index, pl.ds(tile * height, height))
+            return ref.at[at if len(ref.shape) == 2 else (*at, slice(None))]
+
+        def load(step):
+            _, index, tile = place(step)
+            slot = lax.rem(step, BUFFERS)
+            for ref, buffer in zip(refs[:2], (kv_s, sum_s)):
+                plgpu.copy_gmem_to_smem(of(ref, index, tile), buffer.at[slot], arrived.at[slot])
+
+        def stage(row, index):
+            """Keys times the root of their weight, twice in a row, and values."""
+
+            def block(at, count):
+                at_ring = start_ref[row] + at
+                loaded = []
+                for t in range(count):
+                    pair = (ref.at[index, at_ring + t] for ref in (key_ref, value_ref))
+                    loaded.append([plgpu.load(x, layout=ROW, optimized=False).astype(jnp.float32) for x in pair])
+                for t, (key, value) in enumerate(loaded):
+                    key = key * root_ref[index, at + t]
+                    key_s[at + t, pl.ds(0, WIDTH)] = key
+                    key_s[at + t, pl.ds(WIDTH, WIDTH)] = key
+                    value_s[at + t] = value
+
+            whole = size // AT_ONCE
+            lax.fori_loop(0, whole, lambda i, _: block(i * AT_ONCE, AT_ONCE), None)
+            if size % AT_ONCE:
+                block(whole * AT_ONCE, size % AT_ONCE)
+            plgpu.commit_smem()
+
+        def advance(index, tile, slot):
+            """The tile in a buffer, and its part of key_sum, after the tokens."""
+            halves = range(height // HEIGHT)
+            offsets = [tile * len(halves) + half for half in halves]
+            scales = [jnp.where(offset == 0, 1.0, math.sqrt(2)).astype(jnp.float32) for offset in offsets]
+            carry = carry_ref[index]
+
+            def half_of(half):
+                return slot, pl.ds(half * HEIGHT, HEIGHT)
+
+            kv = tuple(plgpu.load(kv_s.at[*half_of(n)], layout=TILE) for n in halves)
+            key_sum = tuple(plgpu.load(sum_s.at[*half_of(n)], layout=ROW, optimized=False) for n in halves)
+            kv = tuple(x.astype(jnp.float32) * carry for x in kv)
+            key_sum = tuple(x * carry for x in key_sum)
+
+            def token(t, sums):
+                key = plgpu.load(key_s.at[t, pl.ds(0, WIDTH)], layout=ROW, optimized=False)
+                value = columns(plgpu.load(value_s.at[t], layout=COLUMN, optimized=False), (HEIGHT, WIDTH))
+                kv, key_sum = [], []
+                for n in halves:
+                    phi = key
+                    if degree == 2:
+                        rotated = key_s.at[t, pl.ds(offsets[n], WIDTH)]
+                        phi = key * scales[n] * plgpu.load(rotated, layout=ROW, optimized=False)
+                    kv.append(sums[0][n] + rows(phi, (HEIGHT, WIDTH)) * value)
+                    key_sum.append(sums[1][n] + phi)
+                return tuple(kv), tuple(key_sum)
+
+            kv, key_sum = lax.fori_loop(0, size, token, (kv, key_sum))
+            if previous is not None:
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            for n in halves:
+                kv_s[half_of(n)] = kv[n].astype(dtype)
+                sum_s[half_of(n)] = key_sum[n]
+            plgpu.commit_smem()
+
+        def store(to, index, tile, slot):
+            for ref, buffer in zip(to, (kv_s, sum_s)):
+                plgpu.copy_smem_to_gmem(buffer.at[slot], of(ref, index, tile))
+
+        def turn(step, _):
+            row, index, tile = place(step)
+            slot = lax.rem(step, BUFFERS)
+
+            @pl.when((step == first) | (tile == 0))
+            def _():
+                stage(row, index)
+
+            plgpu.barrier_wait(arrived.at[slot])
+            store(refs[2:], index, tile, slot)
+            advance(index, tile, slot)
+            store(refs[:2], index, tile, slot)
+            # The tile before this one has left the buffer that the next but one comes to.
+            plgpu.wait_smem_to_gmem(2, wait_read_only=True)
+
+            @pl.when(step + BUFFERS - 1 < last)
+            def _():
+                load(step + BUFFERS - 1)
+
+        for ahead in range(BUFFERS - 1):
+
+            @pl.when(first + ahead < last)
+            def _(ahead=ahead):
+                load(first + ahead)
+
+        lax.fori_loop(first, last, turn, None)
+        plgpu.wait_smem_to_gmem(0)
+
+    tiling = (plgpu.TilingTransform((8, 128 // dtype.itemsize)), plgpu.SwizzleTransform(128))
+    kernel = plgpu.kernel(
+        body,
+        out_type=(),
+        scratch_types=(
+            plgpu.SMEM((BUFFERS, height, WIDTH), dtype, transforms=tiling),
+            plgpu.SMEM((BUFFERS, height), jnp.float32),
+            plgpu.SMEM((size, 2 * WIDTH), jnp.float32),
+            plgpu.SMEM((size, WIDTH), jnp.float32),
+            plgpu.Barrier(num_arrivals=2, num_barriers=BUFFERS),
+        ),
+        grid=(PROGRAMS,),
+        grid_names=("program",),
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        kernel_name="fold",
+    )
+
+    def merged(x):
+        """L, B and G as one axis."""
+        return x.reshape(-1, *x.shape[3:])
+
+    before = jax.tree.leaves((state, previous))
+    refs = [jax.new_ref(merged(x)) for x in before]
+    root = jnp.exp(log_weights / degree)
+    kernel(
+        jnp.argsort(~due, stable=True).astype(jnp.int32),
+        due.sum(dtype=jnp.int32).reshape(1),
+        start,
+        merged(keys),
+        merged(values),
+        merged(root),
+        merged(jnp.exp(log_carry)),
+        *refs,
+    )
+    after = [jax.freeze(ref).reshape(x.shape) for ref, x in zip(refs, before)]
+    return Stack(*after[:2]), Stack(*after[2:]) if previous is not None else None
