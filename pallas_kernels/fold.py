@@ -6,7 +6,7 @@ they belong to, are dealt out to the programs in equal parts and go through buff
 """
 
 import math
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import jax
 import jax.experimental.pallas as pl
@@ -19,28 +19,18 @@ from pallas_kernels.device import in_32_bits
 
 HEIGHT = 64  # rows of a tile in registers: the features of one cyclic offset
 WIDTH = 64  # values, and numbers of a key
-FEATURES = {"linear": WIDTH, "squared": WIDTH * (WIDTH + 1) // 2}
 LONGEST = 128  # tokens, whose keys and values lie in shared memory
 BUFFERS = 3  # tiles in shared memory: one in registers, two on their way
 PROGRAMS = 264  # that share the work: two for each multiprocessor of an H200
 AT_ONCE = 8  # tokens whose keys and values are on their way together
 
 
-class Stack(NamedTuple):
-    """States of all layers: kv [L, B, G, D, V] float32 or bfloat16, key_sum [L, B, G, D] float32."""
-
-    kv: jax.Array
-    key_sum: jax.Array
-
-
-def unsupported(score: str, state: Stack, keys, values, size: int) -> str | None:
-    """Why the kernel cannot fold `size` tokens, of rings [L, B, G, N, 64], into these states, or None."""
-    *_, features, width = state.kv.shape
-    if (keys.shape[-1], width) != (WIDTH, WIDTH):
-        return f"it folds keys and values of {WIDTH} numbers, and these have {keys.shape[-1]} and {width}"
-    if state.kv.dtype not in (jnp.float32, jnp.bfloat16):
-        return f"it folds into states in float32 or bfloat16, and these are {state.kv.dtype}"
-    for name, array in (("keys", keys), ("values", values)):
+def unsupported(kv, keys, values, size: int) -> str | None:
+    """Why the kernel cannot fold `size` tokens, of rings [..., K] and [..., V], into states [..., D, V], or None."""
+    if (keys.shape[-1], values.shape[-1]) != (WIDTH, WIDTH):
+        found = f"{keys.shape[-1]} and {values.shape[-1]}"
+        return f"it folds keys and values of {WIDTH} numbers, and these have {found}"
+    for name, array in (("states", kv), ("keys", keys), ("values", values)):
         if array.dtype not in (jnp.float32, jnp.bfloat16):
             return f"it folds {name} in float32 or bfloat16, and these are {array.dtype}"
     if size > LONGEST:
@@ -49,88 +39,95 @@ def unsupported(score: str, state: Stack, keys, values, size: int) -> str | None
 
 
 @in_32_bits
-def fold(
-    score: Literal["linear", "squared"],
-    state: Stack,
-    previous: Stack | None,
-    keys,
-    values,
-    start,
-    log_weights,
-    log_carry,
-    due,
-) -> tuple[Stack, Stack | None]:
-    """exp(log_carry) S + sum_t exp(log_weights_t) phi(k_t) v_t^T in the rows that are due, and key_sum without v_t.
+def fold(score: Literal["linear", "squared"], state, previous, keys, values, start, log_weights, log_carry, due):
+    """exp(log_carry) S + sum_t exp(log_weights_t) phi(k_t) v_t^T in the rows that are due; key_sum without the v_t.
 
-    Products and sums are in float32; what a row becomes depends on nothing of another row. States that are donated, or
-    the carry of a loop, are changed where they lie.
+    Products and sums are in float32. What a row becomes depends on nothing of another. States that are donated, or
+    carried by a loop, are changed where they lie.
 
     Args:
-      score: whose features phi are: as in `twomamba_jax.ops.feature_map`.
-      state: of all layers; D = 64 for `linear` and 2080 for `squared`, V = 64.
-      previous: shaped like the state, or None. Rows that are due take what `state` was.
+      score: whose features phi are, in the order of `twomamba_jax.ops.feature_map`: D is 64 or 2080.
+      state: the pair of kv [L, B, G, D, 64], float32 or bfloat16, and key_sum [L, B, G, D] float32.
+      previous: such a pair, which takes the state as it was in the rows that are due; or None.
       keys: [L, B, G, N, 64] float32 or bfloat16.
       values: [L, B, G, N, 64] float32 or bfloat16.
-      start: where the tokens begin in the N, int32 [B].
-      log_weights: [L, B, G, r] float32, none above 0; r <= 128.
-      log_carry: [L, B, G] float32, none above 0.
+      start: which of the N a row's first token is, int32 [B].
+      log_weights: of the r <= 128 tokens from there on, [L, B, G, r] float32.
+      log_carry: [L, B, G] float32.
       due: bool [B].
 
     Returns:
-      (state, previous).
+      (state, previous), in the structure that they came in.
     """
-    layers, batch, groups, features, _ = state.kv.shape
+    arrays, structure = jax.tree.flatten((state, previous))
+    layers, batch, groups, features, _ = arrays[0].shape
     size, per_row = log_weights.shape[-1], layers * groups
     height = min(features, 2 * HEIGHT)
+    whole = features // height  # tiles, but for the last where it is cut off
     tiles = -(-features // height)
     degree = {"linear": 1, "squared": 2}[score]
-    dtype = state.kv.dtype
+    dtype = arrays[0].dtype
+    programs = min(PROGRAMS, layers * batch * groups * tiles)
 
-    def body(order_ref, due_ref, start_ref, key_ref, value_ref, root_ref, carry_ref, *rest):
+    def body(plan_ref, key_ref, value_ref, root_ref, carry_ref, *rest):
         refs, (kv_s, sum_s, key_s, value_s, arrived) = rest[:-5], rest[-5:]
         program = lax.axis_index("program")
-        total = due_ref[0] * per_row * tiles
-        share = (total + PROGRAMS - 1) // PROGRAMS
+        total = plan_ref[0] * per_row * tiles
+        share = (total + programs - 1) // programs
         first = program * share
         last = lax.min(first + share, total)
 
         def place(step):
             """The row, its state among all, and the tile of that state."""
             item, tile = step // tiles, lax.rem(step, tiles)
-            row = order_ref[item // per_row]
+            row = plan_ref[1 + item // per_row]
             rest = lax.rem(item, per_row)
             return row, (rest // groups * batch + row) * groups + lax.rem(rest, groups), tile
 
-        def of(ref, index, tile):
-            """A tile of the states; what is past their end is neither read nor written."""
-            at = (index, pl.ds(tile * height, height))
-            return ref.at[at if len(ref.shape) == 2 else (*at, slice(None))]
+        def copy(refs, index, tile, slot, one):
+            """One copy of a tile of kv, and one of its part of key_sum.
+
+            What is past a state's end is neither read nor written: copies of tiled buffers see to that. Of a vector
+            they cut off only what is past the end of all.
+            """
+            if not refs:
+                return
+            kv_ref, sum_ref = refs
+            one(kv_ref.at[index, pl.ds(tile * height, height), :], kv_s.at[slot], arrived.at[slot])
+            for size, there in ((height, tile < whole), (features % height, tile == whole)):
+                if size:
+
+                    @pl.when(there)
+                    def _(size=size):
+                        at = sum_ref.at[index, pl.ds(tile * height, size)]
+                        one(at, sum_s.at[slot, pl.ds(0, size)], arrived.at[slot])
 
         def load(step):
             _, index, tile = place(step)
-            slot = lax.rem(step, BUFFERS)
-            for ref, buffer in zip(refs[:2], (kv_s, sum_s)):
-                plgpu.copy_gmem_to_smem(of(ref, index, tile), buffer.at[slot], arrived.at[slot])
+            copy(refs[:2], index, tile, lax.rem(step, BUFFERS), plgpu.copy_gmem_to_smem)
+
+        def store(to, index, tile, slot):
+            copy(to, index, tile, slot, lambda there, here, _: plgpu.copy_smem_to_gmem(here, there))
 
         def stage(row, index):
             """Keys times the root of their weight, twice in a row, and values."""
 
             def block(at, count):
-                at_ring = start_ref[row] + at
+                at_ring = plan_ref[1 + batch + row] + at
                 loaded = []
                 for t in range(count):
                     pair = (ref.at[index, at_ring + t] for ref in (key_ref, value_ref))
-                    loaded.append([plgpu.load(x, layout=ROW, optimized=False).astype(jnp.float32) for x in pair])
+                    key, value = (plgpu.load(x, layout=ROW, optimized=False).astype(jnp.float32) for x in pair)
+                    loaded.append((key * root_ref[index, at + t], value))
                 for t, (key, value) in enumerate(loaded):
-                    key = key * root_ref[index, at + t]
                     key_s[at + t, pl.ds(0, WIDTH)] = key
                     key_s[at + t, pl.ds(WIDTH, WIDTH)] = key
                     value_s[at + t] = value
 
-            whole = size // AT_ONCE
-            lax.fori_loop(0, whole, lambda i, _: block(i * AT_ONCE, AT_ONCE), None)
+            blocks = size // AT_ONCE
+            lax.fori_loop(0, blocks, lambda i, _: block(i * AT_ONCE, AT_ONCE), None)
             if size % AT_ONCE:
-                block(whole * AT_ONCE, size % AT_ONCE)
+                block(blocks * AT_ONCE, size % AT_ONCE)
             plgpu.commit_smem()
 
         def advance(index, tile, slot):
@@ -168,10 +165,6 @@ def fold(
                 kv_s[half_of(n)] = kv[n].astype(dtype)
                 sum_s[half_of(n)] = key_sum[n]
             plgpu.commit_smem()
-
-        def store(to, index, tile, slot):
-            for ref, buffer in zip(to, (kv_s, sum_s)):
-                plgpu.copy_smem_to_gmem(buffer.at[slot], of(ref, index, tile))
 
         def turn(step, _):
             row, index, tile = place(step)
@@ -212,7 +205,7 @@ def fold(
             plgpu.SMEM((size, WIDTH), jnp.float32),
             plgpu.Barrier(num_arrivals=2, num_barriers=BUFFERS),
         ),
-        grid=(PROGRAMS,),
+        grid=(programs,),
         grid_names=("program",),
         compiler_params=plgpu.CompilerParams(approx_math=True),
         kernel_name="fold",
@@ -222,18 +215,17 @@ def fold(
         """L, B and G as one axis."""
         return x.reshape(-1, *x.shape[3:])
 
-    before = jax.tree.leaves((state, previous))
-    refs = [jax.new_ref(merged(x)) for x in before]
+    refs = [jax.new_ref(merged(x)) for x in arrays]
     root = jnp.exp(log_weights / degree)
+    # How many rows are due, which, and where their tokens begin. One array, and made here: XLA merges a slice with the
+    # kernel that takes it into a fusion of its own, of which nothing says that it works in place.
+    plan = jnp.concatenate([due.sum()[None], jnp.argsort(~due, stable=True), start]).astype(jnp.int32)
     kernel(
-        jnp.argsort(~due, stable=True).astype(jnp.int32),
-        due.sum(dtype=jnp.int32).reshape(1),
-        start,
+        plan,
         merged(keys),
         merged(values),
         merged(root),
         merged(jnp.exp(log_carry)),
         *refs,
     )
-    after = [jax.freeze(ref).reshape(x.shape) for ref, x in zip(refs, before)]
-    return Stack(*after[:2]), Stack(*after[2:]) if previous is not None else None
+    return structure.unflatten(jax.freeze(ref).reshape(x.shape) for ref, x in zip(refs, arrays))
