@@ -215,10 +215,12 @@ def fold(score: Literal["linear", "squared"], state, previous, keys, values, sta
         """L, B and G as one axis."""
         return x.reshape(-1, *x.shape[3:])
 
+    # XLA would merge the kernel with slices that it takes, or that its results become, whatever arrays they belong to;
+    # and nothing would say then that it works in place. Barriers keep them apart.
+    arrays, keys, values = lax.optimization_barrier((arrays, keys, values))
     refs = [jax.new_ref(merged(x)) for x in arrays]
     root = jnp.exp(log_weights / degree)
-    # How many rows are due, which, and where their tokens begin. One array, and made here: XLA merges a slice with the
-    # kernel that takes it into a fusion of its own, of which nothing says that it works in place.
+    # How many rows are due, which, and where their tokens begin.
     plan = jnp.concatenate([due.sum()[None], jnp.argsort(~due, stable=True), start]).astype(jnp.int32)
     kernel(
         plan,
@@ -228,4 +230,5 @@ def fold(score: Literal["linear", "squared"], state, previous, keys, values, sta
         merged(jnp.exp(log_carry)),
         *refs,
     )
-    return structure.unflatten(jax.freeze(ref).reshape(x.shape) for ref, x in zip(refs, arrays))
+    after = lax.optimization_barrier([jax.freeze(ref) for ref in refs])
+    return structure.unflatten(new.reshape(old.shape) for new, old in zip(after, arrays))
