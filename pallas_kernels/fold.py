@@ -21,7 +21,8 @@ HEIGHT = 64  # rows of a tile in registers: the features of one cyclic offset
 WIDTH = 64  # values, and numbers of a key
 LONGEST = 128  # tokens, whose keys and values lie in shared memory
 BUFFERS = 3  # tiles in shared memory: one in registers, two on their way
-PROGRAMS = 264  # that share the work: two for each multiprocessor of an H200
+MULTIPROCESSORS = 132  # of an H200
+SHARED_MEMORY = 228 * 1024  # bytes of a multiprocessor, of which a program takes 1 KiB more than it asks for
 AT_ONCE = 8  # tokens whose keys and values are on their way together
 
 
@@ -67,10 +68,12 @@ def fold(score: Literal["linear", "squared"], state, previous, keys, values, sta
     tiles = -(-features // height)
     degree = {"linear": 1, "squared": 2}[score]
     dtype = arrays[0].dtype
-    programs = min(PROGRAMS, layers * batch * groups * tiles)
+    of_program = BUFFERS * height * (WIDTH * dtype.itemsize + 4) + 3 * WIDTH * 4 * size + 1200
+    programs = min(MULTIPROCESSORS * (SHARED_MEMORY // of_program), layers * batch * groups * tiles)
 
-    def body(plan_ref, key_ref, value_ref, root_ref, carry_ref, *rest):
-        refs, (kv_s, sum_s, key_s, value_s, arrived) = rest[:-5], rest[-5:]
+    def body(plan_ref, key_ref, value_ref, root_ref, carry_ref, *refs):
+        (*state_refs, kv_s, sum_s, key_s, value_s, arrived) = refs
+        now, before = state_refs[:2], state_refs[2:]
         program = lax.axis_index("program")
         total = plan_ref[0] * per_row * tiles
         share = (total + programs - 1) // programs
@@ -81,30 +84,28 @@ def fold(score: Literal["linear", "squared"], state, previous, keys, values, sta
             """The row, its state among all, and the tile of that state."""
             item, tile = step // tiles, lax.rem(step, tiles)
             row = plan_ref[1 + item // per_row]
-            rest = lax.rem(item, per_row)
-            return row, (rest // groups * batch + row) * groups + lax.rem(rest, groups), tile
+            layer, group = lax.rem(item, per_row) // groups, lax.rem(item, groups)
+            return row, (layer * batch + row) * groups + group, tile
 
-        def copy(refs, index, tile, slot, one):
+        def copy(pair, index, tile, slot, one):
             """One copy of a tile of kv, and one of its part of key_sum.
 
             What is past a state's end is neither read nor written: copies of tiled buffers see to that. Of a vector
             they cut off only what is past the end of all.
             """
-            if not refs:
-                return
-            kv_ref, sum_ref = refs
+            kv_ref, sum_ref = pair
             one(kv_ref.at[index, pl.ds(tile * height, height), :], kv_s.at[slot], arrived.at[slot])
-            for size, there in ((height, tile < whole), (features % height, tile == whole)):
-                if size:
+            for count, there in ((height, tile < whole), (features % height, tile == whole)):
+                if count:
 
                     @pl.when(there)
-                    def _(size=size):
-                        at = sum_ref.at[index, pl.ds(tile * height, size)]
-                        one(at, sum_s.at[slot, pl.ds(0, size)], arrived.at[slot])
+                    def _(count=count):
+                        at = sum_ref.at[index, pl.ds(tile * height, count)]
+                        one(at, sum_s.at[slot, pl.ds(0, count)], arrived.at[slot])
 
         def load(step):
             _, index, tile = place(step)
-            copy(refs[:2], index, tile, lax.rem(step, BUFFERS), plgpu.copy_gmem_to_smem)
+            copy(now, index, tile, lax.rem(step, BUFFERS), plgpu.copy_gmem_to_smem)
 
         def store(to, index, tile, slot):
             copy(to, index, tile, slot, lambda there, here, _: plgpu.copy_smem_to_gmem(here, there))
@@ -159,7 +160,7 @@ def fold(score: Literal["linear", "squared"], state, previous, keys, values, sta
                 return tuple(kv), tuple(key_sum)
 
             kv, key_sum = lax.fori_loop(0, size, token, (kv, key_sum))
-            if previous is not None:
+            if before:
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             for n in halves:
                 kv_s[half_of(n)] = kv[n].astype(dtype)
@@ -175,9 +176,10 @@ def fold(score: Literal["linear", "squared"], state, previous, keys, values, sta
                 stage(row, index)
 
             plgpu.barrier_wait(arrived.at[slot])
-            store(refs[2:], index, tile, slot)
+            if before:
+                store(before, index, tile, slot)
             advance(index, tile, slot)
-            store(refs[:2], index, tile, slot)
+            store(now, index, tile, slot)
             # The tile before this one has left the buffer that the next but one comes to.
             plgpu.wait_smem_to_gmem(2, wait_read_only=True)
 
