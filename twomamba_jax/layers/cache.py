@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from twomamba_jax.config import MixerConfig, ModelConfig
+from twomamba_jax.layers.execution import Execution
 from twomamba_jax.ops import cached_attention
 from twomamba_jax.ops.cached_attention import FOLD_SIZE, DecodingCache, init_decoding_cache
 from twomamba_jax.ops.feature_map import FINITE_SCORES
@@ -179,11 +180,18 @@ def cache_bytes(config: ModelConfig, batch: int, max_length: int, **options) -> 
     return state_bytes(jax.eval_shape(lambda: init_cache(config, batch, max_length, **options)))
 
 
-def append(mixer: MixerConfig, cache: MixerCache, new: MixerTokens, precision) -> MixerCache:
+def append(mixer: MixerConfig, cache: MixerCache, new: MixerTokens, execution: Execution) -> MixerCache:
     """The cache with what a mixer's new tokens left behind. An axis may lead, as of layers in a stack."""
     partition = nn.logical_to_mesh_axes(("batch", "length", "heads", "head_dim"))
-    options = {"score": mixer.score, "precision": precision, "partition": partition}
-    return MixerCache(cached_attention.append(cache.attention, new.attention, **options), new.convolution)
+    attention = cached_attention.append(
+        cache.attention,
+        new.attention,
+        score=mixer.score,
+        implementation=execution.implementation,
+        precision=execution.precision,
+        partition=partition,
+    )
+    return MixerCache(attention, new.convolution)
 
 
 def advance(cache: Cache, layers: tuple[MixerCache, ...], counts) -> Cache:

@@ -149,7 +149,7 @@ class LanguageModel(nn.Module):
                 continue
             before, states = detach(cache.layers[index])
             x, new = layers(x, before, jnp.arange(count), states, *rows)
-            caches.append(append(mixer, cache.layers[index], new, execution.precision))
+            caches.append(append(mixer, cache.layers[index], new, execution))
 
         norm = RMSNorm(eps=config.norm_eps, dtype=execution.dtype, param_dtype=execution.param_dtype, name="norm")
         counts = jnp.full(start.shape, tokens.shape[1], jnp.int32) if lengths is None else lengths.astype(jnp.int32)

@@ -110,7 +110,7 @@ class Mixer(nn.Module):
             options = self._operation(None) | {"is_empty": cache_is_empty}
             y, new = cached_attention(q, k, v, log_decay, cache.attention, **rows, **options)
             new = MixerTokens(new, convolution)
-            cache = append(config, cache, new, self.execution.precision) if appends else new
+            cache = append(config, cache, new, self.execution) if appends else new
 
         if residual is not None:
             y = y + residual

@@ -171,17 +171,34 @@ def append(
     new: NewTokens,
     *,
     score: Score,
+    implementation: Implementation | None = None,
     precision: Precision = None,
     partition: PartitionSpec | None = None,
 ) -> DecodingCache:
     """The cache with what `cached_attention` returned; in a finite score's, r tokens that have waited are folded.
 
     An axis may lead, as of layers in a stack. No reverse derivative: how often it folds depends on the lengths.
+
+    Args:
+      cache: what `cached_attention` read.
+      new: what it returned.
+      score: as the cache's.
+      implementation: what folds; as in `decay_attention`, like all that is not named here. The kernel works in float32
+        whatever the precision.
+
+    Raises:
+      ValueError: as `decay_attention` does for an implementation.
     """
     if isinstance(cache, AttentionCache):
         return attention_cache.append(new, cache, partition)
     op = make_operation(cache.keys.shape[-1], score, True, None, precision)
-    return recurrent_cache.append(op, new, cache, partition)
+    fold, unsupported = (
+        None,
+        functools.partial(kernels.unsupported_fold, cache.state.kv, cache.keys, cache.values, cache.fold_size),
+    )
+    if kernels.choose(implementation, "fold", unsupported) == kernels.MOSAIC_GPU:
+        fold = functools.partial(kernels.fold, op)
+    return recurrent_cache.append(op, new, cache, partition, fold)
 
 
 def roll_back(cache: DecodingCache, counts) -> DecodingCache:

@@ -148,6 +148,22 @@ def read_state(state: FiniteState | LayerState, partition: PartitionSpec | None,
     return jax.shard_map(query_step, in_specs=specs, out_specs=array, check_vma=False)(*arguments)[:, :, :, None]
 
 
+def unsupported_fold(kv, keys, values, size: int, form) -> str | None:
+    """Why the kernels cannot fold `size` tokens of these rings into these states here, or None if they can."""
+    if reason := unsupported_device():
+        return reason
+    from pallas_kernels.fold import unsupported as unsupported_tokens
+
+    return unsupported_tokens(kv, keys, values, size)
+
+
+def fold(op: Operation, *arguments):
+    """(state, previous) of a stack of layers after the tokens; the arguments are those of `pallas_kernels.fold`."""
+    from pallas_kernels.fold import fold as fold_tokens
+
+    return fold_tokens(op.score, *arguments)
+
+
 def _in_stack(state: FiniteState | LayerState) -> LayerState:
     """A state alone as a stack of one."""
     return state if isinstance(state, LayerState) else LayerState(jax.tree.map(lambda x: x[None], state), jnp.int32(0))

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from twomamba_jax.ops import stages, steps
+from twomamba_jax.ops.decay import suffix_log_decay
 from twomamba_jax.ops.new_tokens import NewTokens
 from twomamba_jax.ops.operation import Operation
 from twomamba_jax.ops.parallel import parallel
@@ -95,15 +96,17 @@ def prefill(op: Operation, attend_all, q, k, v, log_decay, counts, cache: Recurr
     return y, NewTokens(keys, values, decays, lengths, counted.sum(1), state, target)
 
 
-def append(op: Operation, new: NewTokens, cache: RecurrentCache, partition: PartitionSpec | None) -> RecurrentCache:
+def append(
+    op: Operation, new: NewTokens, cache: RecurrentCache, partition: PartitionSpec | None, fold: Callable | None = None
+) -> RecurrentCache:
     """The cache with the new tokens in its ring, and the oldest r folded in the rows in which that many wait.
 
-    An axis may lead, as of layers in a stack. `partition` is as in `decay_attention`.
+    An axis may lead, as of layers in a stack. `partition` is as in `decay_attention`, `fold` as in `_fold`.
     """
     if cache.length.ndim == 1:
-        stack = append(op, *jax.tree.map(lambda x: x[None], (new, cache)), partition)
+        stack = append(op, *jax.tree.map(lambda x: x[None], (new, cache)), partition, fold)
         return jax.tree.map(lambda x: x[0], stack)
-    return spread_stack(functools.partial(_fold, op), partition, jax.vmap(_extend)(new, cache))
+    return spread_stack(functools.partial(_fold, op, fold), partition, jax.vmap(_extend)(new, cache))
 
 
 def _extend(new: NewTokens, cache: RecurrentCache) -> RecurrentCache:
@@ -134,12 +137,29 @@ def roll_back(counts, cache: RecurrentCache) -> RecurrentCache:
     return cache._replace(state=state, folded=cache.folded - crossed * cache.fold_size, length=length)
 
 
-def _fold(op: Operation, stack: RecurrentCache) -> RecurrentCache:
-    """Folds what is due in a stack of layers [L, B, ...] that have seen the same tokens: in place, row by row.
+def _fold(op: Operation, fold: Callable | None, stack: RecurrentCache) -> RecurrentCache:
+    """Folds what is due in a stack of layers [L, B, ...] that have seen the same tokens; in place.
+
+    `fold(state, previous, keys, values, start, log_weights, log_carry, due)` is as in `pallas_kernels.fold`; None
+    folds by XLA.
+    """
+    due = (stack.length - stack.folded >= stack.fold_size)[0]
+    if fold is None:
+        state, previous = _fold_rows(op, stack, due)
+    else:
+        start = stack.folded % (2 * stack.fold_size)  # 0 or r
+        halves = jnp.split(stack.log_decay, 2, axis=-1)
+        log_decay = jnp.where((start == 0)[..., None, None], *halves)
+        weights = suffix_log_decay(log_decay), log_decay.sum(-1)
+        state, previous = fold(stack.state, stack.previous, stack.keys, stack.values, start[0], *weights, due)
+    return stack._replace(state=state, previous=previous, folded=stack.folded + due * stack.fold_size)
+
+
+def _fold_rows(op: Operation, stack: RecurrentCache, due):
+    """The states after the tokens in the rows `due [B]`, and those before them; row by row.
 
     A row that is not due is not touched; and what is added to a state is as large as it, so never made for all rows.
     """
-    due = (stack.length - stack.folded >= stack.fold_size)[0]
     order = jnp.argsort(~due)
     rest = stack._replace(state=None, previous=None)
 
@@ -159,9 +179,7 @@ def _fold(op: Operation, stack: RecurrentCache) -> RecurrentCache:
 
     states = (stack.state,) if stack.previous is None else (stack.state, stack.previous)
     state, *previous = jax.lax.fori_loop(0, due.sum(), fold_row, states)
-    return stack._replace(
-        state=state, previous=previous[0] if previous else None, folded=stack.folded + due * stack.fold_size
-    )
+    return state, previous[0] if previous else None
 
 
 def _state_now(op: Operation, cache: RecurrentCache) -> FiniteState:

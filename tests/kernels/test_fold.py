@@ -1,0 +1,330 @@
+"""The kernel that folds waiting tokens into states, under the interpreter, and through the cache that uses it."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from jax.sharding import AxisType, PartitionSpec
+from models import config_of
+
+from pallas_kernels import fold as kernel
+from pallas_kernels.device import unsupported_device
+from pallas_kernels.interpreter import interpreted
+from twomamba_jax import Execution, LanguageModel, Mixer, init_cache
+from twomamba_jax.layers.cache import init_mixer_cache
+from twomamba_jax.ops import cached_attention as ops
+from twomamba_jax.ops import kernels
+from twomamba_jax.ops.state import FiniteState
+
+FEATURES = {"linear": 64, "squared": 2080}
+
+
+def normal(seed, *shape, dtype=jnp.float32):
+    return jax.random.normal(jax.random.key(seed), shape, dtype)
+
+
+@pytest.fixture
+def few_programs(monkeypatch):
+    """Two programs or three in all, each with tiles of several states and several tiles of one."""
+    monkeypatch.setattr(kernel, "MULTIPROCESSORS", 1)
+
+
+def problem(score, size, rows, *, layers=2, groups=1, dtype=jnp.float32, of_tokens=jnp.float32, previous=False):
+    """The arguments of `fold` after the score, but for `due`; rows begin in either half of the ring."""
+    heads = layers, len(rows), groups
+
+    def state(seed):
+        shape = *heads, FEATURES[score]
+        return FiniteState(normal(seed, *shape, 64, dtype=dtype), normal(seed + 1, *shape))
+
+    rings = (normal(seed, *heads, 2 * size, 64, dtype=of_tokens) for seed in (4, 5))
+    start = jnp.arange(len(rows), dtype=jnp.int32) % 2 * size
+    weights = -jnp.abs(normal(6, *heads, size)), -jnp.abs(normal(7, *heads))
+    return state(0), state(2) if previous else None, *rings, start, *weights
+
+
+def wide(x):
+    return np.asarray(x).astype(np.float64)
+
+
+def expected(score, state, keys, values, start, log_weights, log_carry):
+    """What every row would become, in float64, and the sum of its terms' sizes."""
+    slots = start[:, None] + jnp.arange(log_weights.shape[-1])
+    take = functools.partial(jnp.take_along_axis, indices=slots[None, :, None, :, None], axis=3)
+    keys, values = wide(take(keys)), wide(take(values))
+    phi = (keys if score == "linear" else oracle.symmetric_features(keys)) * np.exp(wide(log_weights))[..., None]
+    carry = np.exp(wide(log_carry))[..., None]
+
+    def after(phi, values, kv, key_sum):
+        added = np.einsum("lbgtd,lbgtv->lbgdv", phi, values)
+        return FiniteState(carry[..., None] * kv + added, carry * key_sum + phi.sum(3))
+
+    state = jax.tree.map(wide, state)
+    return after(phi, values, *state), after(np.abs(phi), np.abs(values), *map(np.abs, state))
+
+
+def check(score, arguments, due, got):
+    """Rows that are due are near the oracle, and the others have kept their bits; `previous` took what was there."""
+    state, previous, *tokens = arguments
+    new, taken = got
+    want, size = expected(score, state, *tokens)
+    # Of sums of r + 1 products of a few float32 roundings each; and one rounding to the state's dtype.
+    tolerance = np.finfo(np.float32).eps * (tokens[-2].shape[-1] + 8)
+    for name in FiniteState._fields:
+        new_x, old_x, want_x = getattr(new, name), getattr(state, name), getattr(want, name)
+        bound = tolerance * getattr(size, name) + jnp.finfo(new_x.dtype).eps / 2 * np.abs(want_x)
+        assert (np.abs(wide(new_x) - want_x) <= bound)[:, due].all()
+        np.testing.assert_array_equal(wide(new_x)[:, ~due], wide(old_x)[:, ~due])
+        if previous is not None:
+            expected_previous = np.where(
+                due.reshape(1, -1, *[1] * (old_x.ndim - 2)), wide(old_x), wide(getattr(previous, name))
+            )
+            np.testing.assert_array_equal(wide(getattr(taken, name)), expected_previous)
+    assert (taken is None) == (previous is None)
+
+
+CASES = [
+    ("squared", 4, jnp.float32, jnp.float32, [False, True], False),
+    ("squared", 16, jnp.bfloat16, jnp.bfloat16, [True], True),
+    ("squared", 1, jnp.float32, jnp.bfloat16, [True, False], True),
+    ("linear", 9, jnp.float32, jnp.bfloat16, [True, False, True, False], True),
+    ("linear", 16, jnp.bfloat16, jnp.float32, [True, True, True], False),
+    ("linear", 1, jnp.float32, jnp.float32, [False, False, False], True),
+]
+
+
+@pytest.mark.usefixtures("few_programs")
+@pytest.mark.parametrize(("score", "size", "dtype", "of_tokens", "due", "previous"), CASES, ids=str)
+def test_equals_the_formula(score, size, dtype, of_tokens, due, previous):
+    due = np.array(due)
+    layers, groups = (1, 1) if score == "squared" else (2, 2)
+    options = {"layers": layers, "groups": groups, "dtype": dtype, "of_tokens": of_tokens, "previous": previous}
+    arguments = problem(score, size, due, **options)
+    with interpreted():
+        got = jax.jit(functools.partial(kernel.fold, score))(*arguments, due)
+    check(score, arguments, due, got)
+
+
+def test_as_many_programs_as_on_a_gpu():
+    """Each with one tile: fewer than there could be."""
+    due = np.array([False, True])
+    arguments = problem("squared", 3, due, layers=1)
+    with interpreted():
+        check("squared", arguments, due, kernel.fold("squared", *arguments, due))
+
+
+@pytest.mark.usefixtures("few_programs")
+def test_rows_that_are_not_due_may_hold_anything():
+    """NaN in a row's state, tokens and decays stays there, and nothing of it reaches another row."""
+    due = np.array([True, False, True])
+    arguments = problem("linear", 4, due, previous=True)
+    state, previous, keys, values, start, *weights = arguments
+
+    def poisoned(x):
+        return x.at[:, 1].set(jnp.nan)
+
+    poison = jax.tree.map(poisoned, (state, previous, keys, values)), start, jax.tree.map(poisoned, weights)
+    poison = (*poison[0], start, *poison[2])
+    with interpreted():
+        clean, dirty = (jax.jit(functools.partial(kernel.fold, "linear"))(*x, due) for x in (arguments, poison))
+    for want, got, before in zip(jax.tree.leaves(clean), jax.tree.leaves(dirty), jax.tree.leaves(poison)):
+        np.testing.assert_array_equal(got[:, due], want[:, due])
+        np.testing.assert_array_equal(got[:, 1], before[:, 1])
+
+
+def decode(cache, counts, implementation, score="linear", partition=None):
+    """The cache after calls of up to r tokens, of which `counts` [calls][B] count in each row; and their outputs."""
+
+    @jax.jit
+    def call(cache, tokens, lengths):
+        y, new = ops.cached_attention(
+            *tokens, cache, score=score, normalize=True, lengths=lengths, implementation="xla", precision="highest"
+        )
+        options = {"score": score, "implementation": implementation, "precision": "highest", "partition": partition}
+        return y, ops.append(cache, new, **options)
+
+    outputs = []
+    for seed, lengths in enumerate(counts):
+        shape = len(lengths), cache.fold_size, 1
+        tokens = *(normal(10 * seed + n, *shape, 64) for n in range(3)), -jnp.abs(normal(10 * seed + 3, *shape)) / 4
+        y, cache = call(cache, tokens, jnp.array(lengths))
+        outputs.append(y)
+    return cache, outputs
+
+
+def empty_cache(rows, *, score="linear", fold_size=2, **options):
+    return ops.init_decoding_cache(score, rows, 1, 64, 64, fold_size=fold_size, **options)
+
+
+COUNTS = [(2, 1, 0), (1, 2, 1), (2, 2, 1), (1, 0, 2), (2, 2, 1)]  # 4, 3 and 2 folds
+
+
+@pytest.mark.usefixtures("few_programs")
+@pytest.mark.parametrize("mesh", [False, True], ids=["one-device", "mesh"])
+@pytest.mark.parametrize("rollback", [False, True], ids=["", "rollback"])
+def test_a_cache_that_the_kernel_folds_is_the_one_that_xla_folds(rollback, mesh):
+    want, outputs = decode(empty_cache(3, rollback=rollback), COUNTS, "xla")
+    np.testing.assert_array_equal(want.folded, [8, 6, 4])
+    with interpreted():
+        if mesh:
+            axes = jax.make_mesh((1, 1), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+            with jax.set_mesh(axes):
+                partition = PartitionSpec("data", None, "tensor")
+                got, others = decode(empty_cache(3, rollback=rollback), COUNTS, "mosaic_gpu", partition=partition)
+        else:
+            got, others = decode(empty_cache(3, rollback=rollback), COUNTS, "mosaic_gpu")
+    for x, y in zip(jax.tree.leaves((got, others)), jax.tree.leaves((want, outputs)), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("few_programs")
+def test_rolls_back_to_the_bit():
+    """Over a fold, in two rows of three; what follows then has the bits that it had."""
+    start, last = COUNTS[:3], COUNTS[3:]
+    with interpreted():
+        cache, _ = decode(empty_cache(3, rollback=True), start, "mosaic_gpu")
+        want = decode(cache, last, "mosaic_gpu")
+        ahead, _ = decode(cache, [(1, 2, 1)], "mosaic_gpu")
+        np.testing.assert_array_equal(ahead.folded - cache.folded, [2, 2, 0])
+        back = ops.roll_back(ahead, jnp.array([1, 2, 1]))
+        for x, y in zip(jax.tree.leaves(back.state), jax.tree.leaves(cache.state), strict=True):
+            np.testing.assert_array_equal(x, y)
+        got = decode(back, last, "mosaic_gpu")
+    np.testing.assert_array_equal(got[0].length, want[0].length)
+    for x, y in zip(jax.tree.leaves((got[0].state, got[1])), jax.tree.leaves((want[0].state, want[1])), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.usefixtures("few_programs")
+def test_a_mixer_folds_by_its_implementation(monkeypatch):
+    folds, fold = [], kernel.fold
+
+    def counted(*arguments):
+        folds.append(arguments[1].kv.shape)
+        return fold(*arguments)
+
+    monkeypatch.setattr(kernel, "fold", counted)
+    config = config_of("mamba2", num_heads=1, num_kv_heads=1, head_dim=64)
+    x = normal(0, 2, 1, config.d_model)
+
+    def mixer(implementation):
+        return Mixer(config.mixers[0], 1, 64, execution=Execution(implementation=implementation))
+
+    def call(params, implementation):
+        cache = init_mixer_cache(config.mixers[0], config, 2, 4, fold_size=1)
+        return mixer(implementation).apply({"params": params}, x, cache=cache)
+
+    params = mixer("xla").init(jax.random.key(0), x)["params"]
+    want = call(params, "xla")
+    assert not folds
+    with interpreted():
+        got = call(params, "mosaic_gpu")
+    assert folds == [(1, 2, 1, 64, 64)]
+    for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("implementation", "aliases"), [("mosaic_gpu", 2), ("xla", 0)])
+def test_a_model_folds_all_layers_at_once(implementation, aliases, monkeypatch):
+    """One kernel that works in place, on a kv and a key_sum: three layers, lowered without a GPU."""
+    monkeypatch.setattr(kernels, "unsupported_device", lambda: None)
+    config = config_of("2mamba", 3, num_heads=1, num_kv_heads=1, head_dim=64)
+    model, tokens = LanguageModel(config, Execution(implementation=implementation)), jnp.ones((2, 1), jnp.int32)
+
+    def step(cache):
+        params = LanguageModel(config).init(jax.random.key(0), tokens)["params"]
+        return model.apply({"params": params}, tokens, cache=cache)
+
+    cache = jax.eval_shape(lambda: init_cache(config, 2, 4))
+    text = jax.jit(step).trace(cache).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("#stablehlo.output_operand_alias<") == aliases
+
+
+def test_refuses_with_the_reason():
+    def refusal(**changes):
+        cache = empty_cache(1, **changes.pop("options", {}))
+        cache = cache._replace(**{name: change(getattr(cache, name)) for name, change in changes.items()})
+        with interpreted(), pytest.raises(ValueError, match="implementation='mosaic_gpu' cannot compute") as error:
+            ops.append(cache, None, score="linear", implementation="mosaic_gpu")
+        return str(error.value)
+
+    def half(x):
+        return jax.tree.map(lambda x: x.astype(jnp.float16), x)
+
+    assert "keys and values of 64 numbers, and these have 32 and 64" in refusal(keys=lambda x: x[..., :32])
+    assert "states in float32 or bfloat16, and these are float16" in refusal(state=half)
+    assert "keys in float32 or bfloat16, and these are float16" in refusal(keys=half)
+    assert "values in float32 or bfloat16, and these are float16" in refusal(values=half)
+    assert "128 tokens at a time, and these are 129" in refusal(options={"fold_size": 129})
+    with pytest.raises(ValueError, match="it needs a Hopper GPU"):
+        ops.append(empty_cache(1), None, score="linear", implementation="mosaic_gpu")
+    with pytest.raises(ValueError, match="implementation='triton' is unknown"):
+        ops.append(empty_cache(1), None, score="linear", implementation="triton")
+
+
+def test_lowers_for_cuda():
+    """For stacks past 2^31 numbers, without a GPU; every state that goes in comes out in the same memory."""
+    due = [None] * 64
+    shapes = jax.eval_shape(lambda: problem("squared", 16, due, layers=20, groups=16, previous=True))
+    arguments = *shapes, jax.ShapeDtypeStruct((64,), bool)
+    program = jax.jit(functools.partial(kernel.fold, "squared")).trace(*arguments)
+    text = program.lower(lowering_platforms=("cuda",)).as_text()
+    assert "custom_call @mosaic_gpu" in text
+    assert text.count("#stablehlo.output_operand_alias<") == 4
+
+
+on_a_gpu = pytest.mark.skipif(unsupported_device() is not None, reason=f"no kernel: {unsupported_device()}")
+
+
+@pytest.mark.gpu
+@on_a_gpu
+@pytest.mark.parametrize("previous", [False, True], ids=["", "previous"])
+@pytest.mark.parametrize(("dtype", "of_tokens"), [(jnp.float32, jnp.bfloat16), (jnp.bfloat16, jnp.float32)], ids=str)
+@pytest.mark.parametrize(("score", "size"), [("squared", 16), ("squared", 100), ("linear", 5)])
+def test_on_a_gpu(score, size, dtype, of_tokens, previous):
+    """Donated, as in a loop; where every state has neighbours on both sides."""
+    due = np.array([True, False, True, True, False])
+    options = {"layers": 3, "groups": 3, "dtype": dtype, "of_tokens": of_tokens, "previous": previous}
+    arguments = problem(score, size, due, **options)
+    kept = jax.tree.map(np.asarray, arguments)
+    got = jax.jit(functools.partial(kernel.fold, score), donate_argnums=(0, 1))(*arguments, due)
+    check(score, kept, due, got)
+
+
+@pytest.mark.gpu
+@on_a_gpu
+def test_in_a_loop_over_slices_on_a_gpu():
+    """States that are read from one stack and written to another, rows that are not due included."""
+    due = np.array([True, False, True])
+    state, _, *rings, start, log_weights, log_carry = arguments = problem("squared", 4, due, layers=4)
+
+    def step(_, layer):
+        state, *tokens = jax.tree.map(lambda x: x[None], layer)
+        keys, values, weights, carry = tokens
+        state, _ = kernel.fold("squared", state, None, keys, values, start, weights, carry, due)
+        return None, jax.tree.map(lambda x: x[0], state)
+
+    _, got = jax.jit(lambda *layers: jax.lax.scan(step, None, layers))(state, *rings, log_weights, log_carry)
+    check("squared", arguments, due, (got, None))
+
+
+@pytest.mark.gpu
+@on_a_gpu
+def test_a_stack_past_32_bits():
+    """2.3e9 numbers, of which two rows of the last layer's are looked at: one that is due and one that is not."""
+    due = np.arange(64) == 62
+    heads = 17, 64, 16
+
+    def ring(seed):
+        return normal(seed, *heads, 8, 64, dtype=jnp.bfloat16)
+
+    state = FiniteState(jnp.ones((*heads, 2080, 64), jnp.bfloat16), jnp.ones((*heads, 2080)))
+    tokens = ring(0), ring(1), jnp.full((64,), 4, jnp.int32), jnp.zeros((*heads, 4)), jnp.zeros(heads)
+    new, _ = jax.jit(functools.partial(kernel.fold, "squared"), donate_argnums=0)(state, None, *tokens, due)
+    last = jax.tree.map(lambda x: x[-1:, 62:], (new, *tokens[:2], *tokens[3:]))
+    ones = FiniteState(jnp.ones((1, 2, 16, 2080, 64), jnp.bfloat16), jnp.ones((1, 2, 16, 2080)))
+    arguments = ones, None, *last[1:3], tokens[2][62:], *last[3:]
+    check("squared", arguments, due[62:], (last[0], None))
