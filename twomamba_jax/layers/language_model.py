@@ -32,10 +32,10 @@ class Block(nn.Module):
     cache_is_empty: bool = False
 
     @nn.compact
-    def __call__(self, x, cache, layer, states, segment_ids, lengths, positions):
+    def __call__(self, x, cache, layer, stack, segment_ids, lengths, positions):
         """x [B, T, E] and a `MixerCache` or None; returns the next x, and `MixerTokens` or None.
 
-        Of a cache that `detach` took apart, `states` are all layers' and `layer` is the number of this one.
+        Of a cache that `detach` took apart, `stack` is all layers' part and `layer` is the number of this one.
         """
         config, dtype, param_dtype = self.config, self.execution.dtype, self.execution.param_dtype
         norm = {"eps": config.norm_eps, "dtype": dtype, "param_dtype": param_dtype}
@@ -53,7 +53,7 @@ class Block(nn.Module):
             segment_ids=segment_ids,
             lengths=lengths,
             positions=positions,
-            cache=None if cache is None else attach(cache, states, layer),
+            cache=None if cache is None else attach(cache, stack, layer),
             cache_is_empty=self.cache_is_empty,
             appends=False,
         )
@@ -147,8 +147,8 @@ class LanguageModel(nn.Module):
             if cache is None:
                 x, _ = layers(x, None, jnp.arange(count), None, *rows)
                 continue
-            before, states = detach(cache.layers[index])
-            x, new = layers(x, before, jnp.arange(count), states, *rows)
+            before, stack = detach(cache.layers[index])
+            x, new = layers(x, before, jnp.arange(count), stack, *rows)
             caches.append(append(mixer, cache.layers[index], new, execution))
 
         norm = RMSNorm(eps=config.norm_eps, dtype=execution.dtype, param_dtype=execution.param_dtype, name="norm")

@@ -20,7 +20,7 @@ from twomamba_jax.ops.layout import grouped_queries, heads_first, tokens_first
 from twomamba_jax.ops.new_tokens import NewTokens
 from twomamba_jax.ops.numerics import Precision, accumulation_dtype
 from twomamba_jax.ops.operation import make_operation
-from twomamba_jax.ops.recurrent_cache import SEGMENT_EDGE, RecurrentCache
+from twomamba_jax.ops.recurrent_cache import SEGMENT_EDGE, LayerCache, RecurrentCache
 from twomamba_jax.ops.segments import extend_last_segment, segment_runs, valid_tokens
 from twomamba_jax.ops.state import init_state
 from twomamba_jax.shapes import Keys, Lengths, LogDecay, Outputs, Queries, SegmentIds, Values
@@ -90,7 +90,7 @@ def cached_attention(
     k: Keys,
     v: Values,
     log_decay: LogDecay | None,
-    cache: DecodingCache,
+    cache: DecodingCache | LayerCache,
     *,
     score: Score,
     normalize: bool,
@@ -106,7 +106,7 @@ def cached_attention(
 ) -> tuple[Outputs, NewTokens]:
     """`decay_attention` of T new tokens that continue those in `cache`; see there for the arguments.
 
-    A finite score attends to up to r new tokens directly; one token reads the state with a kernel, where there is one.
+    A finite score attends to up to r new tokens directly; one token does it all in a kernel, where there is one.
     More than r go through the form and implementation that are named, or chosen. The cache is only read: `append`
     makes the next one.
 
@@ -115,7 +115,7 @@ def cached_attention(
       k: [B, T, G, K].
       v: [B, T, G, V].
       log_decay: [B, T, G], or None.
-      cache: from `init_decoding_cache` or `append`.
+      cache: from `init_decoding_cache` or `append`; a finite score's may lie in a stack of layers.
       score: as the cache's.
       normalize: as in `decay_attention`, like all that is not named here.
       is_empty: promises that the cache is empty, so that forms without an initial state can be used.
@@ -131,8 +131,9 @@ def cached_attention(
     op = make_operation(q.shape[-1], score, normalize, scale, precision)
     checks.check_rows(q, segment_ids, lengths)
     kind = RecurrentCache if op.is_finite else AttentionCache
-    if not isinstance(cache, kind):
-        raise ValueError(f"score={score!r} continues a {kind.__name__}, got {type(cache).__name__}")
+    alone = cache.take() if isinstance(cache, LayerCache) else cache
+    if not isinstance(alone, kind):
+        raise ValueError(f"score={score!r} continues a {kind.__name__}, got {type(alone).__name__}")
     batch, size = q.shape[:2]
     counts = jnp.full((batch,), size, jnp.int32) if lengths is None else lengths.astype(jnp.int32)
     run = None if segment_ids is None else segment_runs(extend_last_segment(segment_ids, lengths))
@@ -153,12 +154,12 @@ def cached_attention(
         partition=partition,
     )
     if op.is_finite:
-        read = None
-        if size <= cache.fold_size:
-            unsupported = functools.partial(kernels.unsupported_in_cache, q, k, cache.state)
+        attend = functools.partial(recurrent_cache.attend, op, cache=alone)
+        if size <= alone.fold_size:
+            unsupported = functools.partial(kernels.unsupported_in_cache, q, k, alone.state)
             if kernels.choose(implementation, "cached", unsupported) == kernels.MOSAIC_GPU:
-                read = functools.partial(kernels.read_state, cache.state, partition)
-        y, new = _attend_finite(op, whole, read, q, k, v, log_decay, run, counts, cache, is_empty)
+                attend = functools.partial(kernels.decode_step, op, cache=cache, partition=partition)
+        y, new = _attend_finite(op, whole, attend, q, k, v, log_decay, run, counts, alone, is_empty)
     else:
         y, new = _attend_exponential(op, whole, q, k, v, log_decay, run, counts, cache, is_empty)
     if lengths is not None:
@@ -215,7 +216,7 @@ def roll_back(cache: DecodingCache, counts) -> DecodingCache:
     return recurrent_cache.roll_back(counts, cache)
 
 
-def _attend_finite(op, whole, read, q, k, v, log_decay, run, counts, cache: RecurrentCache, is_empty):
+def _attend_finite(op, whole, attend, q, k, v, log_decay, run, counts, cache: RecurrentCache, is_empty):
     wide = cache.log_decay.dtype
     decays = jnp.zeros(k.shape[:3], wide) if log_decay is None else clamp_log_decay(log_decay, q.dtype)
     if run is not None:
@@ -227,7 +228,7 @@ def _attend_finite(op, whole, read, q, k, v, log_decay, run, counts, cache: Recu
     arrays = heads_first(q, keys, values, jnp.where(valid[..., None], decays, 0).astype(wide))
 
     if q.shape[1] <= cache.fold_size:
-        y = recurrent_cache.attend(op, *arrays, cache, read)
+        y = attend(*arrays)
         new = NewTokens(*arrays[1:], jnp.zeros_like(counts), counts)
     else:
 

@@ -11,9 +11,12 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from pallas_kernels.device import device_kind, unsupported_device
+from twomamba_jax.ops.numerics import divide
 from twomamba_jax.ops.operation import Operation
+from twomamba_jax.ops.recurrent_cache import LayerCache, RecurrentCache, waiting_decays
 from twomamba_jax.ops.sequence import SequenceAxis
-from twomamba_jax.ops.state import FiniteState, LayerState
+from twomamba_jax.ops.stages import not_negative
+from twomamba_jax.ops.state import FiniteState
 
 Implementation = Literal["xla", "mosaic_gpu"]
 IMPLEMENTATIONS = ("xla", "mosaic_gpu")
@@ -123,29 +126,45 @@ def attend(
     return y, final if axis is None else axis.last(final)
 
 
-def unsupported_in_cache(q, k, state: FiniteState | LayerState, form) -> str | None:
-    """Why the kernels cannot read the state for these new tokens here, or None if they can."""
+def unsupported_in_cache(q, k, state: FiniteState, form) -> str | None:
+    """Why the kernels cannot attend to a cache with this state for these new tokens here, or None if they can."""
     if reason := unsupported_device():
         return reason
     if q.shape[1] > 1:
-        return f"it reads a state for one token at a time, and these are {q.shape[1]}"
-    from pallas_kernels.query_step import unsupported as unsupported_state
+        return f"it attends to a cache for one token at a time, and these are {q.shape[1]}"
+    from pallas_kernels.decode_step import unsupported as unsupported_step
 
-    return unsupported_state(_in_stack(state).stack.kv, q.shape[2] // k.shape[2])
+    return unsupported_step(q, state.kv, q.shape[2] // k.shape[2])
 
 
-def read_state(state: FiniteState | LayerState, partition: PartitionSpec | None, phi):
-    """phi^T kv [B, G, R, 1, V] for features [B, G, R, 1, D]; spread over the batch and heads of `partition`."""
-    from pallas_kernels.query_step import query_step
+def decode_step(op: Operation, q, k, v, log_decay, cache: RecurrentCache | LayerCache, partition: PartitionSpec | None):
+    """`recurrent_cache.attend` for one token; spread over the batch and heads of `partition`."""
+    from pallas_kernels.decode_step import DecodeStep, padded
+    from pallas_kernels.decode_step import decode_step as kernel
 
-    state, phi = _in_stack(state), phi[:, :, :, 0]
-    arguments = state.stack.kv, state.layer, phi
+    if isinstance(cache, RecurrentCache):
+        cache = LayerCache(jax.tree.map(lambda x: x[None], cache._replace(previous=None)), jnp.int32(0))
+    spec, stack = DecodeStep(op.score, op.normalize, op.query_scale), cache.stack
+    decays = waiting_decays(log_decay, cache.take(), padded(stack.keys.shape[3]))
+    key, value = k[:, :, 0].astype(stack.keys.dtype), v[:, :, 0].astype(stack.values.dtype)
+    of_layers = *stack.state, stack.keys, stack.values, stack.folded, stack.length
+
+    def attend(layer, of_layers, of_token):
+        numerator, *denominators = jnp.moveaxis(kernel(spec, layer, *of_layers, *of_token).sum(0), 3, 0)
+        if not denominators:
+            return numerator[:, :, :, None]
+        through_state, of_ring = denominators
+        denominator = not_negative(through_state) + of_ring
+        return divide(numerator[..., None], denominator, op.denominator_floor)[:, :, :, None, :, 0]
+
+    arguments = cache.layer, of_layers, (q[:, :, :, 0], key, value, decays)
     if partition is None or jax.sharding.get_abstract_mesh().empty:
-        return query_step(*arguments)[:, :, :, None]
+        return attend(*arguments)
     batch, _, heads, *_ = (*partition, None, None, None)
-    array = PartitionSpec(batch, heads)
-    specs = (PartitionSpec(None, batch, heads), PartitionSpec(), array)
-    return jax.shard_map(query_step, in_specs=specs, out_specs=array, check_vma=False)(*arguments)[:, :, :, None]
+    array, in_stack = PartitionSpec(batch, heads), PartitionSpec(None, batch, heads)
+    of_stack = tuple(in_stack if x.ndim > 2 else PartitionSpec(None, batch) for x in of_layers)
+    specs = PartitionSpec(), of_stack, (array,) * 4
+    return jax.shard_map(attend, in_specs=specs, out_specs=array, check_vma=False)(*arguments)
 
 
 def unsupported_fold(kv, keys, values, size: int, form) -> str | None:
@@ -162,8 +181,3 @@ def fold(op: Operation, *arguments):
     from pallas_kernels.fold import fold as fold_tokens
 
     return fold_tokens(op.score, *arguments)
-
-
-def _in_stack(state: FiniteState | LayerState) -> LayerState:
-    """A state alone as a stack of one."""
-    return state if isinstance(state, LayerState) else LayerState(jax.tree.map(lambda x: x[None], state), jnp.int32(0))

@@ -19,7 +19,7 @@ from twomamba_jax.ops.new_tokens import NewTokens
 from twomamba_jax.ops.operation import Operation
 from twomamba_jax.ops.parallel import parallel
 from twomamba_jax.ops.spread import spread_stack
-from twomamba_jax.ops.state import FiniteState, LayerState
+from twomamba_jax.ops.state import FiniteState
 from twomamba_jax.shapes import Array, Float, Int
 
 # The log decay of a segment's first token, as the tokens before it feel it: exp of this is 0 in float64 too.
@@ -30,10 +30,10 @@ class RecurrentCache(NamedTuple):
     """The state after token `folded` - 1, and the keys, values and log decays of the tokens from there up to `length`.
 
     Token t lies in slot t mod 2r. `previous` (None where nothing is ever rolled back) is the state r tokens before
-    `state`, which may lie in a stack of all layers.
+    `state`.
     """
 
-    state: FiniteState | LayerState
+    state: FiniteState
     previous: FiniteState | None
     keys: Float[Array, "B G 2r K"]
     values: Float[Array, "B G 2r V"]
@@ -47,10 +47,19 @@ class RecurrentCache(NamedTuple):
         return self.keys.shape[-2] // 2
 
 
-def attend(op: Operation, q, k, v, log_decay, cache: RecurrentCache, read: Callable | None):
-    """T <= r new tokens: to the state, to the ring, and to each other; heads-first arrays as in `stages`.
+class LayerCache(NamedTuple):
+    """The cache of one layer, in a stack of all layers that is read where it lies: a slice would be a copy."""
 
-    `read` is as in `stages.query`.
+    stack: RecurrentCache  # leading axis L
+    layer: Int[Array, ""]
+
+    def take(self) -> RecurrentCache:
+        """The layer's cache alone."""
+        return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, self.layer, keepdims=False), self.stack)
+
+
+def attend(op: Operation, q, k, v, log_decay, cache: RecurrentCache):
+    """T <= r new tokens: to the state, to the ring, and to each other; heads-first arrays as in `stages`.
 
     Returns:
       y [B, G, R, T, V] in the accumulation dtype.
@@ -61,8 +70,21 @@ def attend(op: Operation, q, k, v, log_decay, cache: RecurrentCache, read: Calla
         jnp.concatenate([old.astype(new.dtype), new], axis=2) for old, new in zip(waiting, (k, v, log_decay))
     )
     since_fold = log_decay.at[:, :, 0].add(waiting.log_decay.sum(-1))
-    through_state = stages.query(op, q, since_fold, None, _alone(cache.state), read)
+    through_state = stages.query(op, q, since_fold, None, cache.state)
     return (stages.intra(op, q, keys, values, decays, None) + through_state).outputs(op)
+
+
+def waiting_decays(log_decay, cache: RecurrentCache, size: int):
+    """The log decays [B, G, size] of the tokens that wait, each in its slot of the ring, and 0 elsewhere.
+
+    One new token, whose `log_decay` is [B, G, 1], waits as well. `size` may go beyond the ring.
+    """
+    slots = jnp.arange(size)
+    capacity, newest = cache.keys.shape[2], cache.length[:, None]
+    position = newest - (newest - slots) % capacity  # of the latest token that belongs into a slot
+    waits = (slots < capacity) & (position >= cache.folded[:, None])
+    ring = jnp.pad(cache.log_decay, ((0, 0), (0, 0), (0, size - capacity)))
+    return jnp.where(waits[:, None], jnp.where((position == newest)[:, None], log_decay, ring), 0)
 
 
 def prefill(op: Operation, attend_all, q, k, v, log_decay, counts, cache: RecurrentCache):
@@ -91,8 +113,8 @@ def prefill(op: Operation, attend_all, q, k, v, log_decay, counts, cache: Recurr
     put = jax.vmap(lambda row, at, new: row.at[:, :, at].set(new, mode="drop"))  # no row needs another's device
     y = put(y, jnp.where(counted, tail, y.shape[3]), y_tail.astype(y.dtype))
 
-    moved, old_state = target > start, _alone(cache.state)
-    state = jax.tree.map(lambda new, old: _where(moved, new.astype(old.dtype), old), state, old_state)
+    moved = target > start
+    state = jax.tree.map(lambda new, old: _where(moved, new.astype(old.dtype), old), state, cache.state)
     return y, NewTokens(keys, values, decays, lengths, counted.sum(1), state, target)
 
 
@@ -184,11 +206,7 @@ def _fold_rows(op: Operation, stack: RecurrentCache, due):
 
 def _state_now(op: Operation, cache: RecurrentCache) -> FiniteState:
     """The state after every token so far."""
-    return _advance(op, _alone(cache.state), *_tokens(cache, cache.folded, cache.fold_size - 1))
-
-
-def _alone(state: FiniteState | LayerState) -> FiniteState:
-    return state.take() if isinstance(state, LayerState) else state
+    return _advance(op, cache.state, *_tokens(cache, cache.folded, cache.fold_size - 1))
 
 
 def _advance(op: Operation, state: FiniteState, k, v, log_decay) -> FiniteState:

@@ -24,17 +24,6 @@ class FiniteState(NamedTuple):
     key_sum: Float[Array, "B G D"]
 
 
-class LayerState(NamedTuple):
-    """The finite state of one layer, in a stack of all layers that is read where it lies: a slice would be a copy."""
-
-    stack: FiniteState  # leading axis L
-    layer: Int[Array, ""]
-
-    def take(self) -> FiniteState:
-        """The layer's state alone."""
-        return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, self.layer, keepdims=False), self.stack)
-
-
 class KeyValueCache(NamedTuple):
     """What `exp` remembers: every key and value, and how far each has decayed by now.
 

@@ -1,0 +1,259 @@
+"""The kernel of one token's attention to a cache: interpreted, on a GPU, and through the operation that uses it."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, PartitionSpec
+
+from pallas_kernels import decode_step as kernel
+from pallas_kernels.device import unsupported_device
+from pallas_kernels.interpreter import interpreted
+from twomamba_jax.ops.cached_attention import append, cached_attention, init_decoding_cache, roll_back
+from twomamba_jax.ops.feature_map import num_features
+from twomamba_jax.ops.recurrent_cache import LayerCache, RecurrentCache, waiting_decays
+from twomamba_jax.ops.state import FiniteState
+
+on_gpu = pytest.mark.skipif(unsupported_device() is not None, reason=f"no kernel: {unsupported_device()}")
+
+
+def normal(seed, *shape, dtype=jnp.float32):
+    return jax.random.normal(jax.random.key(seed), shape, dtype)
+
+
+def phi(score, x):
+    """The features of x [..., 64] in float64, by the definition in `feature_map`."""
+    if score == "linear":
+        return x
+    blocks = [np.sqrt(2) * x * np.roll(x, -offset, axis=-1) for offset in range(1, 33)]
+    return np.concatenate([x * x, *blocks[:-1], blocks[-1][..., :32]], axis=-1)
+
+
+def sums(score, q, kv, key_sum, keys, values, decays):
+    """Numerators [R, 64], denominators through the state and of the tokens [R], of one head in float64."""
+    state_weight, *weights = (np.exp(decays[t:].sum()) for t in range(len(decays) + 1))
+    features = state_weight * phi(score, q)
+    scores = (q @ keys.T) ** (2 if score == "squared" else 1) * weights
+    return features @ kv + scores @ values, features @ key_sum, scores.sum(-1)
+
+
+def problem(score, repeats, dtype, state_dtype, fold, waiting):
+    """The arguments of the kernel for rows in which `waiting` tokens wait, and what is to come out, [B, 1, R, 3, 64].
+
+    Then the same sums of magnitudes. What is in the other layer, and in slots without a token that waits, is NaN.
+    """
+    rows, features, capacity = len(waiting), num_features(score, 64), 2 * fold
+    kv, key_sum = normal(0, rows, 1, features, 64, dtype=state_dtype), normal(1, rows, 1, features)
+    q = normal(2, rows, 1, repeats, 64, dtype=dtype)
+    keys, values = normal(3, 2, rows, 1, max(waiting) + 1, 64, dtype=dtype)  # in order, the new token's the last
+    decays = -jnp.abs(normal(4, rows, 1, max(waiting) + 1)) / 4
+
+    folded = np.arange(rows) * 7 * fold
+    rings = np.full((2, rows, 1, capacity, 64), np.nan, np.float32)
+    ring_decays = np.full((rows, 1, capacity), np.nan, np.float32)
+    want, size = [], []
+    for b, count in enumerate(waiting):
+        slots = (folded[b] + np.arange(count)) % capacity
+        rings[:, b, 0, slots] = keys[b, 0, :count], values[b, 0, :count]
+        ring_decays[b, 0, slots] = decays[b, 0, :count]
+        arrays = q[b, 0], kv[b, 0], key_sum[b, 0], keys[b, 0, : count + 1], values[b, 0, : count + 1]
+        arrays = [np.asarray(x, np.float64) for x in (*arrays, decays[b, 0, : count + 1])]
+        arrays[0] /= 8
+        want.append(sums(score, *arrays))
+        size.append(sums(score, *map(np.abs, arrays[:-1]), arrays[-1]))
+
+    def together(rows):
+        numerators, *denominators = map(np.stack, zip(*rows, strict=True))
+        return np.stack([numerators, *(np.repeat(x[..., None], 64, -1) for x in denominators)], axis=2)[:, None]
+
+    last, at = jnp.asarray(waiting), jnp.arange(rows)
+    ends = jnp.asarray(folded, jnp.int32), jnp.asarray(folded + waiting, jnp.int32)
+    cache = RecurrentCache(FiniteState(kv, key_sum), None, *jnp.asarray(rings, dtype), jnp.asarray(ring_decays), *ends)
+    stack = jax.tree.map(lambda x: jnp.stack([jnp.full_like(x, jnp.nan if x.ndim > 1 else 0), x]), cache)
+    log_decay = waiting_decays(decays[at, :, last][..., None], cache, kernel.padded(capacity))
+    of_token = q, keys[at, :, last], values[at, :, last], log_decay
+    arguments = jnp.int32(1), *stack.state, stack.keys, stack.values, stack.folded, stack.length, *of_token
+    return arguments, together(want), together(size)
+
+
+CASES = [
+    ("squared", True, 1, jnp.float32, jnp.float32, 4, (0, 3)),  # nothing waits; as many as can, across the ring's end
+    ("squared", True, 2, jnp.bfloat16, jnp.bfloat16, 40, (39, 1)),  # two tiles
+    ("squared", False, 1, jnp.bfloat16, jnp.float32, 16, (15,)),
+    ("linear", True, 3, jnp.float16, jnp.float32, 1, (0, 0)),
+    ("linear", False, 4, jnp.float32, jnp.bfloat16, 32, (31, 30)),  # a whole tile
+    ("linear", True, 4, jnp.bfloat16, jnp.float32, 40, (17, 39)),
+]
+
+
+def check(score, normalize, *case):
+    arguments, want, size = problem(score, *case)
+    parts = jax.jit(functools.partial(kernel.decode_step, kernel.DecodeStep(score, normalize, 1 / 8)))(*arguments)
+    got = np.asarray(parts, np.float64).sum(0)
+    want, size = (x if normalize else x[:, :, :, :1] for x in (want, size))
+    assert got.shape == want.shape
+    # Sums of products of float32 numbers: no more than an epsilon for each of the terms, far fewer in fact.
+    terms = np.sqrt(arguments[1].shape[3] + arguments[3].shape[3])
+    assert (np.abs(got - want) <= terms * np.finfo(np.float32).eps * size).all()
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_equals_the_definition(case):
+    with interpreted():
+        check(*case)
+
+
+@pytest.mark.gpu
+@on_gpu
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_equals_the_definition_on_a_gpu(case):
+    check(*case)
+
+
+def caches(dtype, layers=2):
+    """A cache that lies in a stack of two layers, and the same cache alone."""
+    cache = init_decoding_cache("squared", 2, 1, 64, 64, fold_size=4, dtype=dtype)
+    state = FiniteState(normal(2, *cache.state.kv.shape), jnp.abs(normal(3, *cache.state.key_sum.shape)))
+    alone = cache._replace(state=state)
+    return LayerCache(
+        jax.tree.map(lambda x: jnp.stack([jnp.zeros_like(x)] * (layers - 1) + [x]), alone), jnp.int32(1)
+    ), alone
+
+
+def token(dtype, seed=4):
+    arrays = (normal(seed + n, 2, 1, heads, 64, dtype=dtype) for n, heads in enumerate((2, 1, 1)))
+    return *arrays, -jnp.abs(normal(seed + 3, 2, 1, 1))
+
+
+attend = functools.partial(cached_attention, score="squared", normalize=True)
+
+
+def test_a_step_with_the_kernel_is_the_step_without():
+    """With the cache in a stack and alone, on one device and under a mesh."""
+    in_stack, alone = caches(jnp.float32)
+    want, _ = attend(*token(jnp.float32), alone, implementation="xla", precision="highest")
+    mesh = jax.make_mesh((1, 1), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+    with interpreted():
+        for cache in (in_stack, alone):
+            got, new = attend(*token(jnp.float32), cache, implementation="mosaic_gpu")
+            np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+            assert new.state is None
+        with jax.set_mesh(mesh):
+            partition = PartitionSpec("data", None, "tensor")
+            got, _ = attend(*token(jnp.float32), in_stack, implementation="mosaic_gpu", partition=partition)
+            np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+
+
+def stepper(score, normalize, implementation):
+    """Jitted: one token in the rows that are active, and the cache after it."""
+
+    @jax.jit
+    def step(cache, token, active):
+        options = {"score": score, "precision": "highest"}
+        y, new = cached_attention(
+            *token, cache, normalize=normalize, lengths=active, implementation=implementation, **options
+        )
+        return y, append(cache, new, **options)
+
+    return step
+
+
+@pytest.mark.parametrize(("score", "normalize"), [("squared", True), ("linear", False)])
+def test_steps_with_the_kernel_are_the_steps_without(score, normalize):
+    """From an empty cache over several folds, in rows that are not at the same token."""
+    cache = init_decoding_cache(score, 2, 1, 64, 64, fold_size=2)
+    xla = stepper(score, normalize, "xla")
+    with interpreted():
+        step = stepper(score, normalize, "mosaic_gpu")
+        for index in range(6):
+            active = jnp.array([1, index != 1], jnp.int32)
+            new = token(jnp.float32, 10 * index)
+            got, _ = step(cache, new, active)
+            want, cache = xla(cache, new, active)
+            scale = np.abs(want).max()
+            np.testing.assert_allclose(got, want, atol=64 * np.finfo(np.float32).eps * scale)
+    assert cache.folded.tolist() == [6, 4]
+
+
+def test_a_step_after_a_roll_back_has_the_bits_of_the_step_without():
+    """Two tokens are read and taken back: over a fold in one row, not in the other."""
+    step = stepper("squared", True, "mosaic_gpu")
+    active = jnp.ones(2, jnp.int32)
+    cache = init_decoding_cache("squared", 2, 1, 64, 64, fold_size=2, rollback=True)
+    skip = stepper("squared", True, "xla")
+    for index in range(3):
+        _, cache = skip(cache, token(jnp.float32, 10 * index), jnp.array([1, index > 0], jnp.int32))
+    ahead = cache
+    for index in range(2):
+        _, ahead = skip(ahead, token(jnp.float32, 100 + 10 * index), active)
+    back = roll_back(ahead, jnp.array([2, 2]))
+    assert (ahead.folded - cache.folded).tolist() == [2, 2]
+    with interpreted():
+        want, _ = step(cache, token(jnp.float32, 50), active)
+        got, _ = step(back, token(jnp.float32, 50), active)
+    np.testing.assert_array_equal(got, want)
+    assert np.abs(want).min() > 0
+
+
+def test_refuses_with_the_reason():
+    _, cache = caches(jnp.float32)
+    q, k, v, log_decay = token(jnp.float32)
+
+    def refusal(*arrays, cache=cache):
+        with interpreted(), pytest.raises(ValueError, match="implementation='mosaic_gpu' cannot compute") as error:
+            attend(*arrays, cache, implementation="mosaic_gpu")
+        return str(error.value)
+
+    two = (jnp.repeat(x, 2, axis=1) for x in (q, k, v, log_decay))
+    assert "one token at a time, and these are 2" in refusal(*two)
+    assert "4 query heads per key/value head, and these are 6" in refusal(jnp.repeat(q, 3, axis=2), k, v, log_decay)
+    half = cache._replace(state=cache.state._replace(kv=cache.state.kv.astype(jnp.float16)))
+    assert "float32 or bfloat16, and these are float16" in refusal(q, k, v, log_decay, cache=half)
+    assert kernel.unsupported(q, jnp.zeros((2080, 32)), 1) == "it has keys and values of 64, and these are of 64 and 32"
+    double = jax.ShapeDtypeStruct(q.shape, jnp.float64)
+    assert kernel.unsupported(double, cache.state.kv, 1) == "it computes in float32, and the queries are float64"
+    with pytest.raises(ValueError, match="it needs a Hopper GPU"):
+        attend(q, k, v, log_decay, cache, implementation="mosaic_gpu")
+
+
+def shapes_of(layers, batch, groups, repeats, slots=32):
+    """The arguments of a squared step in bfloat16, with float32 states."""
+    heads, stack = (batch, groups), (layers, batch, groups)
+    ring = (*stack, slots, 64), jnp.bfloat16
+    position = (layers, batch), jnp.int32
+    shapes = (
+        ((), jnp.int32), ((*stack, 2080, 64), jnp.float32), ((*stack, 2080), jnp.float32), ring, ring,
+        position, position,
+        ((*heads, repeats, 64), jnp.bfloat16), ((*heads, 64), jnp.bfloat16), ((*heads, 64), jnp.bfloat16),
+        ((*heads, kernel.padded(slots)), jnp.float32),
+    )  # fmt: skip
+    return [jax.ShapeDtypeStruct(*shape) for shape in shapes]
+
+
+step = functools.partial(kernel.decode_step, kernel.DecodeStep("squared", True, 1 / 8))
+
+
+@pytest.mark.gpu
+@on_gpu
+def test_a_stack_past_32_bits():
+    """2.3e9 numbers, of which the last layer is read: what it gives is what that layer gives as a stack of one."""
+    layers = 17
+    one = [
+        jnp.zeros(x.shape, x.dtype) if x.dtype == jnp.int32 else normal(n, *x.shape, dtype=x.dtype)
+        for n, x in enumerate(shapes_of(1, 64, 16, 1))
+    ]
+    one[1] = one[1].astype(jnp.bfloat16)
+    want = jax.jit(step)(*one)
+    in_stack = jax.jit(lambda last: jnp.zeros((layers, *last.shape[1:]), last.dtype).at[-1].set(last[0]))
+    got = jax.jit(step)(jnp.int32(layers - 1), *map(in_stack, one[1:7]), *one[7:])
+    assert np.abs(want).max() > 0
+    np.testing.assert_array_equal(got, want)
+
+
+def test_lowers_for_cuda():
+    """For a stack past 2^31 numbers, without a GPU."""
+    text = jax.jit(step).trace(*shapes_of(20, 64, 16, 4)).lower(lowering_platforms=("cuda",)).as_text()
+    assert "decode_step" in text
+    assert "custom_call @mosaic_gpu" in text
