@@ -27,6 +27,7 @@ from matplotlib.figure import Figure
 from twomamba_jax import Execution, LanguageModel, ModelConfig, cache_bytes, init_cache, parse_pattern, state_bytes
 from twomamba_jax.generation import Decoding, decode_loop, row_keys
 from twomamba_jax.ops.attention_cache import AttentionCache
+from twomamba_jax.ops.kernels import IMPLEMENTATIONS
 from twomamba_jax.ops.state import FiniteState
 
 SIZES = {
@@ -74,7 +75,7 @@ def is_finite(variant: str) -> bool:
     return all(mixer.score != "exp" for mixer in parse_pattern(variant, 1))
 
 
-def model_of(variant: str, options: argparse.Namespace, implementation: str | None = None) -> LanguageModel:
+def model_of(variant: str, options: argparse.Namespace, implementation: str | None) -> LanguageModel:
     sizes = SIZES[options.size]
     config = ModelConfig(**sizes, mixers=parse_pattern(variant, sizes["num_layers"]))
     dtype = jnp.dtype(options.dtype)
@@ -137,7 +138,7 @@ def context_bytes(row: Row, model: LanguageModel) -> int:
 def check(row: Row, options: argparse.Namespace, params) -> float:
     """The largest difference between one token's logits by the timed implementation and by XLA, over the largest."""
     small = dataclasses.replace(row, context=min(row.context, 4 * (row.fold_size or 16)))
-    model, peer = model_of(row.variant, options), model_of(row.variant, options, "xla")
+    model, peer = (model_of(row.variant, options, name) for name in (options.implementation, "xla"))
     cache = start(small, small.context + 1, model).cache
     token = jnp.full((row.batch, 1), 3, jnp.int32)
     got, want = (
@@ -150,7 +151,7 @@ def check(row: Row, options: argparse.Namespace, params) -> float:
 
 
 def measure(row: Row, options: argparse.Namespace, params, bandwidth: float, memory: int, programs: dict) -> Row:
-    model = model_of(row.variant, options)
+    model = model_of(row.variant, options, options.implementation)
     tokens = options.tokens * (options.runs + 1)
     # Programs of finite states serve every context: their shapes are the same.
     capacity = 1 if row.fold_size else row.context + tokens
@@ -253,6 +254,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--size", choices=SIZES, default="small")
     add("--dtype", choices=TOLERANCE, default="bfloat16", help="of parameters, activations, keys and values")
     add("--variants", nargs="+", default=["2mamba", "softmax"])
+    add("--implementation", choices=IMPLEMENTATIONS, help="of the attention; default: what is chosen")
     add("--fold_sizes", nargs="+", type=int, default=[1, 16, 64])
     add("--state_dtypes", nargs="+", default=["float32", "bfloat16"])
     add("--batches", nargs="+", type=int, default=[1, 8, 64])
@@ -278,7 +280,7 @@ def main(arguments: Sequence[str]) -> int:
         print(f"{device.device_kind}: a copy moves {bandwidth / 1e12:.2f} TB/s", flush=True)
         for row in rows_of(options):
             if row.variant not in params:
-                params = {row.variant: init_params(model_of(row.variant, options))}
+                params = {row.variant: init_params(model_of(row.variant, options, options.implementation))}
             if not any(key[:4] == (row.variant, row.fold_size, row.state_dtype, row.batch) for key in programs):
                 programs.clear()
             rows.append(measure(row, options, params[row.variant], bandwidth, memory, programs))

@@ -158,7 +158,8 @@ def cached_attention(
         if size <= alone.fold_size:
             unsupported = functools.partial(kernels.unsupported_in_cache, q, k, alone.state)
             if kernels.choose(implementation, "cached", unsupported) == kernels.MOSAIC_GPU:
-                attend = functools.partial(kernels.decode_step, op, cache=cache, partition=partition)
+                named = implementation == kernels.MOSAIC_GPU
+                attend = functools.partial(kernels.attend_in_cache, op, cache=cache, partition=partition, named=named)
         y, new = _attend_finite(op, whole, attend, q, k, v, log_decay, run, counts, alone, is_empty)
     else:
         y, new = _attend_exponential(op, whole, q, k, v, log_decay, run, counts, cache, is_empty)
@@ -193,10 +194,9 @@ def append(
     if isinstance(cache, AttentionCache):
         return attention_cache.append(new, cache, partition)
     op = make_operation(cache.keys.shape[-1], score, True, None, precision)
-    fold, unsupported = (
-        None,
-        functools.partial(kernels.unsupported_fold, cache.state.kv, cache.keys, cache.values, cache.fold_size),
-    )
+    fold, named = None, implementation == kernels.MOSAIC_GPU
+    arrays = cache.state.kv, cache.keys, cache.values
+    unsupported = functools.partial(kernels.unsupported_fold, *arrays, cache.fold_size, named)
     if kernels.choose(implementation, "fold", unsupported) == kernels.MOSAIC_GPU:
         fold = functools.partial(kernels.fold, op)
     return recurrent_cache.append(op, new, cache, partition, fold)

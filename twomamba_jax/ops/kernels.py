@@ -11,9 +11,10 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from pallas_kernels.device import device_kind, unsupported_device
+from twomamba_jax.ops import recurrent_cache
 from twomamba_jax.ops.numerics import divide
 from twomamba_jax.ops.operation import Operation
-from twomamba_jax.ops.recurrent_cache import LayerCache, RecurrentCache, waiting_decays
+from twomamba_jax.ops.recurrent_cache import LayerCache, RecurrentCache
 from twomamba_jax.ops.sequence import SequenceAxis
 from twomamba_jax.ops.stages import not_negative
 from twomamba_jax.ops.state import FiniteState
@@ -26,6 +27,9 @@ MOSAIC_GPU = "mosaic_gpu"
 # (docs/kernels.md), where that and not a chunked kernel is what they compete with.
 LONGEST = {"linear": 16384, "squared": 131072, "exp": sys.maxsize}
 
+
+# Of `decode_step` and `fold`. Until they have, None reads the state with `query_step` and leaves the rest to XLA.
+UNCHECKED = "its kernel has not run on a GPU yet, and runs only if implementation='mosaic_gpu' is named"
 
 _log = logging.getLogger("twomamba_jax")
 
@@ -137,40 +141,70 @@ def unsupported_in_cache(q, k, state: FiniteState, form) -> str | None:
     return unsupported_step(q, state.kv, q.shape[2] // k.shape[2])
 
 
-def decode_step(op: Operation, q, k, v, log_decay, cache: RecurrentCache | LayerCache, partition: PartitionSpec | None):
-    """`recurrent_cache.attend` for one token; spread over the batch and heads of `partition`."""
-    from pallas_kernels.decode_step import DecodeStep, padded
-    from pallas_kernels.decode_step import decode_step as kernel
+def attend_in_cache(op: Operation, q, k, v, log_decay, cache: RecurrentCache | LayerCache, partition, named: bool):
+    """`recurrent_cache.attend` for one token; spread over the batch and heads of `partition`.
 
-    if isinstance(cache, RecurrentCache):
-        cache = LayerCache(jax.tree.map(lambda x: x[None], cache._replace(previous=None)), jnp.int32(0))
+    In one kernel if kernels are `named`, else with one that reads the state alone (UNCHECKED).
+    """
+    cache = _in_stack(cache)
+    if not named:
+        read = functools.partial(_read_state, cache, partition)
+        return recurrent_cache.attend(op, q, k, v, log_decay, cache.take(), read)
+    from pallas_kernels.decode_step import DecodeStep, decode_step, padded
+
     spec, stack = DecodeStep(op.score, op.normalize, op.query_scale), cache.stack
-    decays = waiting_decays(log_decay, cache.take(), padded(stack.keys.shape[3]))
+    decays = recurrent_cache.waiting_decays(log_decay, cache.take(), padded(stack.keys.shape[3]))
     key, value = k[:, :, 0].astype(stack.keys.dtype), v[:, :, 0].astype(stack.values.dtype)
     of_layers = *stack.state, stack.keys, stack.values, stack.folded, stack.length
 
     def attend(layer, of_layers, of_token):
-        numerator, *denominators = jnp.moveaxis(kernel(spec, layer, *of_layers, *of_token).sum(0), 3, 0)
+        numerator, *denominators = jnp.moveaxis(decode_step(spec, layer, *of_layers, *of_token).sum(0), 3, 0)
         if not denominators:
             return numerator[:, :, :, None]
         through_state, of_ring = denominators
         denominator = not_negative(through_state) + of_ring
         return divide(numerator[..., None], denominator, op.denominator_floor)[:, :, :, None, :, 0]
 
-    arguments = cache.layer, of_layers, (q[:, :, :, 0], key, value, decays)
+    return _spread(attend, partition, cache.layer, of_layers, (q[:, :, :, 0], key, value, decays))
+
+
+def _read_state(cache: LayerCache, partition: PartitionSpec | None, phi):
+    """phi^T kv [B, G, R, 1, V] for features [B, G, R, 1, D]."""
+    from pallas_kernels.query_step import query_step
+
+    def read(layer, of_layers, of_token):
+        return query_step(*of_layers, layer, *of_token)[:, :, :, None]
+
+    return _spread(read, partition, cache.layer, (cache.stack.state.kv,), (phi[:, :, :, 0],))
+
+
+def _in_stack(cache: RecurrentCache | LayerCache) -> LayerCache:
+    """A cache alone as a stack of one."""
+    if isinstance(cache, LayerCache):
+        return cache
+    return LayerCache(jax.tree.map(lambda x: x[None], cache._replace(previous=None)), jnp.int32(0))
+
+
+def _spread(call: Callable, partition: PartitionSpec | None, layer, of_layers, of_token):
+    """call(layer, of_layers, of_token) -> [B, G, ...]; arrays [L, B, G, ...] or [L, B], and [B, G, ...]."""
     if partition is None or jax.sharding.get_abstract_mesh().empty:
-        return attend(*arguments)
+        return call(layer, of_layers, of_token)
     batch, _, heads, *_ = (*partition, None, None, None)
     array, in_stack = PartitionSpec(batch, heads), PartitionSpec(None, batch, heads)
     of_stack = tuple(in_stack if x.ndim > 2 else PartitionSpec(None, batch) for x in of_layers)
-    specs = PartitionSpec(), of_stack, (array,) * 4
-    return jax.shard_map(attend, in_specs=specs, out_specs=array, check_vma=False)(*arguments)
+    specs = PartitionSpec(), of_stack, (array,) * len(of_token)
+    return jax.shard_map(call, in_specs=specs, out_specs=array, check_vma=False)(layer, of_layers, of_token)
 
 
-def unsupported_fold(kv, keys, values, size: int, form) -> str | None:
-    """Why the kernels cannot fold `size` tokens of these rings into these states here, or None if they can."""
+def unsupported_fold(kv, keys, values, size: int, named: bool, form) -> str | None:
+    """Why the kernels cannot, or will not unless `named`, fold `size` tokens of these rings into these states here.
+
+    None if they can.
+    """
     if reason := unsupported_device():
         return reason
+    if not named:
+        return UNCHECKED
     from pallas_kernels.fold import unsupported as unsupported_tokens
 
     return unsupported_tokens(kv, keys, values, size)

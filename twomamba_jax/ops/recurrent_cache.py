@@ -58,8 +58,10 @@ class LayerCache(NamedTuple):
         return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, self.layer, keepdims=False), self.stack)
 
 
-def attend(op: Operation, q, k, v, log_decay, cache: RecurrentCache):
+def attend(op: Operation, q, k, v, log_decay, cache: RecurrentCache, read: Callable | None = None):
     """T <= r new tokens: to the state, to the ring, and to each other; heads-first arrays as in `stages`.
+
+    `read` is as in `stages.query`.
 
     Returns:
       y [B, G, R, T, V] in the accumulation dtype.
@@ -70,7 +72,7 @@ def attend(op: Operation, q, k, v, log_decay, cache: RecurrentCache):
         jnp.concatenate([old.astype(new.dtype), new], axis=2) for old, new in zip(waiting, (k, v, log_decay))
     )
     since_fold = log_decay.at[:, :, 0].add(waiting.log_decay.sum(-1))
-    through_state = stages.query(op, q, since_fold, None, cache.state)
+    through_state = stages.query(op, q, since_fold, None, cache.state, read)
     return (stages.intra(op, q, keys, values, decays, None) + through_state).outputs(op)
 
 
