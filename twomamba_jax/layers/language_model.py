@@ -127,8 +127,8 @@ class LanguageModel(nn.Module):
         # Whole rows before the lookup: from rows that are cut over `embed`, XLA comes to an x that is cut over the
         # batch only by way of the whole batch's x on every device.
         embedding = nn.with_logical_constraint(embedding, ("vocab", None))
-        # Rows are cast after the lookup, so that their gradients are added up in float32: more exact, and ten times as
-        # fast on a GPU, which has no atomic sum of bfloat16 numbers.
+        # Rows are cast after the lookup, so that their gradients are added up in float32: more exact, and on an H100,
+        # where XLA's sums of bfloat16 numbers took 11 % of a training step, a hundred times as fast.
         x = jnp.take(embedding, tokens, axis=0).astype(execution.dtype)
         x = nn.with_logical_constraint(x, ("batch", "length", "embed"))
 
