@@ -170,7 +170,7 @@ def measure(row: Row, options: argparse.Namespace, params, bandwidth: float, mem
             if not error <= TOLERANCE[options.dtype]:
                 return dataclasses.replace(row, error=error, note=f"failed its check: {error:.1e}")
             shapes = jax.eval_shape(lambda: start(row, capacity, model))
-            arguments = model, params, shapes, options.tokens, 0.0, None, None, jnp.zeros((0,), jnp.int32)
+            arguments = model, params, shapes, options.tokens, 0.0, None, None, jnp.zeros((0,), jnp.int32), ()
             programs[key] = error, decode_loop.lower(*arguments).compile()
         error, program = programs[key]
         decoding, times = start(row, capacity, model), []

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from twomamba_jax import Execution, LanguageModel, ModelConfig, generate, init_cache, parse_pattern
-from twomamba_jax.generation import decode, decode_loop, prefill
+from twomamba_jax.generation import decode, decode_loop, prefill, prefill_pieces
 from twomamba_jax.sampling import Sampling, sample
 
 
@@ -77,7 +77,7 @@ def test_a_generation_is_one_compiled_loop():
 
     first, size = sample(), decode_loop._cache_size()
     start = prefill(model, params, prompts, init_cache(model.config, 1, 19))
-    text = decode_loop.lower(model, params, start, 16, 1.0, None, None, jnp.zeros(0, jnp.int32)).as_text()
+    text = decode_loop.lower(model, params, start, 16, 1.0, None, None, jnp.zeros(0, jnp.int32), ()).as_text()
     assert "callback" not in text
     assert sample() == first
     assert sample(seed=1) != first
@@ -88,6 +88,10 @@ def test_a_generation_is_one_compiled_loop():
     assert decode_loop._cache_size() == size
     sample(max_new_tokens=1)
     assert decode_loop._cache_size() == size + 1
+    with nn.logical_axis_rules((("embed", None),)):  # other rules are another program, of the prompt too
+        read = prefill_pieces._cache_size()
+        assert sample() == first
+        assert (decode_loop._cache_size(), prefill_pieces._cache_size()) == (size + 2, read + 1)
 
 
 PATTERN = "softmax,2mamba,mamba2"

@@ -4,6 +4,7 @@ import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -125,7 +126,6 @@ def row_keys(rng: jax.Array, rows: int) -> jax.Array:
     return rng[jnp.arange(rows)]  # a copy: what `decode` is given is donated
 
 
-@functools.partial(jax.jit, static_argnums=0, static_argnames="prefill_size", donate_argnames="cache")
 def prefill(
     model: LanguageModel,
     params,
@@ -148,6 +148,17 @@ def prefill(
     Returns:
       `Decoding` with keys of seed 0.
     """
+    return prefill_pieces(model, params, tokens, cache, lengths, prefill_size, _rules())
+
+
+def _rules() -> tuple:
+    """The logical axis rules that a trace would read: JAX does not see that they have changed, nor that it should."""
+    return tuple(nn.get_logical_axis_rules())
+
+
+@functools.partial(jax.jit, static_argnums=(0, 5, 6), donate_argnums=3)
+def prefill_pieces(model, params, tokens, cache, lengths, prefill_size, rules) -> Decoding:
+    """`prefill` as the program that it is; `rules` are those that it is traced under."""
     batch, size = tokens.shape
     lengths = jnp.full((batch,), size, jnp.int32) if lengths is None else jnp.asarray(lengths, jnp.int32)
     apply = functools.partial(model.apply, {"params": params}, last_only=True)
@@ -208,12 +219,15 @@ def decode(
     """
     temperature, top_k, top_p = sampling
     stops = jnp.asarray(stop_tokens, jnp.int32)
-    return decode_loop(model, params, decoding, num_tokens, temperature, top_k, top_p, stops)
+    return decode_loop(model, params, decoding, num_tokens, temperature, top_k, top_p, stops, _rules())
 
 
-@functools.partial(jax.jit, static_argnums=(0, 3, 5), donate_argnums=2)
-def decode_loop(model, params, decoding, num_tokens, temperature, top_k, top_p, stop_tokens):
-    """`decode` as the program that it is: `stop_tokens` int32 [n]; `model`, `num_tokens` and `top_k` are static."""
+@functools.partial(jax.jit, static_argnums=(0, 3, 5, 8), donate_argnums=2)
+def decode_loop(model, params, decoding, num_tokens, temperature, top_k, top_p, stop_tokens, rules):
+    """`decode` as the program that it is: `stop_tokens` int32 [n]; `rules` are those that it is traced under.
+
+    `model`, `num_tokens`, `top_k` and `rules` are static.
+    """
     rows = decoding.done.shape[0]
 
     def goes_on(carry):

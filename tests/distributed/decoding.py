@@ -18,7 +18,7 @@ from models import config_of
 
 from train.sharding import MESH_AXES, RULES, make_mesh, tree_shardings
 from twomamba_jax import LanguageModel, generate, init_cache
-from twomamba_jax.generation import decode_loop, prefill
+from twomamba_jax.generation import decode_loop, prefill_pieces
 
 NAMES, SEQUENCE = ("2mamba", "2mamba-e", "mamba2", "softmax"), ("2mamba", "softmax")
 LENGTHS, NEW, FOLD = np.array([7, 2, 5, 1, 4, 7, 6, 3]), 10, 3  # at least three folds, the rows' at different steps
@@ -33,10 +33,10 @@ def greedy(model, params):
     That of a token refuses a cache that it has left on other devices than it found it.
     """
     empty = init_cache(model.config, *SHAPE, fold_size=FOLD)
-    read = prefill.lower(model, params, TOKENS, empty, lengths=LENGTHS).compile()
-    state = read(params, TOKENS, empty, lengths=LENGTHS)
+    read = prefill_pieces.lower(model, params, TOKENS, empty, LENGTHS, None, ()).compile()
+    state = read(params, TOKENS, empty, LENGTHS)
     stop_tokens = jnp.zeros((0,), jnp.int32)
-    step = decode_loop.lower(model, params, state, 1, 0.0, None, None, stop_tokens).compile()
+    step = decode_loop.lower(model, params, state, 1, 0.0, None, None, stop_tokens, ()).compile()
     tokens, logits, given = [], [np.array(state.logits)], jax.tree.leaves(empty)
     for _ in range(NEW):
         given += jax.tree.leaves(state.cache)
