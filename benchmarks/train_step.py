@@ -70,7 +70,8 @@ def rows_of(options: argparse.Namespace) -> list[Row]:
     pairs = [(variant, implementation) for variant in options.variants for implementation in options.implementations]
     rows = [Row(*pair, options.batch, options.length) for pair in pairs]
     for size in options.perturbations:
-        rows += [dataclasses.replace(row, perturbation=size) for row in rows if row.implementation == "xla"]
+        plain = [row for row in rows if row.implementation == "xla" and not row.perturbation]
+        rows += [dataclasses.replace(row, perturbation=size) for row in plain]
     return rows
 
 
@@ -154,6 +155,11 @@ def records_of(rows: list[Row]) -> list[dict]:
     return records
 
 
+def implementation_of(record: dict) -> str:
+    """With the perturbation, if there is one."""
+    return record["implementation"] + (f" (1 + {record['perturbation']:g})" if record["perturbation"] else "")
+
+
 def table(records: list[dict], steps: int) -> str:
     """Markdown, with the loss at some steps and at the last."""
     shown = [*(step for step in SHOWN_STEPS if step < steps), steps]
@@ -162,8 +168,7 @@ def table(records: list[dict], steps: int) -> str:
     lines = [f"| {' | '.join(header)} |", f"|---|---|---|{'---:|' * (len(header) - 3)}"]
     for r in records:
         remat = "" if r["note"] else r["remat"]
-        implementation = r["implementation"] + (f" (1 + {r['perturbation']:g})" if r["perturbation"] else "")
-        cells = [r["variant"], implementation, remat, str(r["batch"]), str(r["length"])]
+        cells = [r["variant"], implementation_of(r), remat, str(r["batch"]), str(r["length"])]
         if r["note"]:
             cells += [r["note"], *[""] * (len(header) - len(cells) - 1)]
         else:
@@ -180,7 +185,7 @@ def table_of_parts(records: list[dict]) -> str:
     """Markdown: milliseconds of a step by part, a column for every run that was traced."""
     records = [record for record in records if record["parts"]]
     names = dict.fromkeys(name for record in records for name in record["parts"])
-    lines = [f"| part | {' | '.join(f'{r["variant"]}, {r["implementation"]}' for r in records)} |"]
+    lines = [f"| part | {' | '.join(f'{r["variant"]}, {implementation_of(r)}' for r in records)} |"]
     lines.append(f"|---|{'---:|' * len(records)}")
     for name in names:
         lines.append(f"| {name} | {' | '.join(f'{r["parts"].get(name, 0):.2f}' for r in records)} |")

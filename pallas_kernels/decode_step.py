@@ -113,6 +113,7 @@ def decode_step(spec: DecodeStep, layer, kv, key_sum, keys, values, folded, leng
                 plgpu.copy_gmem_to_smem(z_ref.at[layer, b, g, at], z_s.at[stage], full.at[stage])
 
         def copy_ring(t):
+            """Sends for tile t of the ring; what it has beyond the ring's end has no weight."""
             for ref, buffer in ((keys_ref, keys_s), (values_ref, values_s)):
                 tile = ref.at[layer, b, g, pl.ds(t * SIZE, box)]
                 plgpu.copy_gmem_to_smem(tile, buffer.at[pl.ds(0, box)], ring_full)

@@ -20,20 +20,6 @@ TILE_SHAPE = (HEIGHT, WIDTH)
 PROGRAMS = 1056  # that share the work, at least: eight for each multiprocessor of an H200
 
 
-def unsupported(stack, heads: int) -> str | None:
-    """Why the kernel cannot read a stack of states [L, B, G, D, V] for `heads` queries per state, or None."""
-    *_, features, width = stack.shape
-    if width != WIDTH:
-        return f"it reads states of {WIDTH} values, and these have {width}"
-    if features < HEIGHT:
-        return f"it reads states of at least {HEIGHT} features, and these have {features}"
-    if stack.dtype not in (jnp.float32, jnp.bfloat16):
-        return f"it reads states in float32 or bfloat16, and these are {stack.dtype}"
-    if heads > 4:
-        return f"it has registers for 4 query heads per key/value head, and these are {heads}"
-    return None
-
-
 @in_32_bits
 def query_step(stack, layer, phi):
     """sum_d phi_d S_d of one layer of a stack, for every batch entry and query head.

@@ -90,7 +90,7 @@ def test_prints_a_table_and_writes_the_losses(script, arguments, monkeypatch, ca
     assert "3mamba" in failed["note"]
 
     lines, parts = (text.splitlines() for text in capsys.readouterr().out.rsplit("\n\n", 1))
-    assert parts[:2] == ["| part | 2mamba, xla | 2mamba, xla |", "|---|---:|---:|"]
+    assert parts[:2] == ["| part | 2mamba, xla | 2mamba, xla (1 + 0.001) |", "|---|---:|---:|"]
     names = {line.split(" | ")[0] for line in parts[2:]}
     assert names == {f"| {name}" for name in (*row["parts"], *perturbed["parts"])}
     assert names >= {

@@ -243,26 +243,24 @@ def test_a_model_folds_all_layers_at_once(implementation, aliases, monkeypatch):
     assert text.count("#stablehlo.output_operand_alias<") == aliases
 
 
-def test_refuses_with_the_reason():
-    def refusal(**changes):
-        cache = empty_cache(1, **changes.pop("options", {}))
-        cache = cache._replace(**{name: change(getattr(cache, name)) for name, change in changes.items()})
-        with interpreted(), pytest.raises(ValueError, match="implementation='mosaic_gpu' cannot compute") as error:
-            ops.append(cache, None, score="linear", implementation="mosaic_gpu")
-        return str(error.value)
+def test_folds_by_xla_what_the_kernel_cannot(monkeypatch):
+    def reason(size=4, keys=jnp.float32, values=jnp.float32, states=jnp.float32, width=64):
+        shapes = ((1, 64, 64), states), ((1, 8, width), keys), ((1, 8, 64), values)
+        return kernel.unsupported(*(jax.ShapeDtypeStruct(*shape) for shape in shapes), size)
 
-    def half(x):
-        return jax.tree.map(lambda x: x.astype(jnp.float16), x)
+    assert reason() is None
+    assert reason(width=32) == "it folds keys and values of 64 numbers, and these have 32 and 64"
+    assert reason(states=jnp.float16) == "it folds states in float32 or bfloat16, and these are float16"
+    assert reason(keys=jnp.float16) == "it folds keys in float32 or bfloat16, and these are float16"
+    assert reason(values=jnp.float16) == "it folds values in float32 or bfloat16, and these are float16"
+    assert reason(size=129) == "it has shared memory for 128 tokens at a time, and these are 129"
 
-    assert "keys and values of 64 numbers, and these have 32 and 64" in refusal(keys=lambda x: x[..., :32])
-    assert "states in float32 or bfloat16, and these are float16" in refusal(state=half)
-    assert "keys in float32 or bfloat16, and these are float16" in refusal(keys=half)
-    assert "values in float32 or bfloat16, and these are float16" in refusal(values=half)
-    assert "128 tokens at a time, and these are 129" in refusal(options={"fold_size": 129})
-    with pytest.raises(ValueError, match="it needs a Hopper GPU"):
-        ops.append(empty_cache(1), None, score="linear", implementation="mosaic_gpu")
-    with pytest.raises(ValueError, match="implementation='triton' is unknown"):
-        ops.append(empty_cache(1), None, score="linear", implementation="triton")
+    monkeypatch.setattr(kernel, "fold", None)
+    long = empty_cache(3, fold_size=129)
+    with interpreted():
+        got, _ = decode(long, [(2, 1, 2)], "mosaic_gpu")
+    got = got.length, decode(empty_cache(3), [(2, 1, 2)], "mosaic_gpu")[0].length  # no kernel: it needs a GPU
+    assert [x.tolist() for x in got] == [[2, 1, 2]] * 2
 
 
 def test_lowers_for_cuda():

@@ -89,14 +89,6 @@ def test_none_takes_no_kernel_that_has_not_run_on_a_gpu():
     assert kernels_of("xla") == set()
 
 
-def test_what_it_cannot_read():
-    assert kernel.unsupported(jnp.zeros((1, 1, 1, 128, 32)), 1) == "it reads states of 64 values, and these have 32"
-    assert (
-        kernel.unsupported(jnp.zeros((1, 1, 1, 36, 64)), 1)
-        == "it reads states of at least 64 features, and these have 36"
-    )
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(unsupported_device() is not None, reason=f"no kernel: {unsupported_device()}")
 def test_a_stack_past_32_bits():

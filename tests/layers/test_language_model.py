@@ -97,6 +97,22 @@ def test_no_gradient_crosses_the_edge_of_a_document():
     assert (size[4:9] > 1e-4).all()
 
 
+@pytest.mark.parametrize("param_dtype", ["float32", "bfloat16"])
+def test_gradients_of_a_frequent_token_add_up(param_dtype):
+    """Over 4096 tokens, in bfloat16: a sum in it would stand still at 256 times what it adds."""
+    tokens = jnp.full((1, 4096), 3)
+
+    def gradient(**execution):
+        model = model_of("linear", 1, **execution)
+        params = jax.tree.map(lambda x: x.astype(param_dtype), init(model_of("linear", 1)))
+        total = jax.jit(jax.grad(lambda params: model.apply({"params": params}, tokens)[..., 0].sum()))(params)
+        return total["embedding"]["embedding"][3].astype(jnp.float32)
+
+    want = gradient()
+    got = gradient(dtype="bfloat16", param_dtype=param_dtype)
+    assert jnp.abs(got - want).max() < 0.05 * jnp.abs(want).max()
+
+
 def test_remat_changes_memory_alone():
     """Gradients are equal; a row of 64 in four layers has its scores kept by `none`, its projections also by `dots`."""
     tokens = jax.random.randint(jax.random.key(0), (2, 64), 0, 23)

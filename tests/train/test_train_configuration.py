@@ -121,7 +121,8 @@ def test_a_workdir_holds_one_run(tmp_path):
 
 def test_free_keys_may_change_and_are_recorded(tmp_path):
     claim(tmp_path, changed(), CORPUS)
-    claim(tmp_path, changed(log_every="3", mesh__data="1", microbatches="2", sample__temperature="0"), CORPUS)
+    free = {"log_every": "3", "mesh__data": "1", "microbatches": "2", "execution__remat": "dots"}
+    claim(tmp_path, changed(**free, sample__temperature="0"), CORPUS)
     assert json.loads((tmp_path / "config.json").read_text())["log_every"] == 3
 
 

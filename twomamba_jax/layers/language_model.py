@@ -127,9 +127,10 @@ class LanguageModel(nn.Module):
         # Whole rows before the lookup: from rows that are cut over `embed`, XLA comes to an x that is cut over the
         # batch only by way of the whole batch's x on every device.
         embedding = nn.with_logical_constraint(embedding, ("vocab", None))
-        # Rows are cast after the lookup, so that their gradients are added up in float32: more exact, and on an H100,
-        # where XLA's sums of bfloat16 numbers took 11 % of a training step, a hundred times as fast.
-        x = jnp.take(embedding, tokens, axis=0).astype(execution.dtype)
+        # Looked up in float32 or wider, so that the gradients of a token's rows are added up in it: in bfloat16 the sum
+        # over a frequent token stands still, and on an H100 took XLA 11 % of a training step, a hundred times as long.
+        wide = embedding.astype(accumulation_dtype(embedding.dtype))
+        x = jnp.take(wide, tokens, axis=0).astype(execution.dtype)
         x = nn.with_logical_constraint(x, ("batch", "length", "embed"))
 
         block = REMATS[execution.remat](Block)

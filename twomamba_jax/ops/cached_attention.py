@@ -156,9 +156,9 @@ def cached_attention(
     if op.is_finite:
         attend = functools.partial(recurrent_cache.attend, op, cache=alone)
         if size <= alone.fold_size:
+            named = implementation == kernels.MOSAIC_GPU
             unsupported = functools.partial(kernels.unsupported_in_cache, q, k, alone.state)
             if kernels.choose(implementation, "cached", unsupported) == kernels.MOSAIC_GPU:
-                named = implementation == kernels.MOSAIC_GPU
                 attend = functools.partial(kernels.attend_in_cache, op, cache=cache, partition=partition, named=named)
         y, new = _attend_finite(op, whole, attend, q, k, v, log_decay, run, counts, alone, is_empty)
     else:
@@ -185,20 +185,18 @@ def append(
       cache: what `cached_attention` read.
       new: what it returned.
       score: as the cache's.
-      implementation: what folds; as in `decay_attention`, like all that is not named here. The kernel works in float32
-        whatever the precision.
-
-    Raises:
-      ValueError: as `decay_attention` does for an implementation.
+      implementation: `mosaic_gpu` folds with a kernel where there is one for it, in float32 whatever the precision;
+        else XLA folds.
+      precision: as in `decay_attention`.
+      partition: as in `decay_attention`.
     """
     if isinstance(cache, AttentionCache):
         return attention_cache.append(new, cache, partition)
     op = make_operation(cache.keys.shape[-1], score, True, None, precision)
-    fold, named = None, implementation == kernels.MOSAIC_GPU
+    named = implementation == kernels.MOSAIC_GPU  # None leaves it to XLA until the kernel has run on a GPU
     arrays = cache.state.kv, cache.keys, cache.values
-    unsupported = functools.partial(kernels.unsupported_fold, *arrays, cache.fold_size, named)
-    if kernels.choose(implementation, "fold", unsupported) == kernels.MOSAIC_GPU:
-        fold = functools.partial(kernels.fold, op)
+    has_kernel = named and kernels.unsupported_fold(*arrays, cache.fold_size) is None
+    fold = functools.partial(kernels.fold, op) if has_kernel else None
     return recurrent_cache.append(op, new, cache, partition, fold)
 
 

@@ -27,10 +27,6 @@ MOSAIC_GPU = "mosaic_gpu"
 # (docs/kernels.md), where that and not a chunked kernel is what they compete with.
 LONGEST = {"linear": 16384, "squared": 131072, "exp": sys.maxsize}
 
-
-# Of `decode_step` and `fold`. Until they have, None reads the state with `query_step` and leaves the rest to XLA.
-UNCHECKED = "its kernel has not run on a GPU yet, and runs only if implementation='mosaic_gpu' is named"
-
 _log = logging.getLogger("twomamba_jax")
 
 
@@ -144,7 +140,8 @@ def unsupported_in_cache(q, k, state: FiniteState, form) -> str | None:
 def attend_in_cache(op: Operation, q, k, v, log_decay, cache: RecurrentCache | LayerCache, partition, named: bool):
     """`recurrent_cache.attend` for one token; spread over the batch and heads of `partition`.
 
-    In one kernel if kernels are `named`, else with one that reads the state alone (UNCHECKED).
+    In one kernel if kernels are `named`, which has not run on a GPU yet; until then else with one that reads the state,
+    whose `unsupported` are fewer. New keys and values are rounded to the cache's dtype before they are attended to.
     """
     cache = _in_stack(cache)
     if not named:
@@ -196,15 +193,10 @@ def _spread(call: Callable, partition: PartitionSpec | None, layer, of_layers, o
     return jax.shard_map(call, in_specs=specs, out_specs=array, check_vma=False)(layer, of_layers, of_token)
 
 
-def unsupported_fold(kv, keys, values, size: int, named: bool, form) -> str | None:
-    """Why the kernels cannot, or will not unless `named`, fold `size` tokens of these rings into these states here.
-
-    None if they can.
-    """
+def unsupported_fold(kv, keys, values, size: int) -> str | None:
+    """Why the kernel cannot fold `size` tokens of these rings into these states here, or None if it can."""
     if reason := unsupported_device():
         return reason
-    if not named:
-        return UNCHECKED
     from pallas_kernels.fold import unsupported as unsupported_tokens
 
     return unsupported_tokens(kv, keys, values, size)
