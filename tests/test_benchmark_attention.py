@@ -13,7 +13,7 @@ import numpy as np
 import oracle
 import pytest
 
-from pallas_kernels.chunked.table import Crossover
+from pallas_kernels.chunked.table import TABLE, Crossover
 from twomamba_jax import decay_attention
 
 PATH = Path(__file__).parents[1] / "benchmarks" / "attention.py"
@@ -110,6 +110,15 @@ def test_writes_a_table_the_figures_and_a_plot(attention, tmp_path, capsys):
     assert len({line.count("|") for line in lines[2 : 4 + len(rows)]}) == 1
     assert lines[-1].startswith("ceilings: ")
     assert Path(f"{out}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_table_of_crossovers_is_what_was_measured(attention):
+    figures = PATH.parents[1] / "docs" / "figures"
+    runs = [[figures / f"attention_h100_{name}.json" for name in names] for names in ("ab", ["linear128"])]
+    reports = [attention.merged(run) for run in runs]
+    found = [entry for report in reports for entry in attention.crossovers_of(report["rows"], report["device"])]
+    device = reports[0]["device"]
+    assert sorted(map(str, found)) == sorted(str(entry) for entry in TABLE if entry.device == device)
 
 
 def test_shows_kernels_one_by_one(attention):

@@ -6,11 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from exhaustive import EXHAUSTIVE
 from jax.sharding import AxisType, PartitionSpec
+from models import config_of
 
 from pallas_kernels import decode_step as kernel
 from pallas_kernels.device import unsupported_device
 from pallas_kernels.interpreter import interpreted
+from twomamba_jax import Execution, LanguageModel, init_cache
 from twomamba_jax.ops.cached_attention import append, cached_attention, init_decoding_cache, roll_back
 from twomamba_jax.ops.feature_map import num_features
 from twomamba_jax.ops.recurrent_cache import LayerCache, RecurrentCache, waiting_decays
@@ -162,7 +165,7 @@ def stepper(score, normalize, implementation):
     return step
 
 
-@pytest.mark.parametrize(("score", "normalize"), [("squared", True), ("linear", False)])
+@pytest.mark.parametrize(("score", "normalize"), [("squared", True), ("linear", False)][: None if EXHAUSTIVE else 1])
 def test_steps_with_the_kernels_are_the_steps_without(score, normalize):
     """From an empty cache over several folds, which a kernel does too, in rows that are not at the same token."""
     cache = ours = init_decoding_cache(score, 2, 1, 64, 64, fold_size=2)
@@ -220,6 +223,33 @@ def test_refuses_with_the_reason():
     assert kernel.unsupported(double, cache.state.kv, 1) == "it computes in float32, and the queries are float64"
     with pytest.raises(ValueError, match="it needs a Hopper GPU"):
         attend(q, k, v, log_decay, cache, implementation="mosaic_gpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(unsupported_device() is not None, reason=f"no kernel: {unsupported_device()}")
+def test_a_model_on_a_gpu_decodes_as_by_xla():
+    """Both kernels in the loops over layers and tokens, over folds, in rows that are not at the same token."""
+    config = config_of("2mamba", 3, num_heads=2, num_kv_heads=1, head_dim=64)
+    tokens = jax.random.randint(jax.random.key(1), (40, 3), 0, config.vocab_size)
+    active = jnp.arange(40)[:, None] >= jnp.array([0, 3, 9])
+    params = LanguageModel(config).init(jax.random.key(0), tokens[:1].T)["params"]
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def logits(implementation, cache):
+        model = LanguageModel(config, Execution(implementation=implementation, precision="highest"))
+
+        def step(cache, new):
+            token, active = new
+            logits, cache = model.apply({"params": params}, token[:, None], cache=cache, lengths=active)
+            return cache, jnp.where(active[:, None], logits[:, 0], 0)
+
+        return jax.lax.scan(step, cache, (tokens, active.astype(jnp.int32)))
+
+    cache = init_cache(config, 3, 40, fold_size=4)
+    (ours, got), (theirs, want) = (logits(implementation, cache) for implementation in ("mosaic_gpu", "xla"))
+    np.testing.assert_allclose(got, want, atol=1e-3 * float(jnp.abs(want).max()))
+    for x, y in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs)):
+        np.testing.assert_allclose(x, y, atol=1e-3 * float(jnp.abs(y).max()))
 
 
 def shapes_of(layers, batch, groups, repeats, slots=32):

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from exhaustive import EXHAUSTIVE
 from jax.sharding import AxisType, PartitionSpec
 from models import config_of
 
@@ -163,8 +164,7 @@ COUNTS = [(2, 1, 0), (1, 2, 1), (2, 2, 1), (1, 0, 2), (2, 2, 1)]  # 4, 3 and 2 f
 
 
 @pytest.mark.usefixtures("few_programs")
-@pytest.mark.parametrize("mesh", [False, True], ids=["one-device", "mesh"])
-@pytest.mark.parametrize("rollback", [False, True], ids=["", "rollback"])
+@pytest.mark.parametrize(("rollback", "mesh"), [(False, False), (True, True)], ids=["one-device", "rollback-mesh"])
 def test_a_cache_that_the_kernel_folds_is_the_one_that_xla_folds(rollback, mesh):
     want, outputs = decode(empty_cache(3, rollback=rollback), COUNTS, "xla")
     np.testing.assert_array_equal(want.folded, [8, 6, 4])
@@ -198,6 +198,7 @@ def test_rolls_back_to_the_bit():
         np.testing.assert_array_equal(x, y)
 
 
+@pytest.mark.skipif(not EXHAUSTIVE, reason="ten seconds; a model's layers have theirs below: see exhaustive.py")
 @pytest.mark.usefixtures("few_programs")
 def test_a_mixer_folds_by_its_implementation(monkeypatch):
     folds, fold = [], kernel.fold
