@@ -30,6 +30,14 @@ def columns(vector, shape):
     return lax.broadcast_in_dim(vector, shape, (1,))
 
 
+def store(ref, value) -> None:
+    """ref[...] = value, with bank conflicts if there must be some. JAX before 0.12 allows them of itself."""
+    if hasattr(plgpu, "store"):
+        plgpu.store(ref, value, optimized=False)
+    else:
+        ref[...] = value
+
+
 def anew(x):
     """x, as a value of its own: what follows from it is computed where it is used and not kept in registers.
 

@@ -8,7 +8,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.accumulator import ROW, TILE, Scratch, anew, operand, read, rows
+from pallas_kernels.accumulator import ROW, TILE, Scratch, anew, operand, read, rows, store
 from pallas_kernels.chunked.layout import BLOCK, HEAD_DIM, TILES
 from pallas_kernels.chunked.problem import Problem
 from pallas_kernels.chunked.rows import Rows
@@ -109,7 +109,7 @@ def gradient(problem: Problem, x, w, state, added, *, normalizer=None, factor=No
                 own_w, scaled = [], []
                 for half in range(halves):
                     x = plgpu.load(x_s.at[warpgroup, half], layout=TILE)
-                    x_rows_s.at[warpgroup, half].T[...] = x
+                    store(x_rows_s.at[warpgroup, half].T, x)
                     own_w.append(plgpu.load(w_s.at[warpgroup, half], layout=TILE))
                     if normalize:
                         at = own.of(start, warpgroup, half)

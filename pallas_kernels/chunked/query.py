@@ -8,7 +8,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.accumulator import ROW, TILE, Scratch, anew, operand, read, rows
+from pallas_kernels.accumulator import ROW, TILE, Scratch, anew, operand, read, rows, store
 from pallas_kernels.chunked.layout import BLOCK, HEAD_DIM, KINDS, TILES
 from pallas_kernels.chunked.problem import Problem
 from pallas_kernels.chunked.rows import Rows
@@ -105,7 +105,7 @@ def query(problem: Problem, x, state, weight, added, *, power: float = 1.0, norm
                 own_x = []
                 for half in range(halves):
                     own_x.append(plgpu.load(x_s.at[warpgroup, half], layout=TILE) * power)
-                    x_rows_s.at[warpgroup, half].T[...] = own_x[half]
+                    store(x_rows_s.at[warpgroup, half].T, own_x[half])
                 plgpu.commit_smem()
                 plgpu.barrier_arrive(x_empty.at[warpgroup])
 

@@ -13,6 +13,7 @@ import pytest
 from exhaustive import EXHAUSTIVE
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
+from pallas_kernels.chunked.programs import programs as chunked_programs
 from pallas_kernels.quadratic.programs import programs
 from twomamba_jax import decay_attention
 from twomamba_jax.layers.execution import DEAR
@@ -21,6 +22,11 @@ from twomamba_jax.ops import kernels
 FORWARD, QUERIES, KEYS = (f"squared_{kernel}" for kernel in ("forward", "backward_queries", "backward_keys"))
 # Of every entry of the table one with everything, and in an exhaustive run all.
 PROGRAMS = [program for program in programs() if EXHAUSTIVE or program.name.endswith("-decay-segments-normalize")]
+CHUNKED = [
+    program
+    for program in chunked_programs()
+    if EXHAUSTIVE or program.name in ("chunked-linear-128-decay-normalize-states", "chunked-squared-64-decay-normalize")
+]
 
 
 def lower(function, *arguments) -> list[tuple[str, tuple[int, ...]]]:
@@ -41,6 +47,17 @@ def test_every_program_lowers(program):
     (score,) = {score for score in ("linear", "squared", "exp") if f"-{score}-" in program.name}
     want = [f"{score}_{kernel}" for kernel in ("forward", "backward_queries", "backward_keys")]
     assert names(program.function, *program.arguments) == want
+
+
+@pytest.mark.parametrize("program", CHUNKED, ids=lambda program: program.name)
+def test_every_program_in_chunks_lowers(program):
+    """In reasonable time too: what no layout satisfies, Mosaic searches for without end."""
+    score = program.name.split("-")[1]
+    text = jax.jit(program.function).trace(*program.arguments).lower(lowering_platforms=("cuda",)).as_text()
+    kernels = {"forward", "backward_queries", "backward_keys", "update", "query", "gradient"}
+    kernels |= {"normalizer"} if score == "squared" and "-normalize" in program.name else set()
+    found = set(re.findall(rf"\\00((?:{score}|scan)\w*)_mosaic_gpu\\00", text))
+    assert found == {f"{score}_{name}" for name in kernels} | {"scan", "scan_backward"}
 
 
 @pytest.fixture(autouse=True)

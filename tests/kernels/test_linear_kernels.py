@@ -1,7 +1,5 @@
 """The stages of the linear score through the interpreter, each against its definition; and that a program lowers."""
 
-import re
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +10,6 @@ from pallas_kernels.chunked.linear_gradient import gradient
 from pallas_kernels.chunked.linear_query import query
 from pallas_kernels.chunked.linear_update import update
 from pallas_kernels.chunked.problem import Problem, Tiles
-from pallas_kernels.chunked.programs import programs
 from pallas_kernels.chunked.scan import scan
 from pallas_kernels.interpreter import interpreted
 
@@ -105,12 +102,3 @@ def test_scan_of_several_chunks_at_a_time(tile, chunks, reverse):
         np.testing.assert_allclose(before[:, :, c], state, atol=1e-5)
         state = wide(weight)[:, :, c].reshape(1, 2, *[1] * (state.ndim - 2)) * state + wide(added[:, :, c])
     np.testing.assert_allclose(final, state, atol=1e-5)
-
-
-def test_forward_and_backward_lower_without_a_gpu():
-    """With everything, of heads of 128: the code of every kernel, its layouts and its shared memory."""
-    (program,) = (p for p in programs() if p.name == "chunked-linear-128-decay-normalize-states")
-    text = jax.jit(program.function).trace(*program.arguments).lower(lowering_platforms=("cuda",)).as_text()
-    names = re.findall(r"\\00((?:linear|scan)\w*)_mosaic_gpu\\00", text)
-    kernels = {"forward", "backward_queries", "backward_keys", "update", "query", "gradient"}
-    assert set(names) == {f"linear_{name}" for name in kernels} | {"scan", "scan_backward"}
