@@ -191,3 +191,15 @@ def test_the_table_is_read_by_device_and_bucket(monkeypatch, kind, tokens, stage
     assert [x.stages for x in (found.forward, found.queries, found.keys)] == [stages, stages + 10, stages + 20]
     assert found.programs == 132
     assert tuning(kind, "exp", 128, tokens).forward.stages == 9
+
+
+@pytest.mark.parametrize(("first", "warns"), [(jax.__version_info__, True), ((99,), False)])
+def test_warns_of_a_jax_whose_kernels_spill(monkeypatch, caplog, first, warns):
+    """Where they are chosen on a GPU."""
+    monkeypatch.setattr(kernels.jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(kernels, "SPILLING_JAX", first)
+    kernels._log_choice.cache_clear()
+    with caplog.at_level("WARNING", logger="twomamba_jax"):
+        assert kernels.choose(None, "parallel", lambda form: None) == "mosaic_gpu"
+    kernels._log_choice.cache_clear()
+    assert ("compiles the kernels with spilled registers: take JAX 0.11.2" in caplog.text) == warns

@@ -27,6 +27,8 @@ MOSAIC_GPU = "mosaic_gpu"
 # (docs/kernels.md), where that and not a chunked kernel is what they compete with.
 LONGEST = {"linear": 16384, "squared": 131072, "exp": sys.maxsize}
 
+SPILLING_JAX = (0, 12)  # from this version on kernels spill (docs/kernels.md)
+
 _log = logging.getLogger("twomamba_jax")
 
 
@@ -56,6 +58,8 @@ def _log_choice(form, implementation, reason) -> None:
     """Says once what None chose, for each form and reason."""
     why = f" (mosaic_gpu: {reason})" if reason else ""
     _log.info("decay_attention: form=%s, implementation=%s%s", form, implementation, why)
+    if implementation == MOSAIC_GPU and jax.default_backend() == "gpu" and jax.__version_info__ >= SPILLING_JAX:
+        _log.warning("JAX %s compiles the kernels with spilled registers: take JAX 0.11.2", jax.__version__)
 
 
 def unsupported(op: Operation, q, k, v, initial_state, axis: SequenceAxis | None, chunk_size, form) -> str | None:
