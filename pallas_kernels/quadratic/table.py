@@ -1,6 +1,6 @@
 """Measured tile sizes: (device kind, score, head dim, largest T) -> tiles of the forward, queries' and keys' kernel.
 
-Written by `benchmarks/tune.py`.
+`benchmarks/tune.py` writes entries of other devices, scores, head dims and lengths beside these.
 """
 
 TABLE = {

@@ -6,7 +6,6 @@ an entry errs by what its terms are, not by what it is.
 
 import dataclasses
 import itertools
-import os
 
 import jax
 import jax.numpy as jnp
@@ -14,16 +13,13 @@ import numpy as np
 import oracle
 import pytest
 from chunked_cases import Case, assert_near, normal
+from hopper import HOPPER
 from jax.sharding import AxisType, PartitionSpec
 from ladder import LADDER, ladder_inputs, relative_rms
 
-from pallas_kernels.device import unsupported_device
 from twomamba_jax import decay_attention
 
-os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # workers of pytest share the GPU
-
-UNSUPPORTED = unsupported_device()
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(UNSUPPORTED is not None, reason=f"no kernel: {UNSUPPORTED}")]
+pytestmark = HOPPER
 
 LONG = Case(4097, heads=(2, 1))
 CASES = [

@@ -7,19 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from exhaustive import EXHAUSTIVE
+from hopper import on_hopper
 from jax.sharding import AxisType, PartitionSpec
 from models import config_of
 
 from pallas_kernels import decode_step as kernel
-from pallas_kernels.device import unsupported_device
 from pallas_kernels.interpreter import interpreted
 from twomamba_jax import Execution, LanguageModel, init_cache
 from twomamba_jax.ops.cached_attention import append, cached_attention, init_decoding_cache, roll_back
 from twomamba_jax.ops.feature_map import num_features
 from twomamba_jax.ops.recurrent_cache import LayerCache, RecurrentCache, waiting_decays
 from twomamba_jax.ops.state import FiniteState
-
-on_gpu = pytest.mark.skipif(unsupported_device() is not None, reason=f"no kernel: {unsupported_device()}")
 
 
 def normal(seed, *shape, dtype=jnp.float32):
@@ -108,8 +106,7 @@ def test_equals_the_definition(case):
         check(*case)
 
 
-@pytest.mark.gpu
-@on_gpu
+@on_hopper
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_equals_the_definition_on_a_gpu(case):
     check(*case)
@@ -225,8 +222,7 @@ def test_refuses_with_the_reason():
         attend(q, k, v, log_decay, cache, implementation="mosaic_gpu")
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(unsupported_device() is not None, reason=f"no kernel: {unsupported_device()}")
+@on_hopper
 def test_a_model_on_a_gpu_decodes_as_by_xla():
     """Both kernels in the loops over layers and tokens, over folds, in rows that are not at the same token."""
     config = config_of("2mamba", 3, num_heads=2, num_kv_heads=1, head_dim=64)
@@ -269,8 +265,7 @@ def shapes_of(layers, batch, groups, repeats, slots=32):
 step = functools.partial(kernel.decode_step, kernel.DecodeStep("squared", True, 1 / 8))
 
 
-@pytest.mark.gpu
-@on_gpu
+@on_hopper
 def test_a_stack_past_32_bits():
     """2.3e9 numbers, of which the last layer is read: what it gives is what that layer gives as a stack of one."""
     layers = 17

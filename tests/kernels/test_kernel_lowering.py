@@ -4,8 +4,10 @@ Lowering generates a kernel's code and checks layouts, tile sizes and shared mem
 of `benchmarks/compile_kernels.py`.
 """
 
+import contextlib
 import functools
 import re
+import signal
 
 import jax
 import jax.numpy as jnp
@@ -49,11 +51,32 @@ def test_every_program_lowers(program):
     assert names(program.function, *program.arguments) == want
 
 
+LOWERING_SECONDS = 240  # ten times what it takes
+
+
+@contextlib.contextmanager
+def ending_after(seconds):
+    """Raises TimeoutError in Python code that takes longer."""
+
+    def end(*_):
+        raise TimeoutError(f"not done after {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, end)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
 @pytest.mark.parametrize("program", CHUNKED, ids=lambda program: program.name)
 def test_every_program_in_chunks_lowers(program):
-    """In reasonable time too: what no layout satisfies, Mosaic searches for without end."""
+    """In LOWERING_SECONDS too: what no layout satisfies, Mosaic searches for without end."""
     score = program.name.split("-")[1]
-    text = jax.jit(program.function).trace(*program.arguments).lower(lowering_platforms=("cuda",)).as_text()
+    traced = jax.jit(program.function).trace(*program.arguments)
+    with ending_after(LOWERING_SECONDS):
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
     kernels = {"forward", "backward_queries", "backward_keys", "update", "query", "gradient"}
     kernels |= {"normalizer"} if score == "squared" and "-normalize" in program.name else set()
     found = set(re.findall(rf"\\00((?:{score}|scan)\w*)_mosaic_gpu\\00", text))

@@ -7,24 +7,20 @@ run asynchronously, memory with anything in it, several devices.
 import dataclasses
 import itertools
 import logging
-import os
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import pairwise
+from hopper import HOPPER
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from kernel_cases import INPUTS, Case, U, assert_close
 
-from pallas_kernels.device import unsupported_device
 from twomamba_jax import decay_attention
 from twomamba_jax.ops import kernels
 
-os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # workers of pytest share the GPU
-
-UNSUPPORTED = unsupported_device()
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(UNSUPPORTED is not None, reason=f"no kernel: {UNSUPPORTED}")]
+pytestmark = HOPPER
 
 SCORES = ["linear", "squared", "exp"]
 SETTINGS = {

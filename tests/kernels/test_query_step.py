@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hopper import on_hopper
 from jax.sharding import AxisType, PartitionSpec
 
 from pallas_kernels import query_step as kernel
-from pallas_kernels.device import unsupported_device
 from pallas_kernels.interpreter import interpreted
 from twomamba_jax.ops.cached_attention import append, cached_attention, init_decoding_cache
 from twomamba_jax.ops.recurrent_cache import LayerCache
@@ -88,8 +88,7 @@ def test_none_takes_no_kernel_that_has_not_run_on_a_gpu():
     assert kernels_of("xla") == set()
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(unsupported_device() is not None, reason=f"no kernel: {unsupported_device()}")
+@on_hopper
 def test_a_stack_past_32_bits():
     """2.3e9 numbers, of which the last layer is read."""
     layers, shape = 17, (64, 16, 2080, 64)
