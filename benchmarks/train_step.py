@@ -1,12 +1,14 @@
 """Tokens per second, memory and loss curve of training, XLA against the kernels: `python benchmarks/train_step.py`.
 
 Every variant is trained by every implementation as `train.main` does it: the same initial parameters, batches,
-optimiser and step. A run has a process of its own, so that its peak of device memory is its own. Prints a Markdown
-table; writes OUT.json, which has the loss of every step. `--parts 3` also says where the time of a step goes, from a
-trace of three more; with XLA_FLAGS=--xla_gpu_enable_command_buffer= every kernel has a name.
+optimiser and step. `--implementations cudnn` adds the variant softmax by cuDNN, which does not keep apart the documents
+in a row. A run has a process of its own, so that its peak of device memory is its own. Prints a Markdown table; writes
+OUT.json, which has the loss of every step. `--parts 3` also says where the time of a step goes, from a trace of three
+more; with XLA_FLAGS=--xla_gpu_enable_command_buffer= every kernel has a name.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import importlib.metadata
 import json
@@ -21,6 +23,7 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
+import cudnn_softmax
 import flax.linen as nn
 import jax
 from ml_collections import ConfigDict
@@ -67,8 +70,12 @@ class Row:
 
 
 def rows_of(options: argparse.Namespace) -> list[Row]:
-    pairs = [(variant, implementation) for variant in options.variants for implementation in options.implementations]
-    rows = [Row(*pair, options.batch, options.length) for pair in pairs]
+    rows = [
+        Row(variant, implementation, options.batch, options.length)
+        for variant in options.variants
+        for implementation in options.implementations
+        if variant == cudnn_softmax.VARIANT or implementation != cudnn_softmax.NAME
+    ]
     for size in options.perturbations:
         plain = [row for row in rows if row.implementation == "xla" and not row.perturbation]
         rows += [dataclasses.replace(row, perturbation=size) for row in plain]
@@ -79,7 +86,8 @@ def config_of(row: Row, options: argparse.Namespace) -> ConfigDict:
     """The configuration of a run. Raises UserError."""
     config = load_config(options.config)
     changes = {"variant": row.variant, "steps": options.steps, "batch_size": row.batch, "length": row.length}
-    changes["execution.implementation"] = row.implementation
+    if row.implementation != cudnn_softmax.NAME:
+        changes["execution.implementation"] = row.implementation
     if row.implementation in options.remat:
         changes["execution.remat"] = "full"
     given = [setting.split("=", 1) for setting in options.override]
@@ -93,7 +101,9 @@ def train(row: Row, options: argparse.Namespace) -> Row:
     try:
         config = config_of(row, options)
         mesh = make_mesh(config.mesh)
-        with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
+        by_cudnn = row.implementation == cudnn_softmax.NAME
+        peer = cudnn_softmax.softmax_by_cudnn() if by_cudnn else contextlib.nullcontext()
+        with jax.set_mesh(mesh), nn.logical_axis_rules(RULES), peer:
             run = build(config, Path(), mesh)
             state = run.init(jax.random.key(config.seed))
             if row.perturbation:
@@ -198,7 +208,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("--config", default="configs/2mamba.py:small", metavar="PATH[:SIZE]", help="of every run but for its variant")
     add("--variants", nargs="+", default=["2mamba", "2mamba-e", "softmax"], metavar="NAME")
-    add("--implementations", nargs="+", choices=IMPLEMENTATIONS, default=list(IMPLEMENTATIONS))
+    known = (*IMPLEMENTATIONS, cudnn_softmax.NAME)
+    add("--implementations", nargs="+", choices=known, default=list(IMPLEMENTATIONS))
     add("--batch", type=int, default=8, help="rows of a batch")
     add("--length", type=int, default=2048, help="tokens of a row")
     add("--steps", type=int, default=200)

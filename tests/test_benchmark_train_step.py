@@ -1,10 +1,12 @@
 """`benchmarks/train_step.py` with a tiny nano model for two steps: what it trains, reports and survives."""
 
+import dataclasses
 import importlib.util
 import json
 import math
 import os
 import sys
+import types
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
@@ -54,6 +56,30 @@ def test_trains_as_configured(script, arguments):
     assert (config.execution.implementation, config.execution.form) == ("mosaic_gpu", None)
     *_, perturbed = script.rows_of(script.parse([*arguments, "--variants", "softmax", "--perturbations", "1e-6"]))
     assert (perturbed.implementation, perturbed.perturbation) == ("xla", 1e-6)
+
+
+def test_cudnn_stands_in_for_softmax(script, arguments, monkeypatch):
+    """In rows of that variant only, which then differ by the documents that it does not keep apart."""
+    chosen = ["--variants", "2mamba", "softmax", "--implementations", "xla", "cudnn"]
+    options = script.parse([*chosen, *arguments, "execution.remat=dots"])
+    _, softmax, row = rows = script.rows_of(options)
+    pairs = [("2mamba", "xla"), ("softmax", "xla"), ("softmax", "cudnn")]
+    assert [(row.variant, row.implementation) for row in rows] == pairs
+    assert script.config_of(row, options).execution.implementation is None
+
+    calls, by_jax = [], jax.nn.dot_product_attention
+
+    def attention(*arrays, implementation, **how):
+        calls.append((implementation, how["is_causal"]))
+        return by_jax(*arrays, **how)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", attention)
+    trained, peer = script.train(row, options), script.train(softmax, options)
+    assert set(calls) == {("cudnn", True)}
+    assert trained.losses == pytest.approx(peer.losses, rel=0.01)
+    assert "has no decay" in script.train(dataclasses.replace(row, variant="2mamba"), options).note
+    forward = types.SimpleNamespace(name="dot_product_attention_fwd_wrapper")
+    assert script.cudnn_softmax.dear(forward)
 
 
 def test_recomputes_where_asked_and_where_the_configuration_does(script, arguments):

@@ -31,9 +31,12 @@ def full_logits(model, params, tokens):
     return model.apply({"params": params}, tokens)
 
 
-def test_greedy_takes_the_likeliest_token_of_the_full_forward_pass():
+@pytest.mark.parametrize(
+    ("pattern", "scan_layers"), [("softmax,2mamba,mamba2", None), ("softmax,2mamba*2", False)], ids=str
+)
+def test_greedy_takes_the_likeliest_token_of_the_full_forward_pass(pattern, scan_layers):
     """By induction over the tokens: each is the argmax after those before it, all read in one pass without a cache."""
-    model, params = model_and_params("softmax,2mamba,mamba2")
+    model, params = model_and_params(pattern, scan_layers=scan_layers)
     prompts = jax.random.randint(jax.random.key(1), (3, 5), 0, 23)
     new = generate(model, params, prompts, max_new_tokens=12, fold_size=3).tokens
     assert (new.shape, new.dtype) == ((3, 12), jnp.int32)
@@ -95,6 +98,20 @@ def test_a_generation_is_one_compiled_loop():
 
 
 PATTERN = "softmax,2mamba,mamba2"
+
+
+def test_layers_one_after_the_other_take_their_parameters_apart_once():
+    """In the loop over tokens nothing makes an array of the shape of a stack of parameters; a loop less is in it."""
+
+    def lowered(scan_layers):
+        model, params = model_and_params("2mamba", scan_layers=scan_layers)
+        start = prefill(model, params, jnp.array([[1, 2, 3]]), init_cache(model.config, 1, 19))
+        return decode_loop.lower(model, params, start, 16, 0.0, None, None, jnp.zeros(0, jnp.int32), ())
+
+    apart, scanned = lowered(False), lowered(True)
+    assert apart.as_text().count("stablehlo.while") == scanned.as_text().count("stablehlo.while") - 1
+    made = set(re.findall(r" = f32\[3,16,24\]\S* ([\w-]+)\(", apart.compile().as_text()))
+    assert {"parameter"} <= made <= {"parameter", "get-tuple-element"}
 
 
 def test_rows_do_not_feel_each_other():

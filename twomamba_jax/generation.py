@@ -1,5 +1,6 @@
 """Generation from a language model: a prefill and a decode loop, each one jitted program."""
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from twomamba_jax.layers import Cache, LanguageModel, init_cache
+from twomamba_jax.layers.layer_parameters import stack_layers, unstack_layers
 from twomamba_jax.ops.cached_attention import FOLD_SIZE
 from twomamba_jax.sampling import GREEDY, Sampling, check_sampling, sample
 from twomamba_jax.shapes import Array, Bool, Float, Int, Lengths, Tokens
@@ -229,6 +231,12 @@ def decode_loop(model, params, decoding, num_tokens, temperature, top_k, top_p, 
     `model`, `num_tokens`, `top_k` and `rules` are static.
     """
     rows = decoding.done.shape[0]
+    scan_layers = model.execution.scan_layers
+    if scan_layers is None:
+        scan_layers = jax.default_backend() != "gpu"
+    if not scan_layers:
+        model = model.clone(execution=dataclasses.replace(model.execution, scan_layers=False))
+        params = unstack_layers(model.config, params)
 
     def goes_on(carry):
         index, decoding, _ = carry
@@ -240,7 +248,8 @@ def decode_loop(model, params, decoding, num_tokens, temperature, top_k, top_p, 
         drawn = sample(jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, count), logits, temperature, top_k, top_p)
         drawn = jnp.where(done, 0, drawn)
         active = (~done).astype(jnp.int32)
-        logits, cache = model.apply({"params": params}, drawn[:, None], cache=cache, lengths=active)
+        variables = {"params": params if scan_layers else stack_layers(params)}
+        logits, cache = model.apply(variables, drawn[:, None], cache=cache, lengths=active)
         done = done | (drawn[:, None] == stop_tokens).any(-1)
         generation = Generation(tokens.at[:, index].set(drawn), lengths + active)
         return index + 1, Decoding(cache, logits[:, 0], keys, count + 1, done), generation

@@ -37,6 +37,8 @@ class Execution:
       param_dtype: of the parameters.
       remat: what of each block is computed again in the backward pass instead of being kept: "none", "dots" (all but
         the results of projections and attention kernels), or "full" (all).
+      scan_layers: whether layers run in a loop over their parameters, so that compilation time does not grow with
+        depth, or one after the other. None: the former, but for the latter in `decode`, which is faster.
       form: as in `decay_attention`.
       chunk_size: as in `decay_attention`.
       implementation: as in `decay_attention`.
@@ -50,6 +52,7 @@ class Execution:
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
     remat: Literal["none", "dots", "full"] = "none"
+    scan_layers: bool | None = None
     form: str | None = None
     chunk_size: int | None = None
     implementation: str | None = None

@@ -3,6 +3,7 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from twomamba_jax.config import MixerConfig, ModelConfig
 from twomamba_jax.layers.cache import Cache, advance, append, poison_rollback
@@ -65,8 +66,8 @@ class Block(nn.Module):
 class LanguageModel(nn.Module):
     """The Llama-2 shape of Appendix B with a mixer of the 2Mamba family in each layer.
 
-    Each run of layers with equal mixers is one `nn.scan`: its parameters carry a leading `layers` axis, and compilation
-    time does not grow with depth.
+    Each run of layers with equal mixers is one `nn.scan`: its parameters carry a leading `layers` axis, whether or not
+    it is a loop (`execution.scan_layers`).
 
     Attributes:
       config: what to compute.
@@ -142,14 +143,15 @@ class LanguageModel(nn.Module):
                 split_rngs={"params": True},
                 in_axes=(0, 0, *[nn.broadcast] * 4),
                 length=count,
+                unroll=count if execution.scan_layers is False else 1,
                 metadata_params={nn.PARTITION_NAME: "layers"},
             )(config, mixer, execution, cache_is_empty, name=f"layers_{index}")
             rows = segment_ids, lengths, positions
             if cache is None:
-                x, _ = layers(x, None, jnp.arange(count), None, *rows)
+                x, _ = layers(x, None, np.arange(count), None, *rows)
                 continue
             before, stack = detach(cache.layers[index])
-            x, new = layers(x, before, jnp.arange(count), stack, *rows)
+            x, new = layers(x, before, np.arange(count), stack, *rows)
             caches.append(append(mixer, cache.layers[index], new, execution))
 
         norm = RMSNorm(eps=config.norm_eps, dtype=execution.dtype, param_dtype=execution.param_dtype, name="norm")

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec
 
 from twomamba_jax.ops import cache as key_values
 from twomamba_jax.ops.decay import suffix_log_decay
-from twomamba_jax.ops.new_tokens import NewTokens
+from twomamba_jax.ops.new_tokens import NewTokens, write
 from twomamba_jax.ops.numerics import accumulation_dtype
 from twomamba_jax.ops.spread import spread_stack
 from twomamba_jax.ops.state import KeyValueCache
@@ -42,18 +42,12 @@ def append(new: NewTokens, cache: AttentionCache, partition: PartitionSpec | Non
 
 def _append(new: NewTokens, cache: AttentionCache) -> AttentionCache:
     size, capacity = new.keys.shape[3], cache.keys.shape[3]
-    slots = jax.vmap(lambda length, counts: key_values.slot_index(length, counts, size, capacity))
-    # All axes before the slots' are indexed too: XLA would otherwise put the slots' first, in a copy.
-    *leading, _ = jnp.indices((*new.keys.shape[:3], 1), sparse=True)
-    place = *leading, slots(cache.length, new.counts)[:, :, None]
-
-    def write(into, tokens):
-        return None if into is None else into.at[place].set(tokens.astype(into.dtype), mode="drop")
-
+    slots_of = jax.vmap(lambda length, counts: key_values.slot_index(length, counts, size, capacity))
+    slots = slots_of(cache.length, new.counts)
     return AttentionCache(
-        keys=write(cache.keys, new.keys),
-        values=write(cache.values, new.values),
-        log_decay=write(cache.log_decay, new.log_decay),
+        keys=write(cache.keys, new.keys, slots),
+        values=write(cache.values, new.values, slots),
+        log_decay=None if cache.log_decay is None else write(cache.log_decay, new.log_decay, slots),
         start=new.start,
         length=cache.length + new.counts,
     )

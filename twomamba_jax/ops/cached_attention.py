@@ -156,10 +156,9 @@ def cached_attention(
     if op.is_finite:
         attend = functools.partial(recurrent_cache.attend, op, cache=alone)
         if size <= alone.fold_size:
-            named = implementation == kernels.MOSAIC_GPU
             unsupported = functools.partial(kernels.unsupported_in_cache, q, k, alone.state)
             if kernels.choose(implementation, "cached", unsupported) == kernels.MOSAIC_GPU:
-                attend = functools.partial(kernels.attend_in_cache, op, cache=cache, partition=partition, named=named)
+                attend = functools.partial(kernels.attend_in_cache, op, cache=cache, partition=partition)
         y, new = _attend_finite(op, whole, attend, q, k, v, log_decay, run, counts, alone, is_empty)
     else:
         y, new = _attend_exponential(op, whole, q, k, v, log_decay, run, counts, cache, is_empty)
@@ -185,17 +184,16 @@ def append(
       cache: what `cached_attention` read.
       new: what it returned.
       score: as the cache's.
-      implementation: `mosaic_gpu` folds with a kernel where there is one for it, in float32 whatever the precision;
-        else XLA folds.
+      implementation: `xla` folds with XLA, any other with a kernel where there is one for it, in float32 whatever the
+        precision.
       precision: as in `decay_attention`.
       partition: as in `decay_attention`.
     """
     if isinstance(cache, AttentionCache):
         return attention_cache.append(new, cache, partition)
     op = make_operation(cache.keys.shape[-1], score, True, None, precision)
-    named = implementation == kernels.MOSAIC_GPU  # None leaves it to XLA until the kernel has run on a GPU
     arrays = cache.state.kv, cache.keys, cache.values
-    has_kernel = named and kernels.unsupported_fold(*arrays, cache.fold_size) is None
+    has_kernel = implementation != "xla" and kernels.unsupported_fold(*arrays, cache.fold_size) is None
     fold = functools.partial(kernels.fold, op) if has_kernel else None
     return recurrent_cache.append(op, new, cache, partition, fold)
 

@@ -141,16 +141,12 @@ def unsupported_in_cache(q, k, state: FiniteState, form) -> str | None:
     return unsupported_step(q, state.kv, q.shape[2] // k.shape[2])
 
 
-def attend_in_cache(op: Operation, q, k, v, log_decay, cache: RecurrentCache | LayerCache, partition, named: bool):
+def attend_in_cache(op: Operation, q, k, v, log_decay, cache: RecurrentCache | LayerCache, partition):
     """`recurrent_cache.attend` for one token; spread over the batch and heads of `partition`.
 
-    In one kernel if kernels are `named`, which has not run on a GPU yet; until then else with one that reads the state,
-    whose `unsupported` are fewer. New keys and values are rounded to the cache's dtype before they are attended to.
+    New keys and values are rounded to the cache's dtype before they are attended to.
     """
     cache = _in_stack(cache)
-    if not named:
-        read = functools.partial(_read_state, cache, partition)
-        return recurrent_cache.attend(op, q, k, v, log_decay, cache.take(), read)
     from pallas_kernels.decode_step import DecodeStep, decode_step, padded
 
     spec, stack = DecodeStep(op.score, op.normalize, op.query_scale), cache.stack
@@ -167,16 +163,6 @@ def attend_in_cache(op: Operation, q, k, v, log_decay, cache: RecurrentCache | L
         return divide(numerator[..., None], denominator, op.denominator_floor)[:, :, :, None, :, 0]
 
     return _spread(attend, partition, cache.layer, of_layers, (q[:, :, :, 0], key, value, decays))
-
-
-def _read_state(cache: LayerCache, partition: PartitionSpec | None, phi):
-    """phi^T kv [B, G, R, 1, V] for features [B, G, R, 1, D]."""
-    from pallas_kernels.query_step import query_step
-
-    def read(layer, of_layers, of_token):
-        return query_step(*of_layers, layer, *of_token)[:, :, :, None]
-
-    return _spread(read, partition, cache.layer, (cache.stack.state.kv,), (phi[:, :, :, 0],))
 
 
 def _in_stack(cache: RecurrentCache | LayerCache) -> LayerCache:

@@ -5,7 +5,6 @@ them are folded into the state at a time: it is read once per token and written 
 whatever the calls were, so that what a row computes depends on its own tokens alone.
 """
 
-import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -15,7 +14,7 @@ from jax.sharding import PartitionSpec
 
 from twomamba_jax.ops import stages, steps
 from twomamba_jax.ops.decay import suffix_log_decay
-from twomamba_jax.ops.new_tokens import NewTokens
+from twomamba_jax.ops.new_tokens import NewTokens, write
 from twomamba_jax.ops.operation import Operation
 from twomamba_jax.ops.parallel import parallel
 from twomamba_jax.ops.spread import spread_stack
@@ -58,10 +57,8 @@ class LayerCache(NamedTuple):
         return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, self.layer, keepdims=False), self.stack)
 
 
-def attend(op: Operation, q, k, v, log_decay, cache: RecurrentCache, read: Callable | None = None):
+def attend(op: Operation, q, k, v, log_decay, cache: RecurrentCache):
     """T <= r new tokens: to the state, to the ring, and to each other; heads-first arrays as in `stages`.
-
-    `read` is as in `stages.query`.
 
     Returns:
       y [B, G, R, T, V] in the accumulation dtype.
@@ -72,7 +69,7 @@ def attend(op: Operation, q, k, v, log_decay, cache: RecurrentCache, read: Calla
         jnp.concatenate([old.astype(new.dtype), new], axis=2) for old, new in zip(waiting, (k, v, log_decay))
     )
     since_fold = log_decay.at[:, :, 0].add(waiting.log_decay.sum(-1))
-    through_state = stages.query(op, q, since_fold, None, cache.state, read)
+    through_state = stages.query(op, q, since_fold, None, cache.state)
     return (stages.intra(op, q, keys, values, decays, None) + through_state).outputs(op)
 
 
@@ -130,25 +127,20 @@ def append(
     if cache.length.ndim == 1:
         stack = append(op, *jax.tree.map(lambda x: x[None], (new, cache)), partition, fold)
         return jax.tree.map(lambda x: x[0], stack)
-    return spread_stack(functools.partial(_fold, op, fold), partition, jax.vmap(_extend)(new, cache))
+    # XLA, left to itself, gives every device the new tokens of all.
+    return spread_stack(lambda new, cache: _fold(op, fold, _extend(new, cache)), partition, new, cache)
 
 
-def _extend(new: NewTokens, cache: RecurrentCache) -> RecurrentCache:
-    capacity, first = cache.keys.shape[2], cache.length + new.skipped
-    last = first + new.counts - 1
-    # The latest token that belongs into each slot, as an index into the new ones; negative: it was there before.
-    index = last[:, None] - (last[:, None] - jnp.arange(capacity)) % capacity - first[:, None]
-
-    def write(ring, new):
-        taken = _take(new, jnp.maximum(index, 0), 2).astype(ring.dtype)
-        return jnp.where(_along(index >= 0, ring.ndim, 2), taken, ring)
-
-    return cache._replace(
-        state=cache.state if new.state is None else new.state,
-        keys=write(cache.keys, new.keys),
-        values=write(cache.values, new.values),
-        log_decay=write(cache.log_decay, new.log_decay),
-        folded=cache.folded if new.folded is None else new.folded,
+def _extend(new: NewTokens, stack: RecurrentCache) -> RecurrentCache:
+    capacity, index = stack.keys.shape[3], jnp.arange(new.keys.shape[3])
+    first = stack.length + new.skipped
+    slots = jnp.where(index < new.counts[..., None], (first[..., None] + index) % capacity, capacity)
+    return stack._replace(
+        state=stack.state if new.state is None else new.state,
+        keys=write(stack.keys, new.keys, slots),
+        values=write(stack.values, new.values, slots),
+        log_decay=write(stack.log_decay, new.log_decay, slots),
+        folded=stack.folded if new.folded is None else new.folded,
         length=first + new.counts,
     )
 

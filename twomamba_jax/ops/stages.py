@@ -10,7 +10,6 @@ and y_i = N_i / n_i, or N_i. Arrays are heads-first: q [B, G, R, C, K], k [B, G,
 log_decay [B, G, C] (None: no decay), run [B, C] (None: one segment).
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -84,17 +83,11 @@ def weighted_sums(op: Operation, weights, v) -> Sums:
     return Sums(numerator, weights.sum(-1) if op.normalize else None)
 
 
-def query(op: Operation, q, log_decay, continues, state: FiniteState, read: Callable | None = None) -> Sums:
-    """The part of each row that comes through the state. `continues [B, C]`: the token is in the state's segment.
-
-    `read(phi)` makes phi^T kv [B, G, R, C, V] of phi [B, G, R, C, D]; None multiplies by `state.kv`.
-    """
+def query(op: Operation, q, log_decay, continues, state: FiniteState) -> Sums:
+    """The part of each row that comes through the state. `continues [B, C]`: the token is in the state's segment."""
     phi = features(op.score, q.astype(accumulation_dtype(q.dtype)) * op.query_scale)
-    if read is None:
-        operand = operand_dtype(q.dtype, op.precision)
-        numerator = contract("bgrcd,bgdv->bgrcv", phi.astype(operand), state.kv.astype(operand), op.precision)
-    else:
-        numerator = read(phi)
+    operand = operand_dtype(q.dtype, op.precision)
+    numerator = contract("bgrcd,bgdv->bgrcv", phi.astype(operand), state.kv.astype(operand), op.precision)
     weight = _weight(prefix_log_decay, log_decay, continues, phi.dtype)[:, :, None]
     denominator = None
     if op.normalize:
