@@ -261,6 +261,36 @@ def test_a_model_on_a_gpu_decodes_as_by_xla():
         np.testing.assert_allclose(x, y, atol=1e-3 * float(jnp.abs(y).max()))
 
 
+@on_hopper
+@pytest.mark.skipif(jax.device_count() < 2, reason="one device: there is nothing to spread")
+@pytest.mark.parametrize("axis", ["batch", "heads"])
+def test_steps_spread_over_two_devices(axis):
+    """Attending and folding, over three folds in one row and two in the other."""
+    partition = PartitionSpec(*("data" if axis == name else None for name in ("batch", "tokens", "heads")))
+    mesh = jax.make_mesh((2,), ("data",), devices=jax.devices()[:2], axis_types=(AxisType.Auto,))
+    tokens = [[normal(10 * n + m, 2, 1, 2, 64) for m in range(3)] for n in range(6)]
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def step(partition, cache, new, active):
+        y, new = attend(*new, None, cache, lengths=active, partition=partition)
+        return y, append(cache, new, score="squared", partition=partition)
+
+    def decode(partition):
+        cache, outputs = init_decoding_cache("squared", 2, 2, 64, 64, fold_size=2), []
+        for n, new in enumerate(tokens):
+            y, cache = step(partition, cache, new, jnp.array([1, n % 3 > 0], jnp.int32))
+            outputs.append(y)
+        return outputs, cache
+
+    want = decode(None)
+    with jax.set_mesh(mesh):
+        got = decode(partition)
+    assert got[1].folded.tolist() == [6, 4]
+    assert not got[1].state.kv.sharding.is_fully_replicated
+    for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5 * float(jnp.abs(y).max()))
+
+
 def shapes_of(layers, batch, groups, repeats, slots=32):
     """The arguments of a squared step in bfloat16, with float32 states."""
     heads, stack = (batch, groups), (layers, batch, groups)
