@@ -1,4 +1,6 @@
-"""RMSNorm and SwiGLU against NumPy."""
+"""RMSNorm, SwiGLU and the product of projections against NumPy."""
+
+import functools
 
 import flax.linen as nn
 import jax
@@ -7,6 +9,7 @@ import numpy as np
 import pytest
 
 from twomamba_jax import RMSNorm, SwiGLU
+from twomamba_jax.layers.projection import product
 
 
 @pytest.mark.parametrize(("axes", "dims"), [(("embed",), (-1,)), (("heads", "head_dim"), (-2, -1))])
@@ -53,3 +56,12 @@ def test_swiglu():
     # Sums of 8 and 5 products: a few epsilon of the sum of their sizes.
     sizes = np.abs(hidden) @ np.abs(params["down"]["kernel"]) + 1
     assert (np.abs(y - expected) < 16 * 2.0**-23 * sizes).all()
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_one_row_is_multiplied_as_two(rows):
+    """Two rows are a product of matrices to every compiler; the result is one row's."""
+    x, kernel = jax.random.normal(jax.random.key(0), (rows, 1, 2, 8)), jax.random.normal(jax.random.key(1), (2, 8, 5))
+    call = jax.jit(functools.partial(product, rank=2))
+    np.testing.assert_allclose(call(x, kernel), np.einsum("btij,ijk->btk", x, kernel), rtol=1e-5, atol=1e-5)
+    assert f"(tensor<{max(rows, 2)}x1x2x8xf32>, tensor<2x8x5xf32>)" in call.lower(x, kernel).as_text()

@@ -6,6 +6,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from twomamba_jax.layers.projection import Projection
+
 PROJECTION_INIT = nn.initializers.normal(0.02)  # Appendix B: standard deviation 0.02
 
 
@@ -26,17 +28,18 @@ class SwiGLU(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [B, T, E] -> [B, T, E]."""
 
-        def dense(name, features, axes):
-            return nn.Dense(
-                features,
-                use_bias=False,
+        def dense(name, in_axis, out_axis, features):
+            return Projection(
+                (in_axis,),
+                (out_axis,),
+                (features,),
+                kernel_init=PROJECTION_INIT,
                 dtype=self.dtype,
                 param_dtype=self.param_dtype,
-                kernel_init=nn.with_logical_partitioning(PROJECTION_INIT, axes),
                 name=name,
             )
 
-        gate = dense("gate", self.mlp_dim, ("embed", "mlp"))(x)
-        up = dense("up", self.mlp_dim, ("embed", "mlp"))(x)
+        gate = dense("gate", "embed", "mlp", self.mlp_dim)(x)
+        up = dense("up", "embed", "mlp", self.mlp_dim)(x)
         hidden = nn.with_logical_constraint(nn.silu(gate) * up, ("batch", "length", "mlp"))
-        return dense("down", x.shape[-1], ("mlp", "embed"))(hidden)
+        return dense("down", "mlp", "embed", x.shape[-1])(hidden)

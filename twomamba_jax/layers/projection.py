@@ -18,6 +18,18 @@ def uniform(fan_in: int):
     return init
 
 
+def product(x: jax.Array, kernel: jax.Array, rank: int) -> jax.Array:
+    """x [..., *in] times kernel [*in, *out], over the last `rank` dimensions of x.
+
+    One row goes in twice: of a vector times a matrix XLA makes, on GPUs, elementwise products that it rounds to their
+    dtype and writes to memory before it adds them up.
+    """
+    if math.prod(x.shape[:-rank]) > 1:
+        return jnp.tensordot(x, kernel, rank)
+    twice = jax.lax.optimization_barrier(jnp.concatenate([x, x]))
+    return jnp.tensordot(twice, kernel, rank)[:1]
+
+
 class Projection(nn.Module):
     """y = x W, or x W + b, over the last dimensions of x.
 
@@ -28,6 +40,7 @@ class Projection(nn.Module):
       out_axes: logical names of the dimensions that take their place.
       out_dims: their sizes.
       use_bias: whether there is a b.
+      kernel_init: of W; None: `uniform`.
       dtype: of the product.
       param_dtype: of the kernel, which has dimensions (*in, *out), and the bias.
     """
@@ -36,6 +49,7 @@ class Projection(nn.Module):
     out_axes: tuple[str, ...]
     out_dims: tuple[int, ...]
     use_bias: bool = False
+    kernel_init: Any = None
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
@@ -45,9 +59,9 @@ class Projection(nn.Module):
         rank = len(self.in_axes)
         in_dims = x.shape[-rank:]
         init = uniform(math.prod(in_dims))
-        kernel_init = nn.with_logical_partitioning(init, (*self.in_axes, *self.out_axes))
+        kernel_init = nn.with_logical_partitioning(self.kernel_init or init, (*self.in_axes, *self.out_axes))
         kernel = self.param("kernel", kernel_init, (*in_dims, *self.out_dims), self.param_dtype)
-        y = jnp.tensordot(x.astype(self.dtype), kernel.astype(self.dtype), rank)
+        y = product(x.astype(self.dtype), kernel.astype(self.dtype), rank)
         if not self.use_bias:
             return y
         bias_init = nn.with_logical_partitioning(init, self.out_axes)
