@@ -254,6 +254,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
         return
     figure = Figure(figsize=(5 * len(batches), 7), layout="constrained")
     axes = figure.subplots(2, len(batches), squeeze=False, sharex=True)
+    colors: dict[str, str] = {}
     for column, batch in enumerate(batches):
         lines: dict[tuple, list[Row]] = {}
         for row in timed:
@@ -262,8 +263,9 @@ def plot(rows: Sequence[Row], path: Path) -> None:
         for (variant, fold, dtype), line in lines.items():
             label = variant if fold is None else f"{variant}, r = {fold}, {dtype}"
             contexts = [row.context for row in line]
-            axes[0, column].plot(contexts, [row.milliseconds for row in line], "o-", label=label)
-            axes[1, column].plot(contexts, [row.cache_bytes / GIB for row in line], "o-", label=label)
+            style = {"label": label, "color": colors.setdefault(label, f"C{len(colors)}")}
+            axes[0, column].plot(contexts, [row.milliseconds for row in line], "o-", **style)
+            axes[1, column].plot(contexts, [row.cache_bytes / GIB for row in line], "o-", **style)
         axes[0, column].set(title=f"batch {batch}", ylabel="milliseconds per token")
         axes[1, column].set(xlabel="tokens of context", ylabel="cache, GiB", xscale="log", yscale="log")
         axes[0, column].set_yscale("log")
