@@ -1,6 +1,7 @@
 """Softmax attention by cuDNN in the place of ours, for a training step to compare with."""
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from unittest import mock
 
@@ -30,6 +31,6 @@ def dear(primitive, *arguments, **parameters) -> bool:
 @contextlib.contextmanager
 def softmax_by_cudnn() -> Iterator[None]:
     """Within it, models that are traced attend by cuDNN."""
-    remat = {"dots": lambda block: nn.remat(block, prevent_cse=False, policy=dear)}
+    remat = {"dots": functools.partial(nn.remat, policy=dear)}
     with mock.patch.object(mixer, "decay_attention", attention), mock.patch.dict(execution.REMATS, remat):
         yield

@@ -20,11 +20,12 @@ DEAR = jax.checkpoint_policies.save_from_both_policies(
     jax.checkpoint_policies.save_only_these_names(residuals.NAME),
 )
 
-# From a block to one that computes again, in the backward pass, what it has not kept.
+# From a block to one that computes again, in the backward pass, what it has not kept. Outside of a loop over layers
+# `prevent_cse` has to keep XLA from using what was computed before.
 REMATS = {
-    "none": lambda block: block,
-    "dots": functools.partial(nn.remat, prevent_cse=False, policy=DEAR),
-    "full": functools.partial(nn.remat, prevent_cse=False),
+    "none": lambda block, prevent_cse: block,
+    "dots": functools.partial(nn.remat, policy=DEAR),
+    "full": nn.remat,
 }
 
 

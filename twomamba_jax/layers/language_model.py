@@ -134,7 +134,8 @@ class LanguageModel(nn.Module):
         x = jnp.take(wide, tokens, axis=0).astype(execution.dtype)
         x = nn.with_logical_constraint(x, ("batch", "length", "embed"))
 
-        block = REMATS[execution.remat](Block)
+        one_by_one = execution.scan_layers is False
+        block = REMATS[execution.remat](Block, prevent_cse=one_by_one)
         caches = []
         for index, (mixer, count) in enumerate(config.runs):
             layers = nn.scan(
@@ -143,7 +144,7 @@ class LanguageModel(nn.Module):
                 split_rngs={"params": True},
                 in_axes=(0, 0, *[nn.broadcast] * 4),
                 length=count,
-                unroll=count if execution.scan_layers is False else 1,
+                unroll=count if one_by_one else 1,
                 metadata_params={nn.PARTITION_NAME: "layers"},
             )(config, mixer, execution, cache_is_empty, name=f"layers_{index}")
             rows = segment_ids, lengths, positions
