@@ -15,11 +15,11 @@ VARIANT = "softmax"  # what it can compute
 PRIMITIVE = "dot_product_attention_fwd"  # what JAX calls cuDNN's forward pass
 
 
-def attention(q, k, v, log_decay, *, scale, segment_ids=None, **how):
+def attention(q, k, v, log_decay, *, score, scale, **how):
     """Causal attention of whole rows: cuDNN has no decay, and documents in a row are not kept apart."""
-    del segment_ids, how
-    if log_decay is not None:
-        raise ValueError(f"cuDNN's attention has no decay: expected the variant {VARIANT}")
+    del how
+    if score != "exp" or log_decay is not None:
+        raise ValueError(f"cuDNN's attention is softmax without a decay: expected the variant {VARIANT}")
     return jax.nn.dot_product_attention(q, k, v, scale=scale, is_causal=True, implementation=NAME)
 
 

@@ -184,7 +184,7 @@ def measure(row: Row, options: argparse.Namespace, params, bandwidth: float, mem
     row = dataclasses.replace(row, state_bytes=context_bytes(row, model))
     size = cache_bytes(model.config, row.batch, capacity, **kind_of(row, model))
     row = dataclasses.replace(row, cache_bytes=size)
-    if size + state_bytes(params) > memory:
+    if size + 2 * state_bytes(params) > memory:  # the loop takes a copy of them
         return dataclasses.replace(row, note=f"needs more than {memory / GIB:.0f} GiB")
     try:
         if capacity not in programs:

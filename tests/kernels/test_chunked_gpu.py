@@ -93,6 +93,7 @@ def test_every_run_has_the_same_bits_whatever_was_in_memory(score):
     programs = []
 
     def compiled_once(run):
+        """The first call's program, which is every call's."""
         programs.append(jax.jit(run))
         return programs[0]
 

@@ -58,10 +58,19 @@ def test_swiglu():
     assert (np.abs(y - expected) < 16 * 2.0**-23 * sizes).all()
 
 
-@pytest.mark.parametrize("rows", [1, 3])
-def test_one_row_is_multiplied_as_two(rows):
-    """Two rows are a product of matrices to every compiler; the result is one row's."""
-    x, kernel = jax.random.normal(jax.random.key(0), (rows, 1, 2, 8)), jax.random.normal(jax.random.key(1), (2, 8, 5))
+@pytest.mark.parametrize(("backend", "shape", "rows"), [("gpu", (1, 1), 2), ("gpu", (3, 1), 3), ("cpu", (1, 1), 1)])
+def test_one_row_is_multiplied_as_two_on_a_gpu(backend, shape, rows, monkeypatch):
+    """Two rows are a product of matrices to XLA if it cannot see that they are alike; the result is one row's."""
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    x, kernel = jax.random.normal(jax.random.key(0), (*shape, 2, 8)), jax.random.normal(jax.random.key(1), (2, 8, 5))
     call = jax.jit(functools.partial(product, rank=2))
     np.testing.assert_allclose(call(x, kernel), np.einsum("btij,ijk->btk", x, kernel), rtol=1e-5, atol=1e-5)
-    assert f"(tensor<{max(rows, 2)}x1x2x8xf32>, tensor<2x8x5xf32>)" in call.lower(x, kernel).as_text()
+    text = call.lower(x, kernel).as_text()
+    assert f"(tensor<{rows}x1x2x8xf32>, tensor<2x8x5xf32>)" in text
+    assert ("optimization_barrier" in text) == (rows == 2)
+
+
+@pytest.mark.parametrize("shape", [(8,), (2, 0, 8), (1, 0, 8)])
+def test_no_rows_and_a_vector_are_multiplied_as_they_are(shape, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert product(jnp.ones(shape), jnp.ones((8, 5)), 1).shape == (*shape[:-1], 5)

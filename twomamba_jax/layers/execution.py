@@ -39,15 +39,16 @@ class Execution:
       remat: what of each block is computed again in the backward pass instead of being kept: "none", "dots" (all but
         the results of projections and attention kernels), or "full" (all).
       scan_layers: whether layers run in a loop over their parameters, so that compilation time does not grow with
-        depth, or one after the other. None: the former, but for the latter in `decode`, which is faster.
+        depth, or one after the other, as `decode` has them on a GPU by None: there that is faster, but takes a copy of
+        the layers' parameters.
       form: as in `decay_attention`.
       chunk_size: as in `decay_attention`.
       implementation: as in `decay_attention`.
       precision: as in `decay_attention`.
 
     Raises:
-      ValueError: a dtype that is not floating, an unknown remat, form, implementation or precision, a chunk size below
-        1 or without the chunked form.
+      ValueError: a dtype that is not floating, an unknown remat, form, implementation or precision, a scan_layers that
+        is no bool, a chunk size below 1 or without the chunked form.
     """
 
     dtype: Any = jnp.float32
@@ -67,6 +68,8 @@ class Execution:
                 raise ValueError(f"{name}={getattr(self, name)} must be a floating point dtype")
         if self.remat not in REMATS:
             raise ValueError(f"remat={self.remat!r} is unknown: expected one of {', '.join(REMATS)}")
+        if not isinstance(self.scan_layers, bool | None):
+            raise ValueError(f"scan_layers={self.scan_layers!r} must be None, True or False")
         for name, known in (
             ("form", FORMS),
             ("implementation", IMPLEMENTATIONS),

@@ -21,10 +21,11 @@ def uniform(fan_in: int):
 def product(x: jax.Array, kernel: jax.Array, rank: int) -> jax.Array:
     """x [..., *in] times kernel [*in, *out], over the last `rank` dimensions of x.
 
-    One row goes in twice: of a vector times a matrix XLA makes, on GPUs, elementwise products that it rounds to their
+    On a GPU one row goes in twice: of a vector times a matrix XLA makes elementwise products, which it rounds to their
     dtype and writes to memory before it adds them up.
     """
-    if math.prod(x.shape[:-rank]) > 1:
+    is_row = x.ndim > rank and math.prod(x.shape[:-rank]) == 1
+    if not is_row or jax.default_backend() != "gpu":
         return jnp.tensordot(x, kernel, rank)
     twice = jax.lax.optimization_barrier(jnp.concatenate([x, x]))
     return jnp.tensordot(twice, kernel, rank)[:1]

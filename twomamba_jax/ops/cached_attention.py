@@ -106,9 +106,9 @@ def cached_attention(
 ) -> tuple[Outputs, NewTokens]:
     """`decay_attention` of T new tokens that continue those in `cache`; see there for the arguments.
 
-    A finite score attends to up to r new tokens directly; one token does it all in a kernel, where there is one.
-    More than r go through the form and implementation that are named, or chosen. The cache is only read: `append`
-    makes the next one.
+    A finite score attends to up to r new tokens directly; one token does it all in a kernel, where there is one, which
+    has no derivative. More than r go through the form and implementation that are named, or chosen. The cache is only
+    read: `append` makes the next one.
 
     Args:
       q: [B, T, H, K].
@@ -178,7 +178,8 @@ def append(
 ) -> DecodingCache:
     """The cache with what `cached_attention` returned; in a finite score's, r tokens that have waited are folded.
 
-    An axis may lead, as of layers in a stack. No reverse derivative: how often it folds depends on the lengths.
+    An axis may lead, as of layers in a stack. No reverse derivative, since how often it folds depends on the lengths;
+    of the kernel none at all.
 
     Args:
       cache: what `cached_attention` read.
@@ -188,7 +189,11 @@ def append(
         precision.
       precision: as in `decay_attention`.
       partition: as in `decay_attention`.
+
+    Raises:
+      ValueError: an unknown implementation.
     """
+    kernels.check_name(implementation)
     if isinstance(cache, AttentionCache):
         return attention_cache.append(new, cache, partition)
     op = make_operation(cache.keys.shape[-1], score, True, None, precision)

@@ -38,10 +38,7 @@ def choose(implementation: Implementation | None, form: str, unsupported: Callab
     `unsupported(form)` is the reason why they cannot, or None. Raises ValueError for an unknown implementation, and for
     kernels that are named and cannot.
     """
-    if implementation is not None and implementation not in IMPLEMENTATIONS:
-        raise ValueError(
-            f"implementation={implementation!r} is unknown: expected None or one of {', '.join(IMPLEMENTATIONS)}"
-        )
+    check_name(implementation)
     if implementation == "xla":
         return implementation
     reason = unsupported(form)
@@ -51,6 +48,14 @@ def choose(implementation: Implementation | None, form: str, unsupported: Callab
         return implementation
     _log_choice(form, "xla" if reason else MOSAIC_GPU, reason)
     return "xla" if reason else MOSAIC_GPU
+
+
+def check_name(implementation: Implementation | None) -> None:
+    """Raises ValueError for an implementation that there is not."""
+    if implementation is not None and implementation not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"implementation={implementation!r} is unknown: expected None or one of {', '.join(IMPLEMENTATIONS)}"
+        )
 
 
 @functools.cache
