@@ -33,12 +33,14 @@ PATHS = (
 )
 
 
-# Every mesh, and where all its parts meet the variants of every kind of layer.
+# Where all parts meet, the variants of every kind of layer; 2mamba where only tokens are cut and where they are not, too.
 CASES = [
     (variant, mesh)
     for variant in VARIANTS
     for mesh in MESHES
-    if EXHAUSTIVE or variant == "2mamba" or (variant in ("2mamba-e", "mamba2", "softmax") and len(MESHES[mesh]) == 3)
+    if EXHAUSTIVE
+    or (variant == "2mamba" and mesh in ("tensor 4 x data 2", "sequence 8"))
+    or (variant in ("2mamba", "2mamba-e", "mamba2", "softmax") and len(MESHES[mesh]) == 3)
 ]
 
 
@@ -59,7 +61,7 @@ def test_a_step_is_that_of_one_device(steps, variant, mesh):
         assert step["scratch"] < 0.4
 
 
-@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("mesh", [mesh for variant, mesh in CASES if variant == "2mamba"])
 def test_the_state_that_a_step_returns_is_cut_as_the_rules_say(steps, mesh):
     shapes = steps[f"2mamba {mesh}"]["shapes"]
     for prefix in (".params", ".opt_state[0].trace"):

@@ -44,14 +44,13 @@ def run_tuned(call, tuning):
 
 
 TILES = {
-    "64": Tiles(own=64, streamed=64, stages=2),
     "128": Tiles(own=128, streamed=128, stages=2),
     "192": Tiles(own=192, streamed=64, stages=3, consumer_registers=152, producer_registers=40),
     "narrow": Tiles(own=128, streamed=64, stages=2, resident=False, part=32),
 }
 
 
-@pytest.mark.parametrize(("score", "name"), [*(("squared", name) for name in TILES if name != "128"), ("exp", "128")])
+@pytest.mark.parametrize(("score", "name"), [("squared", "192"), ("squared", "narrow"), ("exp", "128")])
 def test_tiles_of_other_sizes(score, name):
     tiles = TILES[name]
     whole = dataclasses.replace(tiles, part=None)
@@ -64,6 +63,7 @@ def test_the_number_of_programs_changes_nothing():
     tiles = Tiles(own=64, streamed=64, stages=2)
     call = Case(tokens=200, heads=(1, 1)).call()
     three, many = (run_tuned(call, Tuning(tiles, tiles, tiles, programs=n)) for n in (3, 132))
+    assert_close(call, three)
     assert_same_bits(many, three)
 
 
@@ -100,19 +100,20 @@ def test_scan_over_layers():
     def layer(x, decay):
         return call.operation(x, x, x, decay)
 
-    def loop(x, decays):
-        for decay in decays:
-            x = layer(x, decay)
-        return x
-
-    def results(layers):
-        y, pull = jax.vjp(layers, call.q, decays)
+    @jax.jit
+    def results(decays):
+        y, pull = jax.vjp(lambda x, decays: jax.lax.scan(lambda *a: (layer(*a), None), x, decays)[0], call.q, decays)
         return y, pull(call.dy)
 
-    got = jax.jit(
-        functools.partial(results, lambda x, decays: jax.lax.scan(lambda *a: (layer(*a), None), x, decays)[0])
-    )()
-    assert_same_bits(got, jax.jit(functools.partial(results, loop))())
+    @jax.jit
+    def one(x, decay, dy):
+        y, pull = jax.vjp(layer, x, decay)
+        return y, pull(dy)
+
+    between, _ = one(call.q, decays[0], call.dy)
+    y, (dbetween, dlast) = one(between, decays[1], call.dy)
+    _, (dq, dfirst) = one(call.q, decays[0], dbetween)
+    assert_same_bits(results(decays), (y, (dq, jnp.stack([dfirst, dlast]))))
 
 
 def test_traces_in_float64_mode_with_float64_decays():
@@ -124,10 +125,9 @@ def test_traces_in_float64_mode_with_float64_decays():
     assert (got["y"].dtype, got["q"].dtype, got["log_decay"].dtype) == (jnp.bfloat16, jnp.bfloat16, jnp.float64)
 
 
-def test_a_partition_on_a_mesh_of_one_changes_nothing():
+def test_a_partition_on_a_mesh_of_one_keeps_the_results():
     call = dataclasses.replace(SHORT, segments=True).call()
-    want = call.run()
     mesh = jax.make_mesh((1, 1), ("data", "tensor"), devices=jax.devices()[:1], axis_types=(AxisType.Auto,) * 2)
     with jax.set_mesh(mesh):
         got = call.replace(partition=PartitionSpec("data", None, "tensor")).run()
-    assert_same_bits(got, want)
+    assert_close(call, got)
