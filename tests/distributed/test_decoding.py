@@ -3,6 +3,7 @@
 import flax.linen as nn
 import jax
 import pytest
+from exhaustive import EXHAUSTIVE
 from jax.sharding import AbstractMesh, AxisType
 from models import config_of
 
@@ -10,6 +11,7 @@ from train.sharding import MESH_AXES, ONE_ROW_RULES, RULES
 from twomamba_jax import init_cache
 
 ROUNDING = 32  # as in test_model_variants.py
+NAMES = ["2mamba", "2mamba-e", "softmax", *(["mamba2"] if EXHAUSTIVE else [])]  # as in decoding.py
 
 
 @pytest.fixture(scope="module")
@@ -17,7 +19,7 @@ def found(simulate):
     return simulate("decoding.py")
 
 
-@pytest.mark.parametrize("name", ["2mamba", "2mamba-e", "mamba2", "softmax"])
+@pytest.mark.parametrize("name", NAMES)
 def test_generation_on_a_mesh_is_that_of_one_device(found, name):
     """Ragged prompts, folds at different steps in different rows; 4 devices for the rows, 2 for the heads."""
     result = found[name]
@@ -28,7 +30,7 @@ def test_generation_on_a_mesh_is_that_of_one_device(found, name):
     assert result.get("sequence", True)
 
 
-@pytest.mark.parametrize("name", ["2mamba", "2mamba-e", "mamba2", "softmax"])
+@pytest.mark.parametrize("name", NAMES)
 def test_a_cache_stays_on_its_devices(found, name):
     """Each has a quarter of the rows and half of the heads, and gives them up; activations alone are exchanged."""
     result = found[name]
