@@ -113,7 +113,8 @@ def test_gradients_of_a_frequent_token_add_up(param_dtype):
     assert jnp.abs(got - want).max() < 0.05 * jnp.abs(want).max()
 
 
-def test_remat_changes_memory_alone():
+@pytest.mark.parametrize("scan_layers", [None, False])
+def test_remat_changes_memory_alone(scan_layers):
     """Gradients are equal; a row of 64 in four layers has its scores kept by `none`, its projections also by `dots`."""
     tokens = jax.random.randint(jax.random.key(0), (2, 64), 0, 23)
 
@@ -124,14 +125,14 @@ def test_remat_changes_memory_alone():
     plain = model_of("linear", 4)
     params, found = init(plain), {}
     for remat in ("none", "dots", "full"):
-        model = model_of("linear", 4, remat=remat)
+        model = model_of("linear", 4, remat=remat, scan_layers=scan_layers)
         assert jax.tree.structure(jax.eval_shape(init, model)) == jax.tree.structure(params)
         program = jax.jit(jax.value_and_grad(functools.partial(loss, model))).lower(params).compile()
         found[remat] = program(params), program.memory_analysis().temp_size_in_bytes
     for remat in ("dots", "full"):
         jax.tree.map(assert_close, found[remat][0], found["none"][0])
     none, dots, full = (temporary for _, temporary in found.values())
-    assert none > 2 * dots
+    assert none > (2 if scan_layers is None else 1.5) * dots
     assert dots > 1.2 * full
 
 

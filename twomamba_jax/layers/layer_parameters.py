@@ -16,8 +16,7 @@ def unstack_layers(config: ModelConfig, params) -> dict:
     """The parameters of a `LanguageModel`, those of every run of layers as a list of each layer's."""
 
     def layers(stack, count):
-        # Without the barrier XLA would see through to the stack.
-        return jax.lax.optimization_barrier([jax.tree.map(operator.itemgetter(n), stack) for n in range(count)])
+        return [jax.tree.map(operator.itemgetter(n), stack) for n in range(count)]
 
     runs = {f"layers_{index}": count for index, (_, count) in enumerate(config.runs)}
     return {name: layers(x, runs[name]) if name in runs else x for name, x in params.items()}
