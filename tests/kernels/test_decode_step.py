@@ -233,6 +233,9 @@ def test_refuses_with_the_reason():
     assert kernel.unsupported(double, cache.state.kv, 1) == "it computes in float32, and the queries are float64"
     with pytest.raises(ValueError, match="it needs a Hopper GPU"):
         attend(q, k, v, log_decay, cache, implementation="mosaic_gpu")
+    _, new = attend(q, k, v, log_decay, cache)
+    with pytest.raises(ValueError, match="implementation='triton' is unknown"):
+        append(cache, new, score="squared", implementation="triton")
 
 
 @on_hopper

@@ -41,9 +41,7 @@ def append(new: NewTokens, cache: AttentionCache, partition: PartitionSpec | Non
 
 
 def _append(new: NewTokens, cache: AttentionCache) -> AttentionCache:
-    size, capacity = new.keys.shape[3], cache.keys.shape[3]
-    slots_of = jax.vmap(lambda length, counts: key_values.slot_index(length, counts, size, capacity))
-    slots = slots_of(cache.length, new.counts)
+    slots = key_values.slot_index(cache.length, new.counts, new.keys.shape[3], cache.keys.shape[3])
     return AttentionCache(
         keys=write(cache.keys, new.keys, slots),
         values=write(cache.values, new.values, slots),

@@ -58,9 +58,9 @@ def write(slots, new, length, counts):
 
 
 def slot_index(length, counts, size: int, capacity: int):
-    """The slots [B, size] of new tokens; `capacity`, where there is none, for tokens that do not count."""
+    """The slots [..., B, size] of new tokens; `capacity`, where there is none, for tokens that do not count."""
     offsets = jnp.arange(size)
-    return jnp.where(offsets < counts[:, None], length[:, None] + offsets, capacity)
+    return jnp.where(offsets < counts[..., None], length[..., None] + offsets, capacity)
 
 
 def overflows(cache: KeyValueCache, lengths):
