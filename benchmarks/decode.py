@@ -48,6 +48,7 @@ GIB, MIB = 2**30, 2**20
 # Both implementations round activations to the model's dtype layer by layer: logits agree to a few of its epsilons.
 TOLERANCE = {"bfloat16": 0.1, "float32": 1e-3}
 COPY_BYTES = 2 * GIB
+WARM_UP_SECONDS = 1.0  # before the first run that counts: a GPU that was idle takes as long to reach its clock
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,9 +179,8 @@ def check(row: Row, options: argparse.Namespace, params) -> float:
 def measure(row: Row, options: argparse.Namespace, params, bandwidth: float, memory: int, programs: dict) -> Row:
     """The row with its figures; `programs` has the error and the compiled loop of every capacity of such rows."""
     model = model_of(row.variant, options, options.implementation)
-    tokens = options.tokens * (options.runs + 1)
     # Programs of finite states serve every context: their shapes are the same.
-    capacity = 1 if row.fold_size else row.context + tokens
+    capacity = 1 if row.fold_size else row.context + options.tokens
     row = dataclasses.replace(row, state_bytes=context_bytes(row, model))
     size = cache_bytes(model.config, row.batch, capacity, **kind_of(row, model))
     row = dataclasses.replace(row, cache_bytes=size)
@@ -196,17 +196,23 @@ def measure(row: Row, options: argparse.Namespace, params, bandwidth: float, mem
             arguments = model, params, shapes, options.tokens, 0.0, None, None, jnp.zeros((0,), jnp.int32), ()
             programs[capacity] = error, decode_loop.lower(*arguments).compile()
         error, program = programs[capacity]
-        decoding, times = start(row, capacity, model), []
-        for _ in range(options.runs + 1):
+
+        def run():
+            decoding = jax.block_until_ready(start(row, capacity, model))
             begin = time.perf_counter()
             _, decoding = jax.block_until_ready(program(params, decoding, 0.0, None, jnp.zeros((0,), jnp.int32)))
-            times.append((time.perf_counter() - begin) / options.tokens)
+            return (time.perf_counter() - begin) / options.tokens, decoding.logits
+
+        ready = time.perf_counter() + WARM_UP_SECONDS
+        while time.perf_counter() < ready:
+            run()
+        times, logits = zip(*(run() for _ in range(options.runs)))
     # Out of memory, above all, and what the implementation that is named cannot do: the other rows are wanted all the
     # same.
     except (jax.errors.JaxRuntimeError, ValueError) as error:
         return dataclasses.replace(row, note=str(error).splitlines()[0][:120])
-    seconds, stats = statistics.median(times[1:]), program.memory_analysis()
-    if not np.isfinite(decoding.logits).all():
+    seconds, stats = statistics.median(times), program.memory_analysis()
+    if not np.isfinite(logits).all():
         return dataclasses.replace(row, note="logits that are not finite")
     return dataclasses.replace(
         row,

@@ -11,18 +11,26 @@ OPTIONS += ["--state_dtypes", "float32", "--batches", "1"]
 
 
 @pytest.fixture(autouse=True)
-def short_copies(monkeypatch):
+def short(monkeypatch):
     monkeypatch.setattr(decode, "COPY_BYTES", 2**16)
+    monkeypatch.setattr(decode, "WARM_UP_SECONDS", 0.0)
 
 
-def test_writes_a_table_the_figures_and_a_plot(tmp_path, capsys):
+def test_the_check_passes_over_a_fold():
+    options = decode.parse(OPTIONS)
+    params = decode.init_params(decode.model_of("2mamba", options, None))
+    assert 0 <= decode.check(decode.Row("2mamba", 2, "float32", 1, 8), options, params) < 1e-3
+
+
+def test_writes_a_table_the_figures_and_a_plot(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(decode, "check", lambda *args: 5e-4)
     out = tmp_path / "figures"
     assert decode.main([*OPTIONS, "--contexts", "8", "64", "--out", str(out)]) == 0
     rows = json.loads(out.with_suffix(".json").read_text())["rows"]
     assert [(row["variant"], row["context"]) for row in rows] == [
         ("2mamba", 8), ("2mamba", 64), ("softmax", 8), ("softmax", 64)
     ]  # fmt: skip
-    assert all(row["milliseconds"] > 0 and row["error"] < 1e-3 for row in rows)
+    assert all(row["milliseconds"] > 0 and row["error"] == 5e-4 for row in rows)
     assert rows[0]["state_bytes"] == rows[1]["state_bytes"] == 4 * 2 * 2 * (136 * 16 + 136)
     assert rows[3]["state_bytes"] == 8 * rows[2]["state_bytes"] == 4 * 2 * 2 * 64 * 32
     assert out.with_suffix(".png").stat().st_size > 10_000
