@@ -1,5 +1,10 @@
 """The small model that the layers' tests share."""
 
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
 from twomamba_jax import Execution, LanguageModel, ModelConfig, parse_pattern
 
 SIZES = {"vocab_size": 23, "d_model": 32, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "mlp_dim": 48}
@@ -11,3 +16,17 @@ def config_of(pattern, num_layers=1, **sizes):
 
 def model_of(pattern, num_layers=1, **execution):
     return LanguageModel(config_of(pattern, num_layers), Execution(**execution))
+
+
+def params_of(model, scale=0.25):
+    """Random parameters, of which none is 0 or 1 as biases and scales are at first. By NumPy: nothing is compiled."""
+    tokens = jnp.zeros((1, 2), jnp.int32)
+    shapes = jax.eval_shape(lambda: nn.unbox(model.init(jax.random.key(0), tokens)["params"]))
+    draw = np.random.default_rng(0)
+
+    def leaf(path, shape):
+        is_scale = path[-1].key == "scale"
+        noise = draw.normal(scale=0.25 if is_scale else scale, size=shape.shape)
+        return jnp.asarray(noise + is_scale, shape.dtype)
+
+    return jax.tree.map_with_path(leaf, shapes)

@@ -64,8 +64,9 @@ def test_writes_a_table_the_figures_and_a_plot(forms, tmp_path, capsys):
     assert Path(f"{out}.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("score", ["linear", "squared", "exp"])
-@pytest.mark.parametrize("form", ["parallel", "chunked"])
+@pytest.mark.parametrize(
+    ("form", "score"), [("parallel", "squared"), *(("chunked", score) for score in ("linear", "squared", "exp"))]
+)
 def test_outputs_and_gradients_of_several_chunks_pass_their_check(forms, score, form):
     """Over more tokens than a chunk has, but for `exp`, and more than the rows that are checked."""
     row = measured(forms, row_of(forms, form, "forward+backward", score, tokens=300))

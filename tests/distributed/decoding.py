@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from exhaustive import EXHAUSTIVE
-from models import config_of
+from models import config_of, params_of
 
 from train.sharding import MESH_AXES, RULES, make_mesh, tree_shardings
 from twomamba_jax import LanguageModel, generate, init_cache
@@ -58,8 +58,7 @@ def largest_exchange(compiled) -> int:
 def compare(name) -> dict:
     model = LanguageModel(config_of(name, vocab_size=24))
     boxed = jax.eval_shape(model.init, jax.random.key(0), TOKENS)["params"]
-    random = np.random.default_rng(0)
-    params = jax.tree.map(lambda leaf: random.normal(scale=0.4, size=leaf.shape).astype(np.float32), nn.unbox(boxed))
+    params = params_of(model)
     tokens, logits, *_ = greedy(model, params)
     unit = np.finfo(np.float32).eps * np.abs(logits).max(axis=-1)
     *_, second, first = np.moveaxis(np.sort(logits, axis=-1), -1, 0)

@@ -4,23 +4,17 @@ import dataclasses
 import functools
 import itertools
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from models import model_of
+from models import model_of, params_of
 
 from twomamba_jax import VARIANTS, Execution, RMSNorm, init_cache
 from twomamba_jax.layers import Block, mixer
 
 PATTERN = "softmax,2mamba*,mamba2"
 TOKENS = jax.random.randint(jax.random.key(0), (2, 13), 0, 23)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def init(model):
-    return nn.unbox(model.init(jax.random.key(1), TOKENS)["params"])
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -45,7 +39,7 @@ def dtypes(tree):
 def test_hybrid_is_its_blocks_in_order():
     """Three scanned runs, the middle one of two layers, against the blocks one after the other."""
     model = model_of(PATTERN, 4)
-    config, params = model.config, init(model)
+    config, params = model.config, params_of(model)
     assert [count for _, count in config.runs] == [1, 2, 1]
     assert {name for name in params if name.startswith("layers_")} == {"layers_0", "layers_1", "layers_2"}
 
@@ -66,7 +60,7 @@ def test_hybrid_is_its_blocks_in_order():
 def test_packed_documents_equal_the_documents_alone():
     """A softmax with rotary positions, a 2Mamba and a Mamba-2 layer; the third document repeats the first one's id."""
     model = model_of(PATTERN, 3)
-    params = init(model)
+    params = params_of(model)
     edges = (0, 5, 6, 13)
     segment_ids = jnp.array([[4] * 5 + [2] + [4] * 7] * 2)
     packed = logits_of(model, params, TOKENS, segment_ids)
@@ -80,7 +74,7 @@ def test_packed_documents_equal_the_documents_alone():
 def test_no_gradient_crosses_the_edge_of_a_document():
     """Of the second document's loss, with respect to each token's embedding: exactly 0 outside it."""
     model = model_of(PATTERN, 3)
-    params = init(model)
+    params = params_of(model)
     tokens, segment_ids = jnp.arange(12)[None], jnp.array([[0] * 4 + [1] * 5 + [0] * 3])  # a token is its place
 
     @jax.jit
@@ -104,7 +98,7 @@ def test_gradients_of_a_frequent_token_add_up(param_dtype):
 
     def gradient(**execution):
         model = model_of("linear", 1, **execution)
-        params = jax.tree.map(lambda x: x.astype(param_dtype), init(model_of("linear", 1)))
+        params = jax.tree.map(lambda x: x.astype(param_dtype), params_of(model_of("linear", 1)))
         total = jax.jit(jax.grad(lambda params: model.apply({"params": params}, tokens)[..., 0].sum()))(params)
         return total["embedding"]["embedding"][3].astype(jnp.float32)
 
@@ -123,10 +117,10 @@ def test_remat_changes_memory_alone(scan_layers):
         return jnp.mean(jax.nn.logsumexp(logits, axis=-1) - logits[..., 0])
 
     plain = model_of("linear", 4)
-    params, found = init(plain), {}
+    params, found = params_of(plain), {}
     for remat in ("none", "dots", "full"):
         model = model_of("linear", 4, remat=remat, scan_layers=scan_layers)
-        assert jax.tree.structure(jax.eval_shape(init, model)) == jax.tree.structure(params)
+        assert jax.tree.structure(params_of(model)) == jax.tree.structure(params)
         program = jax.jit(jax.value_and_grad(functools.partial(loss, model))).lower(params).compile()
         found[remat] = program(params), program.memory_analysis().temp_size_in_bytes
     for remat in ("dots", "full"):
@@ -147,7 +141,7 @@ def test_remat_changes_memory_alone(scan_layers):
 )
 def test_execution_changes_no_logits(pattern, execution):
     plain, other = model_of(pattern, 2), model_of(pattern, 2, **execution)
-    params = init(plain)
+    params = params_of(plain)
     assert_close(logits_of(other, params, TOKENS), logits_of(plain, params, TOKENS))
 
 

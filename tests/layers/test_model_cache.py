@@ -3,12 +3,11 @@
 import functools
 import pickle
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from models import config_of, model_of
+from models import config_of, model_of, params_of
 
 from twomamba_jax import (
     VARIANTS,
@@ -25,11 +24,6 @@ from twomamba_jax.ops.recurrent_cache import RecurrentCache
 from twomamba_jax.ops.state import FiniteState
 
 TOKENS = jax.random.randint(jax.random.key(0), (3, 11), 0, 23)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def init(model):
-    return nn.unbox(model.init(jax.random.key(1), TOKENS)["params"])
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -137,7 +131,7 @@ def test_a_call_keeps_the_structure_of_the_cache(dtype, size):
 def test_steps_from_an_empty_cache(pattern):
     """No prefill: the first token is a step like any other."""
     model = model_of(pattern)
-    params = init(model)
+    params = params_of(model)
     logits, cache = decode(model, params, TOKENS, init_cache(model.config, *TOKENS.shape))
     assert_close(logits, full(model, params, TOKENS))
     np.testing.assert_array_equal(cache.position, 11)
@@ -150,7 +144,7 @@ def test_ragged_prompts_continue_like_each_row_alone(pattern):
     The padding is tokens like any other, so that reading it would show.
     """
     model, lengths = model_of(pattern), np.array([7, 1, 4])
-    params = init(model)
+    params = params_of(model)
     prompts, new = TOKENS[:, :7], TOKENS[:, 7:]
     prefill, cache = read(model, params, prompts, init_cache(model.config, 3, 11), lengths=jnp.asarray(lengths))
     np.testing.assert_array_equal(cache.position, lengths)
@@ -169,7 +163,7 @@ def test_ragged_prompts_continue_like_each_row_alone(pattern):
 def test_packed_prompt_continues_its_last_document(pattern):
     """With padding after it in one row; the other row ends in a document shorter than the convolution's window."""
     model, lengths = model_of(pattern), jnp.array([5, 7])
-    params = init(model)
+    params = params_of(model)
     segment_ids = jnp.array([[1, 1, 2, 2, 2, 3, 3], [1, 1, 1, 1, 1, 1, 2]])
     cache = init_cache(model.config, 2, 11)
     _, cache = read(model, params, TOKENS[:2, :7], cache, segment_ids=segment_ids, lengths=lengths)
@@ -182,7 +176,7 @@ def test_packed_prompt_continues_its_last_document(pattern):
 def test_rows_that_overflow_are_nan_and_no_others():
     """Inside jit, where a full key/value cache cannot raise. Row 0 is full after its prompt, row 1 one step later."""
     model = model_of("2mamba,softmax", 2)
-    params = init(model)
+    params = params_of(model)
     prompts, new = TOKENS[:, :6], TOKENS[:, 6:8]
     cache = init_cache(model.config, 3, 6)
     _, cache = read(model, params, prompts, cache, lengths=jnp.array([6, 5, 2]))
@@ -218,7 +212,7 @@ def test_roll_back_over_folds_leaves_no_trace(pattern):
     The steps after it have the bits of the same steps without them. Five at a time, three times: folds fall on all.
     """
     model, steps = model_of(pattern, 3), 15
-    params, back = init(model), jax.jit(roll_back)
+    params, back = params_of(model), jax.jit(roll_back)
     counts, lengths = np.tile(np.arange(1, FOLD + 1), FOLD), FOLD + 1 + np.repeat(np.arange(FOLD), FOLD)
     prompts, right = np.split(np.random.default_rng(0).integers(23, size=(FOLD**2, 2 * FOLD + steps)), [2 * FOLD], 1)
     wrong = (right + 7) % 23
@@ -244,7 +238,7 @@ def test_roll_back_over_folds_leaves_no_trace(pattern):
 
 def test_roll_back_refuses_what_is_gone():
     model = model_of("2mamba")
-    params = init(model)
+    params = params_of(model)
     with pytest.raises(ValueError, match=r"cannot be rolled back: make it with init_cache\(..., rollback=True\)"):
         roll_back(init_cache(model.config, 3, 8), 1)
     cache = init_cache(model.config, 3, 8, fold_size=FOLD, rollback=True)
@@ -268,7 +262,7 @@ def test_roll_back_refuses_what_is_gone():
 def test_pieces_of_any_size_are_the_whole(pattern):
     """Longer and shorter than a fold, one of them empty in one row; the convolution's inputs and the ring go on."""
     model, tokens = model_of(pattern), jnp.tile(TOKENS, (1, 2))
-    params = init(model)
+    params = params_of(model)
     want, cache, at = full(model, params, tokens), init_cache(model.config, 3, 22, fold_size=FOLD), np.zeros(3, int)
     for sizes in ([6, 3, 6], [2, 0, 1], [6, 6, 2], [2, 1, 2], [6, 2, 3]):
         index = np.minimum(at[:, None] + np.arange(max(sizes)), 21)  # what is too much is padding
@@ -283,7 +277,7 @@ def test_pieces_of_any_size_are_the_whole(pattern):
 
 def test_a_bfloat16_state_costs_a_rounding_a_fold():
     model, tokens = model_of("2mamba"), jnp.tile(TOKENS, (1, 4))
-    params = init(model)
+    params = params_of(model)
     want = np.asarray(full(model, params, tokens))
     cache = init_cache(model.config, 3, 44, fold_size=FOLD, state_dtype=jnp.bfloat16)
     logits, cache = decode(model, params, tokens, cache)
@@ -294,7 +288,7 @@ def test_a_bfloat16_state_costs_a_rounding_a_fold():
 
 def test_a_cache_is_saved_and_forked_like_any_pytree(tmp_path):
     model = model_of("softmax,2mamba", 2, dtype=jnp.bfloat16)
-    params = init(model)
+    params = params_of(model)
     cache = init_cache(model.config, 3, 16, dtype=jnp.bfloat16)
     _, cache = read(model, params, TOKENS[:, :5], cache)
     leaves, structure = jax.tree.flatten(cache)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import datasets
 import pytest
+from exhaustive import EXHAUSTIVE
 
 from train.main import main
 from train.metrics import read_metrics
@@ -56,7 +57,11 @@ SOURCES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("source", SOURCES)
+# Every kind of source, and of streams the one that has the most to remember.
+ORDINARY = ("parquet dataset", "jsonl stream, one document a row", "jsonl files, one document a row")
+
+
+@pytest.mark.parametrize("source", SOURCES if EXHAUSTIVE else ORDINARY)
 def test_a_run_goes_through_and_resumes_bit_for_bit(arguments, directory, tmp_path, source, capsys, same_end):
     changes = dict(SOURCES[source])
     for key in ("data.dataset", "data.paths"):
