@@ -2,6 +2,7 @@
 
 import functools
 import pickle
+import re
 
 import jax
 import jax.numpy as jnp
@@ -188,6 +189,15 @@ def test_rows_that_overflow_are_nan_and_no_others():
 
     both, _ = read(model, params, new, cache)  # two tokens in one call: no part of row 1 is right
     assert np.isnan(both).all(axis=(1, 2)).tolist() == [True, True, False]
+
+
+def test_keys_and_values_keep_their_layout():
+    """Or XLA for GPUs, in a loop over tokens, would permute the axes of all of them, in a copy."""
+    model = model_of("softmax,2mamba", 2)
+    cache = init_cache(model.config, 3, 16)
+    text = read.lower(model, params_of(model), TOKENS[:, :1], cache).as_text()
+    kept = re.findall(r"@LayoutConstraint.* result_layouts = \[dense<\[(.*?)\]>.*: \(tensor<(\w+)>\)", text)
+    assert kept == [("4, 3, 2, 1, 0", "1x3x2x16x8xf32")] * 2
 
 
 def test_full_cache_raises_outside_jit():
