@@ -1,6 +1,9 @@
 """Kernels on a machine without a GPU: `with interpreted(): ...` runs them through the Pallas interpreter.
 
 It checks data flow, masks and barriers, and gives NaN for memory that nothing wrote. It is slow.
+
+A kernel's threads wait for one another on threads of XLA's, of which there is one per core: with few cores they can wait
+for ever, unless the environment variable NPROC, set before JAX is first used, asks for more (16 do for these kernels).
 """
 
 import contextlib

@@ -1,5 +1,6 @@
 """Settings for every test."""
 
+import os
 from pathlib import Path
 
 import jax
@@ -12,6 +13,10 @@ jax.config.update("jax_disable_most_optimizations", True)
 # Interpreted kernels that run at the same time share threads and may wait for each other for ever: outside of `jax.jit`
 # the next program starts when the one before has ended.
 jax.config.update("jax_cpu_enable_async_dispatch", False)
+
+# Even one of them has threads that wait for one another, each of which may hold one of XLA's: those have to be more.
+# XLA reads this when its first device is asked for, and has a thread per core otherwise.
+os.environ.setdefault("NPROC", "16")
 
 # Linux gives a process 65,530 memory maps; compiled programs take several each, and LLVM aborts where none is left.
 MOST_MAPS = 25_000

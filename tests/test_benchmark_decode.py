@@ -1,5 +1,6 @@
 """benchmarks/decode.py: what it writes, what it refuses to time, and how it shows several runs as one."""
 
+import dataclasses
 import json
 
 import pytest
@@ -16,10 +17,19 @@ def short(monkeypatch):
     monkeypatch.setattr(decode, "WARM_UP_SECONDS", 0.0)
 
 
-def test_the_check_passes_over_a_fold():
-    options = decode.parse(OPTIONS)
-    params = decode.init_params(decode.model_of("2mamba", options, None))
-    assert 0 <= decode.check(decode.Row("2mamba", 2, "float32", 1, 8), options, params) < 1e-3
+def test_the_check_compares_with_float32(monkeypatch):
+    options, row = decode.parse(OPTIONS), decode.Row("linear", 2, "float32", 1, 8)
+    params = decode.init_params(decode.model_of("linear", options, None))
+    assert decode.check(row, options, params) < 1e-3
+
+    def changed(variant, options, implementation, precision=None):
+        model = model_of(variant, options, implementation, precision)
+        config = dataclasses.replace(model.config, norm_eps=1.0 if precision == "highest" else model.config.norm_eps)
+        return model.clone(config=config)
+
+    model_of = decode.model_of
+    monkeypatch.setattr(decode, "model_of", changed)
+    assert decode.check(row, options, params) > 1e-2
 
 
 def test_writes_a_table_the_figures_and_a_plot(tmp_path, capsys, monkeypatch):

@@ -325,10 +325,3 @@ def test_a_stack_past_32_bits():
     got = jax.jit(step)(jnp.int32(layers - 1), *map(in_stack, one[1:7]), *one[7:])
     assert np.abs(want).max() > 0
     np.testing.assert_array_equal(got, want)
-
-
-def test_lowers_for_cuda():
-    """For a stack past 2^31 numbers, without a GPU."""
-    text = jax.jit(step).trace(*shapes_of(20, 64, 16, 4)).lower(lowering_platforms=("cuda",)).as_text()
-    assert "decode_step" in text
-    assert "custom_call @mosaic_gpu" in text

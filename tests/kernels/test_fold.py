@@ -248,17 +248,6 @@ def test_folds_by_xla_what_the_kernel_cannot(monkeypatch):
     assert [x.tolist() for x in got] == [[2, 1, 2]] * 2
 
 
-def test_lowers_for_cuda():
-    """For stacks past 2^31 numbers, without a GPU; every state that goes in comes out in the same memory."""
-    due = [None] * 64
-    shapes = jax.eval_shape(lambda: problem("squared", 16, due, layers=20, groups=16, previous=True))
-    arguments = *shapes, jax.ShapeDtypeStruct((64,), bool)
-    program = jax.jit(functools.partial(kernel.fold, "squared")).trace(*arguments)
-    text = program.lower(lowering_platforms=("cuda",)).as_text()
-    assert "custom_call @mosaic_gpu" in text
-    assert text.count("#stablehlo.output_operand_alias<") == 4
-
-
 @on_hopper
 @pytest.mark.parametrize("previous", [False, True], ids=["", "previous"])
 @pytest.mark.parametrize(("dtype", "of_tokens"), [(jnp.float32, jnp.bfloat16), (jnp.bfloat16, jnp.float32)], ids=str)

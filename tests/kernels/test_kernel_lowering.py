@@ -16,6 +16,7 @@ from exhaustive import EXHAUSTIVE
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from pallas_kernels.chunked.programs import programs as chunked_programs
+from pallas_kernels.decoding_programs import programs as decoding_programs
 from pallas_kernels.quadratic.programs import programs
 from twomamba_jax import decay_attention
 from twomamba_jax.layers.execution import DEAR
@@ -28,6 +29,13 @@ CHUNKED = [
     program
     for program in chunked_programs()
     if EXHAUSTIVE or program.name in ("chunked-linear-128-decay-normalize-states", "chunked-squared-64-decay-normalize")
+]
+
+DECODING = [
+    program
+    for program in decoding_programs()
+    if EXHAUSTIVE
+    or program.name in ("decode_step-squared-float32-16-heads-4-normalize", "fold-squared-float32-16-rollback")
 ]
 
 
@@ -81,6 +89,17 @@ def test_every_program_in_chunks_lowers(program):
     kernels |= {"normalizer"} if score == "squared" and "-normalize" in program.name else set()
     found = set(re.findall(rf"\\00((?:{score}|scan)\w*)_mosaic_gpu\\00", text))
     assert found == {f"{score}_{name}" for name in kernels} | {"scan", "scan_backward"}
+
+
+@pytest.mark.parametrize("program", DECODING, ids=lambda program: program.name)
+def test_every_program_of_decoding_lowers(program):
+    """Every state that a fold takes comes out in the same memory."""
+    text = jax.jit(program.function).trace(*program.arguments).lower(lowering_platforms=("cuda",)).as_text()
+    name = program.name.partition("-")[0]
+    assert text.count("custom_call @mosaic_gpu") == 1
+    assert rf"\00{name}_mosaic_gpu\00" in text
+    aliases = 0 if name == "decode_step" else 4 if program.name.endswith("-rollback") else 2
+    assert text.count("#stablehlo.output_operand_alias<") == aliases
 
 
 @pytest.fixture(autouse=True)

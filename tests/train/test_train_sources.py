@@ -57,7 +57,7 @@ SOURCES = {
 }  # fmt: skip
 
 
-# Every kind of source, and of streams the one that has the most to remember.
+# Every kind of source but the corpus, which all other runs are of; and of streams the one with the most to remember.
 ORDINARY = ("parquet dataset", "jsonl stream, one document a row", "jsonl files, one document a row")
 
 
