@@ -2,8 +2,8 @@
 
 It checks data flow, masks and barriers, and gives NaN for memory that nothing wrote. It is slow.
 
-A kernel's threads wait for one another on threads of XLA's, of which there is one per core: with few cores they can wait
-for ever, unless the environment variable NPROC, set before JAX is first used, asks for more (16 do for these kernels).
+A kernel's threads wait for one another on threads of XLA's, of which there is one per core: with few cores they may
+wait for ever, unless the environment variable NPROC, set before JAX is first used, asks for more (16 are enough here).
 """
 
 import contextlib
