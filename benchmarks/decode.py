@@ -177,7 +177,7 @@ def check(row: Row, options: argparse.Namespace, params) -> float:
 
 
 def measure(row: Row, options: argparse.Namespace, params, bandwidth: float, memory: int, programs: dict) -> Row:
-    """The row with its figures; `programs` has the error and the compiled loop of every capacity of such rows."""
+    """The row with its figures; `programs` has the compiled loop of every capacity of such rows, and their error."""
     model = model_of(row.variant, options, options.implementation)
     # Programs of finite states serve every context: their shapes are the same.
     capacity = 1 if row.fold_size else row.context + options.tokens
@@ -187,15 +187,16 @@ def measure(row: Row, options: argparse.Namespace, params, bandwidth: float, mem
     if size + 2 * state_bytes(params) > memory:  # the loop takes a copy of them
         return dataclasses.replace(row, note=f"needs more than {memory / GIB:.0f} GiB")
     try:
+        if "error" not in programs:  # what is checked is the same whatever the capacity
+            programs["error"] = check(row, options, params)
+        error = programs["error"]
+        if not error <= TOLERANCE[options.dtype]:
+            return dataclasses.replace(row, error=error, note=f"failed its check: {error:.1e}")
         if capacity not in programs:
-            # What is checked is the same whatever the capacity.
-            error = next(iter(programs.values()))[0] if programs else check(row, options, params)
-            if not error <= TOLERANCE[options.dtype]:
-                return dataclasses.replace(row, error=error, note=f"failed its check: {error:.1e}")
             shapes = jax.eval_shape(lambda: start(row, capacity, model))
             arguments = model, params, shapes, options.tokens, 0.0, None, None, jnp.zeros((0,), jnp.int32), ()
-            programs[capacity] = error, decode_loop.lower(*arguments).compile()
-        error, program = programs[capacity]
+            programs[capacity] = decode_loop.lower(*arguments).compile()
+        program = programs[capacity]
 
         def run():
             decoding = jax.block_until_ready(start(row, capacity, model))

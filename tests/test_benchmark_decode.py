@@ -53,10 +53,12 @@ def test_writes_a_table_the_figures_and_a_plot(tmp_path, capsys, monkeypatch):
 
 def test_times_nothing_that_fails_its_check_or_does_not_fit(tmp_path, monkeypatch):
     out = tmp_path / "figures"
-    monkeypatch.setattr(decode, "check", lambda *args: 0.5)
-    arguments = [*OPTIONS, "--contexts", "8", "--out", str(out)]
+    checked = []
+    monkeypatch.setattr(decode, "check", lambda row, *args: checked.append(row.variant) or 0.5)
+    arguments = [*OPTIONS, "--contexts", "8", "16", "--out", str(out)]
     assert decode.main(arguments) == 0
     rows = json.loads(out.with_suffix(".json").read_text())["rows"]
-    assert [(row["note"], row["milliseconds"]) for row in rows] == [("failed its check: 5.0e-01", None)] * 2
+    assert [(row["note"], row["milliseconds"]) for row in rows] == [("failed its check: 5.0e-01", None)] * 4
+    assert checked == ["2mamba", "softmax"]  # once for all contexts
     assert decode.main([*arguments, "--memory", "1e-6"]) == 0
     assert json.loads(out.with_suffix(".json").read_text())["rows"][0]["note"] == "needs more than 0 GiB"

@@ -13,7 +13,7 @@ import numpy as np
 import oracle
 import pytest
 from chunked_cases import Case, assert_near, normal
-from hopper import HOPPER
+from hopper import HOPPER, on_two_devices
 from jax.sharding import AxisType, PartitionSpec
 from ladder import LADDER, ladder_inputs, relative_rms
 
@@ -127,7 +127,7 @@ def test_a_million_tokens_and_more_than_two_to_the_31_elements(score):
     assert bool(jnp.isfinite(y).all())
 
 
-@pytest.mark.skipif(jax.device_count() < 2, reason="one device: there is nothing to spread")
+@on_two_devices
 @pytest.mark.parametrize("score", ["linear", "squared"])
 @pytest.mark.parametrize("axis", ["batch", "tokens", "heads"])
 def test_spread_over_two_devices(axis, score):

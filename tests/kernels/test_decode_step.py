@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from exhaustive import EXHAUSTIVE
-from hopper import on_hopper
+from hopper import on_hopper, on_two_devices
 from jax.sharding import AxisType, PartitionSpec
 from models import config_of
 
@@ -265,7 +265,7 @@ def test_a_model_on_a_gpu_decodes_as_by_xla():
 
 
 @on_hopper
-@pytest.mark.skipif(jax.device_count() < 2, reason="one device: there is nothing to spread")
+@on_two_devices
 @pytest.mark.parametrize("axis", ["batch", "heads"])
 def test_steps_spread_over_two_devices(axis):
     """Attending and folding, over three folds in one row and two in the other."""

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import pairwise
-from hopper import HOPPER
+from hopper import HOPPER, on_two_devices
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from kernel_cases import INPUTS, Case, U, assert_close
 
@@ -160,7 +160,7 @@ def test_rematerialised_layers_in_a_scan():
         assert np.sqrt((error**2).mean()) <= U * np.sqrt((x**2).mean()), name
 
 
-@pytest.mark.skipif(jax.device_count() < 2, reason="one device: there is nothing to spread")
+@on_two_devices
 @pytest.mark.parametrize("partition", [PartitionSpec("data"), PartitionSpec(None, None, "data")])
 def test_spread_over_two_devices(partition):
     call = Case(tokens=300, batch=2, heads=(4, 2), segments=True).call()

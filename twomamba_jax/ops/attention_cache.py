@@ -44,10 +44,11 @@ def append(new: NewTokens, cache: AttentionCache, partition: PartitionSpec | Non
 def _append(new: NewTokens, cache: AttentionCache) -> AttentionCache:
     slots = key_values.slot_index(cache.length, new.counts, new.keys.shape[3], cache.keys.shape[3])
     # XLA for GPUs would permute the axes of a whole cache before a loop over tokens, and again after it: in a copy.
-    as_they_lie = Layout(tuple(range(cache.keys.ndim)))
+    written = write(cache.keys, new.keys, slots), write(cache.values, new.values, slots)
+    keys, values = with_layout_constraint(written, Layout(tuple(range(cache.keys.ndim))))
     return AttentionCache(
-        keys=with_layout_constraint(write(cache.keys, new.keys, slots), as_they_lie),
-        values=with_layout_constraint(write(cache.values, new.values, slots), as_they_lie),
+        keys=keys,
+        values=values,
         log_decay=None if cache.log_decay is None else write(cache.log_decay, new.log_decay, slots),
         start=new.start,
         length=cache.length + new.counts,
