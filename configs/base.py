@@ -1,6 +1,7 @@
-"""What every configuration shares: the four sizes, the paper's optimiser and schedule, the default corpus.
+"""What every configuration shares: the sizes, the paper's optimiser and schedule, the default corpus.
 
-`nano` is made for two CPU cores and has a schedule of its own. `small` and `medium` are the paper's (Appendix B):
+`nano` is made for two CPU cores and `lab` for minutes of one GPU (benchmarks/ladder.py); both have schedules of their
+own. `small` and `medium` are the paper's (Appendix B):
 AdamW (0.9, 0.999), eps 1e-7, weight decay 0.01 on every parameter, learning rate 1e-4, 10,000 steps of linear warm-up
 from 0, then linear decay to 0 at step 1,000,000 of which the run makes the first 100,000, with 32 rows of 2048 tokens.
 Their vocabulary has the paper's 32,000 entries: the default corpus is made of bytes and leaves most of them unused.
@@ -15,6 +16,7 @@ from ml_collections import ConfigDict, FieldReference
 
 SIZES = {
     "nano": {"d_model": 128, "num_layers": 4, "num_heads": 2, "head_dim": 64, "mlp_dim": 256, "vocab_size": 512},
+    "lab": {"d_model": 512, "num_layers": 8, "num_heads": 8, "head_dim": 64, "mlp_dim": 1024, "vocab_size": 512},
     "small": {"d_model": 1024, "num_layers": 20, "num_heads": 16, "head_dim": 64, "mlp_dim": 2048, "vocab_size": 32000},
     "medium": {
         "d_model": 1536,
@@ -136,4 +138,16 @@ def get_config(name: str, variant: str, size: str) -> ConfigDict:
         config.eval_every = 200
         config.eval_rows = 512
         config.checkpoint_every = 200
+    if size == "lab":
+        config.steps = 1200
+        config.batch_size = 16
+        config.optimizer.learning_rate = 2e-3
+        config.optimizer.warmup_steps = 150
+        config.optimizer.schedule = "cosine"
+        config.optimizer.decay_steps = None
+        config.optimizer.clip_norm = 1.0
+        config.log_every = 50
+        config.eval_every = 400
+        config.eval_rows = None
+        config.checkpoint_every = 400
     return config

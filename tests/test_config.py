@@ -24,7 +24,7 @@ MODEL = {
         ({"decay": "sigmoid"}, "decay='sigmoid' is unknown: expected one of 'none', 'discretized', 'softplus', 'memo"),
         ({"conv_width": 0}, "conv_width=0 must be 1 (no convolution), 2, 3 or 4"),
         ({"conv_width": 5}, "conv_width=5 must be 1 (no convolution), 2, 3 or 4"),
-        ({"scale": 0.0}, "scale=0.0 must be a positive number, or None for 1 / sqrt(head_dim)"),
+        ({"scale": 0.0}, "scale=0.0 must be a positive number, or None for 1 / sqrt(K)"),
         ({"scale": -1.0}, "scale=-1.0 must be a positive number"),
         ({"scale": float("nan")}, "scale=nan must be a positive number"),
         ({"score": "exp", "norm": "output"}, "score='exp' with norm='output' is undefined"),
@@ -38,6 +38,18 @@ MODEL = {
         ({"activation_on": "qkv"}, "activation_on='qkv' needs an activation: activation='none' has nothing to apply"),
         ({"dt_bias": True}, "dt_bias=True needs a dt: set discretize_values=True or decay='discretized'"),
         ({"dt_bias": True, "decay": "softplus"}, "dt_bias=True needs a dt"),
+        ({"qk_dim": 0}, "qk_dim=0 must be an integer of at least 1, or None for head_dim"),
+        ({"qk_dim": 7, "rope": True}, "qk_dim=7 must be even: rotary embeddings turn pairs"),
+        ({"half_lives": (1, 9)}, "half_lives are the softplus decay's, and this is decay='none': omit them"),
+        (
+            {"half_lives": (9, 1), "decay": "softplus"},
+            "half_lives=(9, 1) must be (shortest, longest), positive numbers",
+        ),
+        (
+            {"half_lives": (0, 1), "decay": "softplus"},
+            "half_lives=(0, 1) must be (shortest, longest), positive numbers",
+        ),
+        ({"half_lives": (5,), "decay": "softplus"}, "half_lives=(5,) must be (shortest, longest), positive numbers"),
     ],
     ids=str,
 )
@@ -57,6 +69,8 @@ def test_mixer_that_defines_no_model_is_refused(change, message):
         {"decay": "discretized", "dt_bias": True},
         {"discretize_values": True, "dt_bias": True},
         {"scale": 1.0},
+        {"qk_dim": 7},
+        {"half_lives": (3, 3), "decay": "softplus"},
     ],
     ids=str,
 )
@@ -72,8 +86,9 @@ def test_neighbours_of_what_is_refused_are_mixers(change):
     [
         *(
             ({name: 0}, f"{name}=0 must be an integer of at least 1")
-            for name in ("vocab_size", "d_model", "num_layers", "num_heads", "head_dim", "mlp_dim", "num_kv_heads")
+            for name in ("vocab_size", "d_model", "num_layers", "num_heads", "head_dim", "num_kv_heads")
         ),
+        ({"mlp_dim": -1}, "mlp_dim=-1 must be an integer of at least 0"),
         ({"d_model": 32.0}, "d_model=32.0 must be an integer of at least 1"),
         ({"num_kv_heads": 3}, "num_heads=4 must be a multiple of num_kv_heads=3"),
         ({"num_kv_heads": 8}, "num_heads=4 must be a multiple of num_kv_heads=8"),
@@ -113,6 +128,8 @@ def test_kv_heads_default_to_heads():
 
 def test_odd_heads_do_without_rotary_embeddings():
     assert ModelConfig(**MODEL | {"head_dim": 7}).head_dim == 7
+    turned = MixerConfig(score="exp", norm="softmax", rope=True, qk_dim=8)
+    assert ModelConfig(**MODEL | {"head_dim": 7, "mixers": turned}).head_dim == 7
 
 
 def test_configurations_are_frozen_values():

@@ -33,6 +33,10 @@ ABLATIONS = {
     "2mamba-e-dt": (None, "2mamba-e", {"discretize_values": True}),
     "squared-output-norm": (None, "mamba2s", {"score": "squared"}),
     "memoryless": (None, "2mamba", {"decay": "memoryless"}),
+    "2mamba-long": (None, "2mamba", {"half_lives": (1.0, 1024.0)}),
+    "2mamba-dt-long": (None, "2mamba-long", {"discretize_values": True}),
+    "2mamba-e-long": (None, "2mamba-long", {"score": "exp"}),
+    "softmax-conv2": (None, "softmax", {"conv_width": 2}),
 }
 
 # The others, written out. `linear` and `softmax` share nothing with the output norm's family.

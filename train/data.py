@@ -47,15 +47,15 @@ class PackedRows:
 
     def __init__(self, documents: Split, length: int, padding: int):
         """`documents` are one at least; `padding` is the token that fills the last row up."""
-        self._documents, self._length, self._padding = documents, length, padding
+        self.documents, self._length, self._padding = documents, length, padding
 
     def __len__(self) -> int:
-        return -(-(self._documents.tokens.size - 1) // self._length)
+        return -(-(self.documents.tokens.size - 1) // self._length)
 
     def __getitem__(self, index: int) -> Batch:
         start = index * self._length
-        tokens = self._documents.tokens[start : start + self._length + 1]
-        starts = self._documents.starts
+        tokens = self.documents.tokens[start : start + self._length + 1]
+        starts = self.documents.starts
         first = np.searchsorted(starts, start, "right") - 1
         last = np.searchsorted(starts, start + tokens.size, "left")
         segment_ids = np.searchsorted(starts[first:last], np.arange(start, start + tokens.size), "right")
@@ -67,14 +67,14 @@ class DocumentRows:
 
     def __init__(self, documents: Split, length: int, padding: int):
         """`documents` are one at least; `padding` is the token that fills rows up."""
-        self._documents, self._length, self._padding = documents, length, padding
+        self.documents, self._length, self._padding = documents, length, padding
 
     def __len__(self) -> int:
-        return len(self._documents)
+        return len(self.documents)
 
     def __getitem__(self, index: int) -> Batch:
-        start, end = self._documents.starts[index : index + 2].tolist()
-        tokens = self._documents.tokens[start : min(end, start + self._length + 1)]
+        start, end = self.documents.starts[index : index + 2].tolist()
+        tokens = self.documents.tokens[start : min(end, start + self._length + 1)]
         return make_row(tokens, np.ones(tokens.size), self._length, self._padding)
 
 

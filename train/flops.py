@@ -31,16 +31,17 @@ PEAK_FLOPS = {
 
 
 def mixing_flops(mixer: MixerConfig, head_dim: int, length: int) -> float:
-    """Forward operations of one query head for one token, K = V = `head_dim`, T = `length`.
+    """Forward operations of one query head for one token, V = `head_dim`, T = `length`.
 
     Quadratic: on average T / 2 keys, 2 K for each score and 2 V for each weighted value: T (K + V). By the state:
     2 D V to add a token to it and 2 D V to read it, D = K (`linear`) or K (K + 1) / 2 (`squared`): 4 D V. `exp` has
     the quadratic form alone; the others count the cheaper of the two, whichever form runs.
     """
-    quadratic = length * 2 * head_dim
+    qk_dim = mixer.qk_dim or head_dim
+    quadratic = length * (qk_dim + head_dim)
     if mixer.score == "exp":
         return quadratic
-    return min(quadratic, 4 * num_features(mixer.score, head_dim) * head_dim)
+    return min(quadratic, 4 * num_features(mixer.score, qk_dim) * head_dim)
 
 
 def training_flops_per_token(config: ModelConfig, params: Any, length: int) -> float:

@@ -77,8 +77,16 @@ class Run:
         return Meter(tokens, flops, peak_flops(jax.devices()), jax.local_devices()[0])
 
 
-def run(config: ConfigDict, workdir: Path, warn: Callable[[str], None], console: Console) -> int:
-    """Trains `config` in `workdir`, from the latest checkpoint there if there is one, and prints the figures.
+def run(
+    config: ConfigDict,
+    workdir: Path,
+    warn: Callable[[str], None],
+    console: Console,
+    at_end: Callable[[Run, TrainState, Console], None] | None = None,
+) -> int:
+    """Trains `config` in `workdir`, from the latest checkpoint there if there is one; after the last step, `at_end`.
+
+    `at_end` takes the run and its last state; None is `finish`, which draws and prints what came out.
 
     Returns the step that the run is at: below `config.steps` where SIGTERM or SIGINT asked it to save and stop. Raises
     UserError for everything that the user can put right; nothing but a token cache is written before the configuration
@@ -110,7 +118,7 @@ def run(config: ConfigDict, workdir: Path, warn: Callable[[str], None], console:
                 state = train(current, state, position, checkpoints, interruption, console)
             checkpoints.wait()
             if int(state.step) >= config.steps:
-                finish(current, state, console)
+                (at_end or finish)(current, state, console)
             return int(state.step)
 
 

@@ -30,7 +30,14 @@ class MixerConfig:
       d_residual: adds D v to the output.
       z_gate: multiplies the output by silu(z), z a projection of the input.
       rope: rotary position embedding of q and k.
-      scale: factor on <q, k>; None is 1 / sqrt(head_dim).
+      scale: factor on <q, k>; None is 1 / sqrt(K).
+      qk_dim: K, the size of queries and keys; None is the model's head_dim, which is that of the values. A squared
+        score's state has K (K + 1) / 2 x V numbers.
+      half_lives: (shortest, longest) in tokens, of a learned bias per key/value head in the softplus decay,
+        a = -softplus(h W_A + b): at first, where h W_A is near 0, the heads forget half in times spread geometrically
+        from one to the other. None: no bias, and a half-life of one token.
+      discretize_keys: k dt in place of k, so that a token's squared score goes with dt^2.
+      qk_norm: an RMSNorm of each head's queries and keys, after the activation.
 
     Raises:
       ValueError: an unknown value, or a combination that defines no model.
@@ -48,6 +55,10 @@ class MixerConfig:
     z_gate: bool = False
     rope: bool = False
     scale: float | None = None
+    qk_dim: int | None = None
+    half_lives: tuple[float, float] | None = None
+    discretize_keys: bool = False
+    qk_norm: bool = False
 
     def __post_init__(self):
         for name, kind in (
@@ -64,7 +75,13 @@ class MixerConfig:
         if type(self.conv_width) is not int or self.conv_width not in (1, 2, 3, 4):
             raise ValueError(f"conv_width={self.conv_width!r} must be 1 (no convolution), 2, 3 or 4")
         if self.scale is not None and not (isinstance(self.scale, int | float) and 0 < self.scale < math.inf):
-            raise ValueError(f"scale={self.scale!r} must be a positive number, or None for 1 / sqrt(head_dim)")
+            raise ValueError(f"scale={self.scale!r} must be a positive number, or None for 1 / sqrt(K)")
+        if self.qk_dim is not None and (type(self.qk_dim) is not int or self.qk_dim < 1):
+            raise ValueError(f"qk_dim={self.qk_dim!r} must be an integer of at least 1, or None for head_dim")
+        if self.qk_dim is not None and self.rope and self.qk_dim % 2:
+            raise ValueError(f"qk_dim={self.qk_dim} must be even: rotary embeddings turn pairs")
+        if self.half_lives is not None:
+            self._check_half_lives()
         if self.score == "exp" and self.norm == "output":
             raise ValueError(
                 "score='exp' with norm='output' is undefined: e^x overflows unnormalised; use norm='softmax'"
@@ -79,10 +96,18 @@ class MixerConfig:
         if self.dt_bias and not self.uses_step_size:
             raise ValueError("dt_bias=True needs a dt: set discretize_values=True or decay='discretized'")
 
+    def _check_half_lives(self):
+        if self.decay != "softplus":
+            raise ValueError(f"half_lives are the softplus decay's, and this is decay={self.decay!r}: omit them")
+        half_lives = tuple(self.half_lives)  # hashable, whatever sequence was given
+        object.__setattr__(self, "half_lives", half_lives)
+        if len(half_lives) != 2 or not 0 < half_lives[0] <= half_lives[1] < math.inf:
+            raise ValueError(f"half_lives={half_lives!r} must be (shortest, longest), positive numbers of tokens")
+
     @property
     def uses_step_size(self) -> bool:
         """Whether the mixer has a discretisation step dt."""
-        return self.discretize_values or self.decay == "discretized"
+        return self.discretize_values or self.discretize_keys or self.decay == "discretized"
 
     @property
     def normalize(self) -> bool:
@@ -99,16 +124,16 @@ class ModelConfig:
       d_model: width of the residual stream.
       num_layers: blocks of a mixer and an MLP.
       num_heads: query heads, H.
-      head_dim: K = V.
-      mlp_dim: hidden width of the SwiGLU MLP.
+      head_dim: V, and K where a mixer has no `qk_dim` of its own.
+      mlp_dim: hidden width of the SwiGLU MLP; 0 makes blocks of a mixer alone.
       mixers: one `MixerConfig` for all layers, or one a layer. Equal neighbours are scanned as one.
       num_kv_heads: key/value heads, G; None is `num_heads`.
       rope_theta: base of the rotary frequencies.
       norm_eps: epsilon of every RMSNorm.
 
     Raises:
-      ValueError: a size below 1, heads that do not divide, a number of mixers that is not the number of layers, an odd
-        head_dim with rotary embeddings.
+      ValueError: a size below its least, heads that do not divide, a number of mixers that is not the number of layers,
+        an odd head_dim with rotary embeddings.
     """
 
     vocab_size: int
@@ -126,8 +151,9 @@ class ModelConfig:
         for name in ("vocab_size", "d_model", "num_layers", "num_heads", "head_dim", "mlp_dim", "num_kv_heads"):
             value = getattr(self, name)
             optional = name == "num_kv_heads" and value is None
-            if not optional and (type(value) is not int or value < 1):
-                raise ValueError(f"{name}={value!r} must be an integer of at least 1")
+            least = 0 if name == "mlp_dim" else 1
+            if not optional and (type(value) is not int or value < least):
+                raise ValueError(f"{name}={value!r} must be an integer of at least {least}")
         if not isinstance(self.mixers, MixerConfig):
             object.__setattr__(self, "mixers", tuple(self.mixers))  # hashable, whatever sequence was given
             if not all(isinstance(mixer, MixerConfig) for mixer in self.mixers):
@@ -141,7 +167,7 @@ class ModelConfig:
             raise ValueError(
                 f"{len(self.layer_mixers)} mixers given for num_layers={self.num_layers}: give one, or one each"
             )
-        if self.head_dim % 2 and any(mixer.rope for mixer in self.layer_mixers):
+        if self.head_dim % 2 and any(mixer.rope and mixer.qk_dim is None for mixer in self.layer_mixers):
             raise ValueError(f"head_dim={self.head_dim} must be even: rotary embeddings turn pairs")
         if not self.norm_eps > 0 or not self.rope_theta > 0:
             raise ValueError(f"norm_eps={self.norm_eps} and rope_theta={self.rope_theta} must be positive")

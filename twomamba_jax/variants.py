@@ -23,6 +23,7 @@ class Variant:
 # The linear model of the ablations: no normalisation of the scores, an RMSNorm of the output.
 _OUTPUT_NORM = MixerConfig(score="linear", norm="output")
 _MAMBA2S = MixerConfig(score="linear", norm="output", conv_width=2, decay="softplus", discretize_values=True)
+HALF_LIVES = 1.0, 1024.0  # tokens, from the first head to the last
 _2MAMBA = MixerConfig(score="squared", norm="softmax", conv_width=2, decay="softplus")
 
 
@@ -70,6 +71,19 @@ VARIANTS: dict[str, Variant] = {
     ),
     "squared-output-norm": Variant(
         _change(_MAMBA2S, score="squared"), "in the authors' code (squared Mamba-2S before Section 5's norm); no figure"
+    ),
+    # Our own: long half-lives at first, which the state of second order has room for (docs/accuracy.md).
+    "2mamba-long": Variant(_change(_2MAMBA, half_lives=HALF_LIVES), "2mamba with long half-lives; not the paper's"),
+    "2mamba-dt-long": Variant(
+        _change(_2MAMBA, discretize_values=True, half_lives=HALF_LIVES),
+        "2mamba-dt with long half-lives; not the paper's",
+    ),
+    "2mamba-e-long": Variant(
+        _change(_2MAMBA, score="exp", half_lives=HALF_LIVES), "2mamba-e with long half-lives; not the paper's"
+    ),
+    "softmax-conv2": Variant(
+        MixerConfig(score="exp", norm="softmax", rope=True, conv_width=2),
+        "softmax with the convolution of 2mamba, to tell its effect from that of the decay; not the paper's",
     ),
     "memoryless": Variant(
         _change(_2MAMBA, decay="memoryless"),

@@ -32,8 +32,7 @@ def narrow(q=64, v=64):
 REFUSED = [
     (cast(jnp.float32), {}, "it takes bfloat16 q, k and v, got float32"),
     (cast(jnp.float16), {}, "it takes bfloat16 q, k and v, got float16"),
-    (narrow(q=32, v=32), {}, "it has head dims K = V of 64 or 128, got K=32 and V=32"),
-    (narrow(v=32), {}, "it has head dims K = V of 64 or 128, got K=64 and V=32"),
+    (narrow(q=32, v=32), {}, "it has heads of 64 or 128, the larger of K and V, and this is 32"),
     (narrow(), {"precision": "highest"}, "precision='highest' needs products of float32"),
     (narrow(), {"form": "chunked", "score": "exp"}, "in chunks it has linear and squared scores only, got 'exp'"),
     (

@@ -1,6 +1,7 @@
 """The mixer against the paper's algorithms in NumPy, and what it starts from."""
 
 import functools
+import re
 
 import flax.linen as nn
 import jax
@@ -100,10 +101,22 @@ def mamba2s(p, x):
     return output(p, output_norm(p, attend(q, k, v * dt[..., None], lambda s: s, decay, normalize=False)))
 
 
+def two_mamba_long(p, x):
+    """2Mamba with a bias in the decay."""
+    return two_mamba(p, x, decay_bias=p["decay_bias"])
+
+
 def two_mamba(p, x, score=np.square):
     """Algorithm 5, and with another score 2Mamba-E."""
     q, k, v = (convolve(p, name, project(p, name, x)) for name in "qkv")
     return output(p, attend(q, k, v, score, -softplus(x @ p["decay"]["kernel"])))
+
+
+def two_mamba_dt_long(p, x):
+    """2Mamba with values times dt, and a bias in the decay."""
+    q, k, v = (convolve(p, name, project(p, name, x)) for name in "qkv")
+    v = v * softplus(x @ p["dt"]["kernel"])[..., None]
+    return output(p, attend(q, k, v, np.square, -softplus(x @ p["decay"]["kernel"] + p["decay_bias"])))
 
 
 def conv3_silu(p, x):
@@ -126,6 +139,7 @@ ALGORITHMS = {
     "mamba2s": mamba2s,
     "2mamba": two_mamba,
     "2mamba-e": functools.partial(two_mamba, score=np.exp),
+    "2mamba-dt-long": two_mamba_dt_long,
     "conv3-silu": conv3_silu,
     "decay-original": decay_original,
 }
@@ -173,6 +187,28 @@ def test_memoryless_sees_the_convolutions_window_alone():
     within = np.eye(T, dtype=bool) | np.eye(T, k=-1, dtype=bool)
     np.testing.assert_array_equal(reach[~within], 0)
     assert (reach[within] > 1e-3).all()
+
+
+@pytest.mark.parametrize(("heads", "half_lives"), [(1, [32]), (3, [1, 32, 1024])])
+def test_half_lives_spread_from_the_first_head_to_the_last(heads, half_lives):
+    """At a projection of 0, which is what a zero input has."""
+    config, x = VARIANTS["2mamba-long"].mixer, jnp.zeros((1, 2, E))
+    bias = jax.jit(Mixer(config, heads, K).init)(jax.random.key(0), x)["params"]["decay_bias"]
+    decay_per_token = -softplus(np.float64(nn.unbox(bias)))
+    np.testing.assert_allclose(np.exp(decay_per_token * half_lives), 0.5, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["mamba2", "2mamba-dt-long"])
+def test_parameters_gradients_are_summed_in_float32(name):
+    mixer = Mixer(VARIANTS[name].mixer, H, K, execution=Execution(dtype=jnp.bfloat16))
+    x = jnp.zeros((2, 37, E), jnp.bfloat16)
+    params = jax.eval_shape(lambda: nn.unbox(mixer.init(jax.random.key(0), x)["params"]))
+
+    def loss(params):
+        return mixer.apply({"params": params}, x)[0].astype(jnp.float32).sum()
+
+    sums = re.findall(r":(\w+)\[([\d,]*)\] = reduce_sum", str(jax.make_jaxpr(jax.grad(loss))(params)))
+    assert {dtype for dtype, shape in sums if "37" not in shape.split(",")} == {"f32"}
 
 
 def test_initial_values():

@@ -1,5 +1,7 @@
 """What parameters a model has: their logical axes, number, initial values, and the runs that they are stacked in."""
 
+import dataclasses
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -67,6 +69,11 @@ def test_every_parameter_has_its_axes():
     for path, box in boxes.items():
         for name, size in zip(box.names, box.value.shape, strict=True):
             assert size in sizes[name], (path, name, size)
+
+
+def test_blocks_without_an_mlp_have_a_mixer_alone():
+    boxes = boxes_of(dataclasses.replace(config_of("2mamba", 1), mlp_dim=0))
+    assert {path.split("/")[1] for path in boxes if path.startswith("layers_0")} == {"mixer_norm", "mixer"}
 
 
 @pytest.mark.parametrize("name", VARIANTS)

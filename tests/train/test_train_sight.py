@@ -1,5 +1,6 @@
 """What is seen of a run: operations and peaks, seconds, trackers, the profiler window."""
 
+import dataclasses
 import itertools
 import sys
 import time
@@ -26,6 +27,8 @@ def test_mixing_by_hand():
     assert flops == {"softmax": 262_144, "2mamba-e": 262_144, "2mamba": 262_144, "mamba2s": 16_384}
     assert mixing_flops(VARIANTS["2mamba"].mixer, 64, 8192) == 532_480
     assert mixing_flops(VARIANTS["softmax"].mixer, 64, 8192) == 1_048_576
+    narrow = dataclasses.replace(VARIANTS["2mamba"].mixer, qk_dim=32)  # 528 features
+    assert [mixing_flops(narrow, 64, length) for length in (1024, 8192)] == [1024 * 96, 4 * 528 * 64]
 
 
 def test_training_is_six_a_parameter_and_three_times_the_mixing():

@@ -151,13 +151,13 @@ def init_mixer_cache(
     state_dtype=jnp.float32,
 ) -> MixerCache:
     """The empty cache of one layer; the arguments are those of `init_cache`."""
-    size, kv_heads = config.head_dim, config.kv_heads
+    qk_dim, kv_heads = mixer.qk_dim or config.head_dim, config.kv_heads
     attention = init_decoding_cache(
         mixer.score,
         batch,
         kv_heads,
-        size,
-        size,
+        qk_dim,
+        config.head_dim,
         capacity=None if mixer.score in FINITE_SCORES else max_length,
         fold_size=fold_size,
         rollback=rollback,
@@ -169,10 +169,11 @@ def init_mixer_cache(
         return MixerCache(attention, None)
     kept = mixer.conv_width - 1 + (fold_size if rollback else 0)
 
-    def inputs(heads):
+    def inputs(heads, size):
         return jnp.zeros((batch, kept, heads, size), dtype)
 
-    return MixerCache(attention, ConvolutionInputs(inputs(config.num_heads), inputs(kv_heads), inputs(kv_heads)))
+    q, k, v = inputs(config.num_heads, qk_dim), inputs(kv_heads, qk_dim), inputs(kv_heads, config.head_dim)
+    return MixerCache(attention, ConvolutionInputs(q, k, v))
 
 
 def cache_bytes(config: ModelConfig, batch: int, max_length: int, **options) -> int:

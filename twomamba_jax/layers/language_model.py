@@ -18,7 +18,7 @@ from twomamba_jax.shapes import Array, Float, Lengths, SegmentIds, Tokens
 
 
 class Block(nn.Module):
-    """x + mixer(norm(x)), then x + mlp(norm(x)).
+    """x + mixer(norm(x)), then x + mlp(norm(x)) where there is an MLP.
 
     Attributes:
       config: the model's.
@@ -59,8 +59,10 @@ class Block(nn.Module):
             appends=False,
         )
         x = nn.with_logical_constraint(x + mixed, ("batch", "length", "embed"))
-        x = x + SwiGLU(config.mlp_dim, dtype, param_dtype, name="mlp")(RMSNorm(name="mlp_norm", **norm)(x))
-        return nn.with_logical_constraint(x, ("batch", "length", "embed")), new
+        if config.mlp_dim:
+            x = x + SwiGLU(config.mlp_dim, dtype, param_dtype, name="mlp")(RMSNorm(name="mlp_norm", **norm)(x))
+            x = nn.with_logical_constraint(x, ("batch", "length", "embed"))
+        return x, new
 
 
 class LanguageModel(nn.Module):

@@ -5,6 +5,7 @@ import math
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from twomamba_jax.config import MixerConfig
 from twomamba_jax.layers.cache import ConvolutionInputs, MixerCache, MixerTokens, append
@@ -15,7 +16,7 @@ from twomamba_jax.ops.cached_attention import cached_attention
 from twomamba_jax.ops.convolution import causal_convolution
 from twomamba_jax.ops.decay import STRONGEST_LOG_DECAY, discretized_decay, softplus_decay, step_size
 from twomamba_jax.ops.decay_attention import decay_attention
-from twomamba_jax.ops.numerics import accumulation_dtype
+from twomamba_jax.ops.numerics import accumulation_dtype, broadcast_parameter
 from twomamba_jax.ops.rope import apply_rope
 from twomamba_jax.shapes import Array, Float, Int, Lengths, SegmentIds
 
@@ -28,7 +29,7 @@ class Mixer(nn.Module):
     Attributes:
       config: what to compute.
       num_heads: H.
-      head_dim: K = V.
+      head_dim: V, and K where `config` has no `qk_dim`.
       num_kv_heads: G; None is H.
       rope_theta: base of the rotary frequencies.
       norm_eps: epsilon of the output norm.
@@ -74,9 +75,10 @@ class Mixer(nn.Module):
         config, kv_heads = self.config, self.num_kv_heads or self.num_heads
         dtype, wide = self.execution.dtype, accumulation_dtype(self.execution.dtype)
 
-        q = self._project("q", x, self.num_heads, "heads")
-        k = self._project("k", x, kv_heads, "kv_heads")
-        v = self._project("v", x, kv_heads, "kv_heads")
+        qk_dim = config.qk_dim or self.head_dim
+        q = self._project("q", x, self.num_heads, "heads", qk_dim)
+        k = self._project("k", x, kv_heads, "kv_heads", qk_dim)
+        v = self._project("v", x, kv_heads, "kv_heads", self.head_dim)
 
         convolution, rows = None, {"segment_ids": segment_ids, "lengths": lengths}
         if cache is not None and (cache.convolution is None) != (config.conv_width == 1):
@@ -98,6 +100,13 @@ class Mixer(nn.Module):
         if config.discretize_values:
             v = (v * dt[..., None]).astype(dtype)
         q, k = self._activate(q), self._activate(k)
+        if config.qk_norm:
+            q, k = (
+                RMSNorm(("head_dim",), self.norm_eps, dtype, self.execution.param_dtype, name=f"{name}_norm")(y)
+                for name, y in (("q", q), ("k", k))
+            )
+        if config.discretize_keys:
+            k = (k * dt[..., None]).astype(dtype)
         if config.rope:
             if positions is None:
                 positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
@@ -115,7 +124,7 @@ class Mixer(nn.Module):
         if residual is not None:
             y = y + residual
         if config.z_gate:
-            y = y * nn.silu(self._project("z", x, self.num_heads, "heads", use_bias=True))
+            y = y * nn.silu(self._project("z", x, self.num_heads, "heads", self.head_dim, use_bias=True))
         if config.norm == "output":
             y = RMSNorm(("heads", "head_dim"), self.norm_eps, dtype, self.execution.param_dtype, name="norm")(y)
         y = nn.with_logical_constraint(y, ("batch", "length", "heads", "head_dim"))
@@ -138,18 +147,17 @@ class Mixer(nn.Module):
             "partition": None if self.is_initializing() else axes,
         }
 
-    def _project(self, name, x, heads, axis, use_bias=False):
-        dims = (heads, self.head_dim)
+    def _project(self, name, x, heads, axis, size, use_bias=False):
+        dims = (heads, size)
         y = Projection(("embed",), (axis, "head_dim"), dims, use_bias, name=name, **self._dtypes())(x)
         return nn.with_logical_constraint(y, ("batch", "length", axis, "head_dim"))
 
     def _convolve(self, name, x, axis, initial_inputs, **rows):
-        width, heads = self.config.conv_width, x.shape[2]
-        init, shape = uniform(width), (heads, self.head_dim)
+        width, shape = self.config.conv_width, x.shape[2:]
+        init = uniform(width)
         kernel = self._param(f"conv_{name}_kernel", init, ("conv", axis, "head_dim"), (width, *shape))
         bias = self._param(f"conv_{name}_bias", init, (axis, "head_dim"), shape)
-        dtype = self.execution.dtype
-        return causal_convolution(x, kernel.astype(dtype), bias.astype(dtype), initial_inputs=initial_inputs, **rows)
+        return causal_convolution(x, kernel, bias, initial_inputs=initial_inputs, **rows)
 
     def _activate(self, x):
         return {"none": lambda x: x, "relu": nn.relu, "silu": nn.silu}[self.config.activation](x)
@@ -157,7 +165,8 @@ class Mixer(nn.Module):
     def _residual(self, v):
         """D * v, for every query head."""
         weight = self._param("D", nn.initializers.ones, ("heads", "head_dim"), (self.num_heads, self.head_dim))
-        return jnp.repeat(v, self.num_heads // v.shape[2], axis=2) * weight.astype(self.execution.dtype)
+        v = jnp.repeat(v, self.num_heads // v.shape[2], axis=2)
+        return v * broadcast_parameter(weight, v.shape, v.dtype)
 
     def _step_size(self, x, heads, wide):
         bias = self._param("dt_bias", _dt_bias_init, ("kv_heads",), (heads,)) if self.config.dt_bias else None
@@ -170,7 +179,11 @@ class Mixer(nn.Module):
             case "memoryless":
                 return jnp.full((*x.shape[:2], heads), STRONGEST_LOG_DECAY, wide)
             case "softplus":
-                return softplus_decay(self._per_head("decay", x, heads, wide))
+                bias = None
+                if self.config.half_lives is not None:
+                    init = _half_life_bias(*self.config.half_lives)
+                    bias = self._param("decay_bias", init, ("kv_heads",), (heads,))
+                return softplus_decay(self._per_head("decay", x, heads, wide), bias)
             case "discretized":
                 return discretized_decay(self._param("A_log", _a_log_init, ("kv_heads",), (heads,)), dt)
 
@@ -184,6 +197,17 @@ class Mixer(nn.Module):
 
     def _param(self, name, init, axes, shape):
         return self.param(name, nn.with_logical_partitioning(init, axes), shape, self.execution.param_dtype)
+
+
+def _half_life_bias(shortest, longest):
+    """b with softplus(b) = log(2) / h, of half-lives h spread geometrically over the heads; one head has their mean."""
+
+    def init(key, shape, dtype):
+        (heads,) = shape
+        half_lives = np.geomspace(shortest, longest, heads) if heads > 1 else np.sqrt([shortest * longest])
+        return jnp.asarray(np.log(np.expm1(math.log(2) / half_lives)), dtype)
+
+    return init
 
 
 def _a_log_init(key, shape, dtype):

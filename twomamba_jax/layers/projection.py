@@ -7,6 +7,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from twomamba_jax.ops.numerics import broadcast_parameter
+
 
 def uniform(fan_in: int):
     """U(-1/sqrt(fan_in), 1/sqrt(fan_in)): how the paper's replaced layers are initialised (its authors' code)."""
@@ -66,4 +68,5 @@ class Projection(nn.Module):
         if not self.use_bias:
             return y
         bias_init = nn.with_logical_partitioning(init, self.out_axes)
-        return y + self.param("bias", bias_init, self.out_dims, self.param_dtype).astype(self.dtype)
+        bias = self.param("bias", bias_init, self.out_dims, self.param_dtype)
+        return y + broadcast_parameter(bias, y.shape, self.dtype)

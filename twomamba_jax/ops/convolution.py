@@ -7,6 +7,7 @@ device's own tokens and one of the device before: W - 1 inputs are passed on, an
 import jax
 import jax.numpy as jnp
 
+from twomamba_jax.ops.numerics import broadcast_parameter
 from twomamba_jax.ops.segments import extend_last_segment, segment_runs
 from twomamba_jax.shapes import Array, Float, Lengths, SegmentIds
 
@@ -25,10 +26,12 @@ def causal_convolution(
     The last tap is the current token. A tap that would cross the edge of a segment, or reach before the first input, is
     0.
 
+    The gradients of the kernel and the bias, sums over all tokens, are taken in float32 or wider.
+
     Args:
       x: [B, T, ...channels].
-      kernel: [W, ...channels].
-      bias: [...channels].
+      kernel: [W, ...channels], used in the dtype of x.
+      bias: [...channels], the same.
       segment_ids: [B, T] integers; a maximal run of equal ids is a segment.
       lengths: [B] integers, the tokens that count in right-padded rows.
       initial_inputs: the M inputs before token 0, which continue its segment; W - 1 of them matter, and more may be
@@ -59,13 +62,16 @@ def causal_convolution(
         return mask.reshape(*mask.shape, *[1] * len(channels))
 
     is_first = broadcast(jnp.arange(size)[None] == 0)
-    earlier, y = x, kernel[-1] * x if bias is None else bias + kernel[-1] * x
+    taps = [broadcast_parameter(tap, x.shape, x.dtype) for tap in kernel]
+    earlier, y = x, taps[-1] * x
+    if bias is not None:
+        y = broadcast_parameter(bias, x.shape, x.dtype) + y
     for distance in range(1, width):
         earlier = jnp.where(is_first, initial_inputs[:, -distance, None].astype(x.dtype), _delay(earlier))
         if segment_ids is not None:
             continues = broadcast(segment_ids == _delay(segment_ids))
             earlier = jnp.where(is_first | continues, earlier, 0)
-        y = y + kernel[-1 - distance] * earlier
+        y = y + taps[-1 - distance] * earlier
 
     extended = jnp.concatenate([initial_inputs.astype(x.dtype), x], axis=1)
     counts = jnp.full((x.shape[0],), size) if lengths is None else lengths

@@ -33,9 +33,9 @@ def discretized_decay(a_log: Float[Array, "G"], dt: Float[Array, "B T G"]) -> Fl
     return -jnp.exp(a_log) * dt
 
 
-def softplus_decay(projection: Float[Array, "B T G"]) -> Float[Array, "B T G"]:
-    """The simplified log decay, `a = -softplus(h W_A)` (Algorithm 4)."""
-    return -jax.nn.softplus(projection)
+def softplus_decay(projection: Float[Array, "B T G"], bias: Float[Array, "G"] | None = None) -> Float[Array, "B T G"]:
+    """The simplified log decay, `a = -softplus(h W_A)` (Algorithm 4), or `a = -softplus(h W_A + b)`."""
+    return -jax.nn.softplus(projection if bias is None else projection + bias)
 
 
 def clamp_log_decay(log_decay: Float[Array, "..."] | None, dtype) -> Float[Array, "..."] | None:

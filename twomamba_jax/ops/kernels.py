@@ -14,6 +14,7 @@ from pallas_kernels.device import device_kind, unsupported_device
 from twomamba_jax.ops import recurrent_cache
 from twomamba_jax.ops.numerics import divide
 from twomamba_jax.ops.operation import Operation
+from twomamba_jax.ops.padded_heads import cut_state, pad_arrays, pad_state
 from twomamba_jax.ops.recurrent_cache import LayerCache, RecurrentCache
 from twomamba_jax.ops.sequence import SequenceAxis
 from twomamba_jax.ops.stages import not_negative
@@ -76,6 +77,7 @@ def unsupported(op: Operation, q, k, v, initial_state, axis: SequenceAxis | None
         return reason
     if form not in ("parallel", "chunked"):
         return f"it has the parallel and the chunked form, and this is form={form!r}"
+    q, k, v = jax.eval_shape(pad_arrays, q, k, v)
     if form == "parallel" and initial_state is not None:
         return "it takes no initial_state in the parallel form"
     if form == "parallel" and axis is not None:
@@ -91,11 +93,11 @@ def unsupported(op: Operation, q, k, v, initial_state, axis: SequenceAxis | None
     return unsupported_in_chunks(q, score=op.score, chunk_size=chunk_size)
 
 
-def crossover(op: Operation, q) -> int:
+def crossover(op: Operation, q, v) -> int:
     """Tokens up to which the quadratic kernels are faster than the chunked ones, forward and backward together."""
     from pallas_kernels.chunked.table import crossover as measured
 
-    return measured(device_kind(), op.score, q.shape[3], "forward+backward", q.shape[0] * q.shape[2])
+    return measured(device_kind(), op.score, max(q.shape[3], v.shape[3]), "forward+backward", q.shape[0] * q.shape[2])
 
 
 def attend(
@@ -115,6 +117,17 @@ def attend(
 
     A call for `spread`, of arrays [B, T, heads, dim].
     """
+    head_dim, value_dim = k.shape[3], v.shape[3]
+    call = functools.partial(_attend, op, form, chunk_size, return_final_state)
+    if head_dim == value_dim:
+        return call(q, k, v, log_decay, run, state, axis)
+    state = None if state is None else pad_state(op.score, head_dim, state)
+    y, final = call(*pad_arrays(q, k, v), log_decay, run, state, axis)
+    return y[..., :value_dim], None if final is None else cut_state(op.score, head_dim, value_dim, final)
+
+
+def _attend(op: Operation, form, chunk_size, return_final_state, q, k, v, log_decay, run, state, axis):
+    """`attend` with K = V."""
     from pallas_kernels.quadratic.attention import Attention, attention
 
     inside = Attention(op.score, op.normalize, op.query_scale, op.denominator_floor)

@@ -35,6 +35,16 @@ def operand_dtype(dtype, precision: Precision) -> jnp.dtype:
     return jnp.dtype(dtype)
 
 
+def broadcast_parameter(parameter: jax.Array, shape: tuple[int, ...], dtype) -> jax.Array:
+    """`parameter` at every token of an array of this shape and dtype.
+
+    Its gradient is a sum over all tokens, which in bfloat16 is 2 % off after 16,384 of them. Broadcast in float32 or
+    wider and cast afterwards, it is summed in that.
+    """
+    wide = jnp.promote_types(parameter.dtype, accumulation_dtype(dtype))
+    return jnp.broadcast_to(parameter.astype(wide), shape).astype(dtype)
+
+
 def contract(equation: str, a: jax.Array, b: jax.Array, precision: Precision) -> jax.Array:
     """`einsum(equation, a, b)` summed in the accumulation dtype."""
     out = accumulation_dtype(jnp.promote_types(a.dtype, b.dtype))

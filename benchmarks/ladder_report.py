@@ -1,0 +1,139 @@
+"""The ladder's table and plots, of all rows that lie in a directory."""
+
+import json
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from train.workdir import replace
+
+Results = Sequence[dict[str, Any]]
+REFERENCE = "softmax"
+CHOSEN, REPORTED = 0, 1  # the half of the held-out documents that rates are chosen on, and the one that is reported
+
+
+def read_rows(out: Path, corpus: str, size: str, steps: int) -> list[dict[str, Any]]:
+    """What the trained rows of one table left, in the order of their names."""
+    results = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((out / "rows").glob("*.json"))]
+    table = {"corpus": corpus, "size": size, "steps": steps}
+    return [result for result in results if all(result[key] == value for key, value in table.items())]
+
+
+def best_rate(results: Results, variant: str, seed: int) -> float | None:
+    """The learning rate with the lowest loss on the half that rates are chosen on; None where nothing is trained."""
+    losses = {
+        result["learning_rate"]: result["losses"][CHOSEN]
+        for result in results
+        if result["variant"] == variant and result["seed"] == seed
+    }
+    return min(losses, key=losses.get) if losses else None
+
+
+def at_best(results: Results) -> dict[str, list[dict[str, Any]]]:
+    """By variant the rows at its best rate, one a seed, the lowest mean first; the lowest seed decides on the rate."""
+    chosen = {}
+    for variant in {result["variant"] for result in results}:
+        rows = [result for result in results if result["variant"] == variant]
+        rate = best_rate(rows, variant, min(row["seed"] for row in rows))
+        chosen[variant] = [row for row in rows if row["learning_rate"] == rate]
+    return dict(sorted(chosen.items(), key=lambda item: mean_loss(item[1])))
+
+
+def mean_loss(rows: Results) -> float:
+    """The mean over seeds of the reported loss."""
+    return statistics.mean(row["losses"][REPORTED] for row in rows)
+
+
+def deviation(rows: Results) -> float | None:
+    """The deviation over seeds of the reported loss; None of one seed."""
+    losses = [row["losses"][REPORTED] for row in rows]
+    return statistics.stdev(losses) if len(losses) > 1 else None
+
+
+def report(out: Path, corpus: str, size: str, steps: int) -> str:
+    """Writes OUT/CORPUS-SIZE-STEPS.md and its plots, -tokens.png and -losses.png; returns the table."""
+    results = read_rows(out, corpus, size, steps)
+    if not results:
+        return f"no row of {corpus}, {size}, {steps} steps is trained in {out}"
+    best, stem = at_best(results), f"{corpus}-{size}-{steps}"
+    text = f"{summary(best)}\n\n{every_row(results)}\n\n{origin(results)}\n"
+    replace(out / f"{stem}.md", text)
+    draw_curves(best, out / f"{stem}-tokens.png")
+    draw_losses(best, out / f"{stem}-losses.png")
+    return text
+
+
+def summary(best: dict[str, list[dict[str, Any]]]) -> str:
+    """A row a variant, at its best rate."""
+    lines = [
+        "| mixer | rate | seeds | held-out loss | deviation | over softmax | parameters | bytes of state | tokens/s | "
+        "peak GiB |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    reference = mean_loss(best[REFERENCE]) if REFERENCE in best else None
+    for variant, rows in best.items():
+        loss, spread, peak = mean_loss(rows), deviation(rows), rows[0]["memory_peak_bytes"]
+        cells = (
+            variant,
+            f"{rows[0]['learning_rate']:g}",
+            len(rows),
+            f"{loss:.4f}",
+            "" if spread is None else f"{spread:.4f}",
+            "" if reference is None else f"{loss - reference:+.4f}",
+            f"{rows[0]['parameters']:,}",
+            f"{rows[0]['state_bytes']:,}",
+            f"{rows[0]['tokens_per_second']:,.0f}",
+            "" if peak is None else f"{peak / 2**30:.2f}",
+        )
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
+
+
+def every_row(results: Results) -> str:
+    """The losses at all rates: on the half that rates are chosen on, the half that is reported, and in training."""
+    lines = ["| mixer | rate | seed | chosen on | reported | training | commit |", "|---|---:|---:|---:|---:|---:|---|"]
+    for row in sorted(results, key=lambda row: (row["variant"], row["learning_rate"], row["seed"])):
+        losses = f"{row['losses'][CHOSEN]:.4f} | {row['losses'][REPORTED]:.4f} | {row['train_loss']:.4f}"
+        lines.append(
+            f"| {row['variant']} | {row['learning_rate']:g} | {row['seed']} | {losses} | {row['commit'][:12]} |"
+        )
+    return "\n".join(lines)
+
+
+def origin(results: Results) -> str:
+    """What the figures were made of and on."""
+    digests = sorted({row["identity"]["digest"] for row in results})
+    places = sorted({f"{row['device']}, {row['workers']} rows at a time" for row in results})
+    versions = sorted({", ".join(f"{name} {version}" for name, version in row["versions"].items()) for row in results})
+    return f"Corpus: SHA-256 {', '.join(digests)}. On {'; '.join(places)}. {'; '.join(versions)}."
+
+
+def draw_curves(best: dict[str, list[dict[str, Any]]], path: Path) -> None:
+    """Held-out loss against tokens, of the first seed."""
+    figure, axes = _canvas("tokens", "held-out loss, nats a token")
+    for variant, rows in best.items():
+        axes.plot(*zip(*rows[0]["curve"]), marker="o", markersize=3, label=f"{variant} ({rows[0]['learning_rate']:g})")
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+
+
+def draw_losses(best: dict[str, list[dict[str, Any]]], path: Path) -> None:
+    """The last loss of each variant, with its deviation over seeds."""
+    figure, axes = _canvas("held-out loss at the end, nats a token", "")
+    names = list(best)[::-1]
+    spreads = [deviation(best[name]) or 0.0 for name in names]
+    axes.errorbar([mean_loss(best[name]) for name in names], names, xerr=spreads, fmt="o", capsize=3)
+    figure.savefig(path, dpi=120)
+
+
+def _canvas(xlabel: str, ylabel: str) -> tuple[Figure, Any]:
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    axes.grid(alpha=0.3)
+    return figure, axes

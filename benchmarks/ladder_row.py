@@ -1,0 +1,138 @@
+"""One rung of the accuracy ladder: a model trained through `train.loop`, and what is kept of it."""
+
+import dataclasses
+import functools
+import importlib.metadata
+import json
+import shutil
+import statistics
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+from rich.console import Console
+
+from configs import base
+from train.configuration import apply_overrides
+from train.data import PACKINGS, held_out_batches
+from train.evaluation import evaluate
+from train.loop import Run, run
+from train.metrics import read_metrics
+from train.step import TrainState
+from train.tokenized import Split
+from train.workdir import replace
+from twomamba_jax import cache_bytes
+
+# What each corpus sets in a configuration; a directory given by --root takes the place of the one named here.
+CORPORA: dict[str, dict[str, str]] = {"stdlib": {"data.source": "corpus"}}
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A model to train: everything that its loss depends on, but for the code and the corpus' version."""
+
+    corpus: str
+    size: str
+    variant: str
+    learning_rate: float
+    seed: int
+    steps: int
+
+    @property
+    def name(self) -> str:
+        """As a file name."""
+        variant = self.variant.replace(",", "+").replace("*", "x")
+        return f"{self.corpus}-{self.size}-{self.steps}-{variant}-{self.learning_rate:g}-{self.seed}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where rows are trained and kept, and what is said of the code with them."""
+
+    out: Path
+    root: Path | None = None
+    commit: str = "unknown"
+    workers: int = 0
+
+    def result(self, row: Row) -> Path:
+        """The file that a trained row leaves."""
+        return self.out / "rows" / f"{row.name}.json"
+
+    def read(self, row: Row) -> dict[str, Any] | None:
+        """What a trained row left; None where it is not trained."""
+        path = self.result(row)
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def make_config(row: Row, root: Path | None = None) -> ConfigDict:
+    """The configuration that a row is trained by."""
+    config = base.get_config(name="ladder", variant=row.variant, size=row.size)
+    overrides = CORPORA[row.corpus] | {
+        "seed": row.seed,
+        "steps": row.steps,
+        "optimizer.learning_rate": row.learning_rate,
+        "checkpoints_kept": 1,
+        "eval_rows": None,
+    }
+    if root is not None:
+        overrides["data.root"] = str(root)
+    apply_overrides(config.lock(), [(key, str(value)) for key, value in overrides.items()])
+    return config
+
+
+def train_row(row: Row, place: Place) -> None:
+    """Trains the row, goes on where a run of it that was killed has saved, and leaves `place.result(row)`."""
+    workdir = place.out / "runs" / row.name
+    at_end = functools.partial(keep, row, place)
+    run(make_config(row, place.root), workdir, print, Console(quiet=True), at_end)
+    shutil.rmtree(workdir)  # its checkpoints are large, and its figures are kept
+
+
+def keep(row: Row, place: Place, current: Run, state: TrainState, console: Console) -> None:
+    """Writes what the table needs of a run that has made its last step."""
+    config, model = current.config, current.model.config
+    records = read_metrics(current.workdir / "metrics.jsonl")
+    tokens = config.batch_size * config.length
+    speeds = [record["tokens_per_second"] for record in records if "tokens_per_second" in record]
+    peaks = [record["memory_peak_bytes"] for record in records if "memory_peak_bytes" in record]
+    found = dataclasses.asdict(row) | {
+        "losses": halves_losses(current, state.params),
+        "curve": [(record["step"] * tokens, record["eval/loss"]) for record in records if "eval/loss" in record],
+        "train_loss": records[-1]["train/loss"],
+        "skipped": int(state.skipped),
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
+        "state_bytes": cache_bytes(model, 1, config.length, dtype=current.model.execution.dtype),
+        "tokens_per_second": statistics.median(speeds),
+        "memory_peak_bytes": peaks[-1] if peaks else None,
+        "workers": place.workers,
+        "identity": current.task.identity,
+        "commit": place.commit,
+        "device": jax.devices()[0].device_kind,
+        "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax")},
+    }
+    place.result(row).parent.mkdir(parents=True, exist_ok=True)
+    replace(place.result(row), json.dumps(found, indent=1) + "\n")
+
+
+def halves_losses(current: Run, params: Any) -> list[float]:
+    """Nats a token on each half of the held-out documents: a rate is chosen on one and reported on the other."""
+    config, task = current.config, current.task
+    losses = []
+    for documents in halves(task.held_out.documents):
+        rows = PACKINGS[config.data.packing](documents, config.length, task.tokenizer.eos_id)
+        batches = held_out_batches(rows, config.batch_size, None, *current.rows)
+        losses.append(evaluate(current.eval_step, params, map(current.place, batches), None)["eval/loss"])
+    return losses
+
+
+def halves(split: Split) -> tuple[Split, Split]:
+    """The documents of even and of odd number; how many bytes each half has is nobody's question here."""
+    pieces = [split.tokens[start:end] for start, end in zip(split.starts, split.starts[1:])]
+    return tuple(_joined(pieces[first::2]) for first in (0, 1))
+
+
+def _joined(pieces: list[np.ndarray]) -> Split:
+    starts = np.cumsum([0, *map(len, pieces)])
+    return Split(np.concatenate(pieces), starts, num_bytes=0)
