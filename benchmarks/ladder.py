@@ -66,7 +66,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     add("--out", type=Path, required=True, metavar="DIR", help="where rows, table and plots are kept")
     add("--size", choices=PLANS, default="nano")
     add("--corpus", choices=CORPORA, default="stdlib")
-    add("--root", type=Path, metavar="DIR", help="another directory of the corpus' text")
+    add("--root", type=Path, metavar="DIR", help="of the corpus; default: Python's source, runs/corpora/CORPUS")
     add("--variants", nargs="+", metavar="NAME", help="names of VARIANTS, or patterns of them")
     add("--learning_rates", nargs="+", type=float, metavar="RATE")
     add("--seeds", nargs="+", type=int, default=[0], metavar="SEED", help="the first is trained at every rate")

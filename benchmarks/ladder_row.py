@@ -25,8 +25,17 @@ from train.tokenized import Split
 from train.workdir import replace
 from twomamba_jax import cache_bytes
 
-# What each corpus sets in a configuration; a directory given by --root takes the place of the one named here.
-CORPORA: dict[str, dict[str, str]] = {"stdlib": {"data.source": "corpus"}}
+# What each corpus sets in a configuration, where it lies in directory ROOT.
+CORPORA: dict[str, dict[str, str]] = {
+    "stdlib": {"data.root": "ROOT"},
+    "prose": {
+        "data.source": "files",
+        "data.paths": "ROOT/text.jsonl.gz",
+        "data.tokenizer": "ROOT/tokenizer.json",
+        "model.vocab_size": "8192",
+    },
+    "c": {"data.source": "files", "data.paths": "ROOT/text.jsonl.gz"},
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,17 +76,15 @@ class Place:
 
 
 def make_config(row: Row, root: Path | None = None) -> ConfigDict:
-    """The configuration that a row is trained by."""
+    """The configuration that a row is trained by; without a root the corpus is Python's own, or of `corpora.py`."""
+    root = root or (None if row.corpus == "stdlib" else Path("runs/corpora") / row.corpus)
     config = base.get_config(name="ladder", variant=row.variant, size=row.size)
-    overrides = CORPORA[row.corpus] | {
+    overrides = {key: value.replace("ROOT", str(root)) for key, value in CORPORA[row.corpus].items()} | {
         "seed": row.seed,
         "steps": row.steps,
         "optimizer.learning_rate": row.learning_rate,
         "checkpoints_kept": 1,
-        "eval_rows": None,
     }
-    if root is not None:
-        overrides["data.root"] = str(root)
     apply_overrides(config.lock(), [(key, str(value)) for key, value in overrides.items()])
     return config
 
@@ -122,7 +129,8 @@ def halves_losses(current: Run, params: Any) -> list[float]:
     losses = []
     for documents in halves(task.held_out.documents):
         rows = PACKINGS[config.data.packing](documents, config.length, task.tokenizer.eos_id)
-        batches = held_out_batches(rows, config.batch_size, None, *current.rows)
+        limit = None if config.eval_rows is None else -(-config.eval_rows // 2)
+        batches = held_out_batches(rows, config.batch_size, limit, *current.rows)
         losses.append(evaluate(current.eval_step, params, map(current.place, batches), None)["eval/loss"])
     return losses
 
