@@ -36,6 +36,7 @@ ABLATIONS = {
     "2mamba-long": (None, "2mamba", {"half_lives": (1.0, 1024.0)}),
     "2mamba-dt-long": (None, "2mamba-long", {"discretize_values": True}),
     "2mamba-e-long": (None, "2mamba-long", {"score": "exp"}),
+    "2mamba-plus": (None, "2mamba-dt-long", {"conv_width": 4, "qk_norm": True}),
     "softmax-conv2": (None, "softmax", {"conv_width": 2}),
 }
 

@@ -36,7 +36,6 @@ class MixerConfig:
       half_lives: (shortest, longest) in tokens, of a learned bias per key/value head in the softplus decay,
         a = -softplus(h W_A + b): at first, where h W_A is near 0, the heads forget half in times spread geometrically
         from one to the other. None: no bias, and a half-life of one token.
-      discretize_keys: k dt in place of k, so that a token's squared score goes with dt^2.
       qk_norm: an RMSNorm of each head's queries and keys, after the activation.
 
     Raises:
@@ -57,7 +56,6 @@ class MixerConfig:
     scale: float | None = None
     qk_dim: int | None = None
     half_lives: tuple[float, float] | None = None
-    discretize_keys: bool = False
     qk_norm: bool = False
 
     def __post_init__(self):
@@ -107,7 +105,7 @@ class MixerConfig:
     @property
     def uses_step_size(self) -> bool:
         """Whether the mixer has a discretisation step dt."""
-        return self.discretize_values or self.discretize_keys or self.decay == "discretized"
+        return self.discretize_values or self.decay == "discretized"
 
     @property
     def normalize(self) -> bool:

@@ -81,6 +81,10 @@ VARIANTS: dict[str, Variant] = {
     "2mamba-e-long": Variant(
         _change(_2MAMBA, score="exp", half_lives=HALF_LIVES), "2mamba-e with long half-lives; not the paper's"
     ),
+    "2mamba-plus": Variant(
+        _change(_2MAMBA, conv_width=4, discretize_values=True, half_lives=HALF_LIVES, qk_norm=True),
+        "2mamba-dt-long with a wider convolution and normalised queries and keys; not the paper's",
+    ),
     "softmax-conv2": Variant(
         MixerConfig(score="exp", norm="softmax", rope=True, conv_width=2),
         "softmax with the convolution of 2mamba, to tell its effect from that of the decay; not the paper's",

@@ -105,8 +105,6 @@ class Mixer(nn.Module):
                 RMSNorm(("head_dim",), self.norm_eps, dtype, self.execution.param_dtype, name=f"{name}_norm")(y)
                 for name, y in (("q", q), ("k", k))
             )
-        if config.discretize_keys:
-            k = (k * dt[..., None]).astype(dtype)
         if config.rope:
             if positions is None:
                 positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
