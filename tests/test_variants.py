@@ -36,7 +36,10 @@ ABLATIONS = {
     "2mamba-long": (None, "2mamba", {"half_lives": (1.0, 1024.0)}),
     "2mamba-dt-long": (None, "2mamba-long", {"discretize_values": True}),
     "2mamba-e-long": (None, "2mamba-long", {"score": "exp"}),
-    "2mamba-plus": (None, "2mamba-dt-long", {"conv_width": 4, "qk_norm": True}),
+    "2mamba-dt-long-norm": (None, "2mamba-dt-long", {"normalize_keys": True}),
+    "2mamba-dt-long-k16": (None, "2mamba-dt-long", {"qk_dim": 16}),
+    "2mamba-dt-long-k32": (None, "2mamba-dt-long", {"qk_dim": 32}),
+    "2mamba-dt-long-k128": (None, "2mamba-dt-long", {"qk_dim": 128}),
     "softmax-conv2": (None, "softmax", {"conv_width": 2}),
 }
 

@@ -36,7 +36,8 @@ class MixerConfig:
       half_lives: (shortest, longest) in tokens, of a learned bias per key/value head in the softplus decay,
         a = -softplus(h W_A + b): at first, where h W_A is near 0, the heads forget half in times spread geometrically
         from one to the other. None: no bias, and a half-life of one token.
-      qk_norm: an RMSNorm of each head's queries and keys, after the activation.
+      normalize_keys: each head's keys divided by their root mean square, after the activation. A scale of its channels
+        would be one of the queries' too, and queries cancel in a squared score that is normalised: neither is there.
 
     Raises:
       ValueError: an unknown value, or a combination that defines no model.
@@ -56,7 +57,7 @@ class MixerConfig:
     scale: float | None = None
     qk_dim: int | None = None
     half_lives: tuple[float, float] | None = None
-    qk_norm: bool = False
+    normalize_keys: bool = False
 
     def __post_init__(self):
         for name, kind in (

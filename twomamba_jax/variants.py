@@ -31,6 +31,9 @@ def _change(mixer: MixerConfig, **changes) -> MixerConfig:
     return dataclasses.replace(mixer, **changes)
 
 
+_2MAMBA_DT_LONG = _change(_2MAMBA, discretize_values=True, half_lives=HALF_LIVES)
+
+
 VARIANTS: dict[str, Variant] = {
     # The named models.
     "softmax": Variant(MixerConfig(score="exp", norm="softmax", rope=True), "Figures 1 and 5a, 'Softmax'", 2.73),
@@ -74,17 +77,20 @@ VARIANTS: dict[str, Variant] = {
     ),
     # Our own: long half-lives at first, which the state of second order has room for (docs/accuracy.md).
     "2mamba-long": Variant(_change(_2MAMBA, half_lives=HALF_LIVES), "2mamba with long half-lives; not the paper's"),
-    "2mamba-dt-long": Variant(
-        _change(_2MAMBA, discretize_values=True, half_lives=HALF_LIVES),
-        "2mamba-dt with long half-lives; not the paper's",
-    ),
+    "2mamba-dt-long": Variant(_2MAMBA_DT_LONG, "2mamba-dt with long half-lives; not the paper's"),
     "2mamba-e-long": Variant(
         _change(_2MAMBA, score="exp", half_lives=HALF_LIVES), "2mamba-e with long half-lives; not the paper's"
     ),
-    "2mamba-plus": Variant(
-        _change(_2MAMBA, conv_width=4, discretize_values=True, half_lives=HALF_LIVES, qk_norm=True),
-        "2mamba-dt-long with a wider convolution and normalised queries and keys; not the paper's",
+    "2mamba-dt-long-norm": Variant(
+        _change(_2MAMBA_DT_LONG, normalize_keys=True), "2mamba-dt-long with normalised keys; not the paper's"
     ),
+    **{
+        f"2mamba-dt-long-k{qk_dim}": Variant(
+            _change(_2MAMBA_DT_LONG, qk_dim=qk_dim),
+            f"2mamba-dt-long with K = {qk_dim} for a state of {qk_dim * (qk_dim + 1) // 2} x V; not the paper's",
+        )
+        for qk_dim in (16, 32, 128)
+    },
     "softmax-conv2": Variant(
         MixerConfig(score="exp", norm="softmax", rope=True, conv_width=2),
         "softmax with the convolution of 2mamba, to tell its effect from that of the decay; not the paper's",

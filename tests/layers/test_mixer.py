@@ -112,11 +112,14 @@ def two_mamba(p, x, score=np.square):
     return output(p, attend(q, k, v, score, -softplus(x @ p["decay"]["kernel"])))
 
 
-def two_mamba_dt_long(p, x):
+def two_mamba_dt_long(p, x, normalize_keys=False):
     """2Mamba with values times dt, and a bias in the decay."""
     q, k, v = (convolve(p, name, project(p, name, x)) for name in "qkv")
     v = v * softplus(x @ p["dt"]["kernel"])[..., None]
-    return output(p, attend(q, k, v, np.square, -softplus(x @ p["decay"]["kernel"] + p["decay_bias"])))
+    if normalize_keys:
+        k = k / np.sqrt(np.mean(k**2, axis=-1, keepdims=True) + 1e-5)
+    log_decay = -softplus(x @ p["decay"]["kernel"] + p["decay_bias"])
+    return output(p, attend(q, k, v, np.square, log_decay, scale=q.shape[-1] ** -0.5))
 
 
 def conv3_silu(p, x):
@@ -139,7 +142,8 @@ ALGORITHMS = {
     "mamba2s": mamba2s,
     "2mamba": two_mamba,
     "2mamba-e": functools.partial(two_mamba, score=np.exp),
-    "2mamba-dt-long": two_mamba_dt_long,
+    "2mamba-dt-long-k16": two_mamba_dt_long,
+    "2mamba-dt-long-norm": functools.partial(two_mamba_dt_long, normalize_keys=True),
     "conv3-silu": conv3_silu,
     "decay-original": decay_original,
 }

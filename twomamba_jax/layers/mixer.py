@@ -10,7 +10,7 @@ import numpy as np
 from twomamba_jax.config import MixerConfig
 from twomamba_jax.layers.cache import ConvolutionInputs, MixerCache, MixerTokens, append
 from twomamba_jax.layers.execution import Execution
-from twomamba_jax.layers.norm import RMSNorm
+from twomamba_jax.layers.norm import RMSNorm, divide_by_rms
 from twomamba_jax.layers.projection import Projection, uniform
 from twomamba_jax.ops.cached_attention import cached_attention
 from twomamba_jax.ops.convolution import causal_convolution
@@ -32,7 +32,7 @@ class Mixer(nn.Module):
       head_dim: V, and K where `config` has no `qk_dim`.
       num_kv_heads: G; None is H.
       rope_theta: base of the rotary frequencies.
-      norm_eps: epsilon of the output norm.
+      norm_eps: epsilon of the output norm, and of normalised keys.
       execution: how to compute it.
     """
 
@@ -100,11 +100,8 @@ class Mixer(nn.Module):
         if config.discretize_values:
             v = (v * dt[..., None]).astype(dtype)
         q, k = self._activate(q), self._activate(k)
-        if config.qk_norm:
-            q, k = (
-                RMSNorm(("head_dim",), self.norm_eps, dtype, self.execution.param_dtype, name=f"{name}_norm")(y)
-                for name, y in (("q", q), ("k", k))
-            )
+        if config.normalize_keys:
+            k = divide_by_rms(k, 1, self.norm_eps).astype(dtype)
         if config.rope:
             if positions is None:
                 positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])

@@ -9,6 +9,12 @@ import jax.numpy as jnp
 from twomamba_jax.ops.numerics import accumulation_dtype
 
 
+def divide_by_rms(x: jax.Array, rank: int, eps: float) -> jax.Array:
+    """x / sqrt(mean(x^2) + eps), the mean over the last `rank` dimensions, in float32 or wider."""
+    wide = x.astype(accumulation_dtype(x.dtype))
+    return wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=tuple(range(-rank, 0)), keepdims=True) + eps)
+
+
 class RMSNorm(nn.Module):
     """y = scale * x / sqrt(mean(x^2) + eps), the mean over the last `len(axes)` dimensions, in float32 or wider.
 
@@ -27,9 +33,6 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Normalises x [..., *dims]."""
-        dims = tuple(range(-len(self.axes), 0))
         init = nn.with_logical_partitioning(nn.initializers.ones, self.axes)
         scale = self.param("scale", init, x.shape[-len(self.axes) :], self.param_dtype)
-        wide = x.astype(accumulation_dtype(x.dtype))
-        y = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=dims, keepdims=True) + self.eps)
-        return (y * scale).astype(self.dtype)
+        return (divide_by_rms(x, len(self.axes), self.eps) * scale).astype(self.dtype)
