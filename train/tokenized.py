@@ -27,6 +27,9 @@ TEXTS_AT_A_TIME = 512
 
 SPLITS = ("train", "held_out")
 
+# Counts up whenever the same inputs become other documents than before, so that no cache of those before is taken.
+READING = 2
+
 
 class Tokens(Protocol):
     """Tokens by position, as an array has them: `tokens[start:stop]` is an array."""
@@ -119,7 +122,7 @@ def open_cache(
     `key` is JSON: all that decides the tokens. A damaged cache is said and made again. Raises UserError where the disk
     is full or cannot be written.
     """
-    key = key | {"tokenizer": tokenizer.digest, "dtype": token_dtype(tokenizer).str}
+    key = key | {"reading": READING, "tokenizer": tokenizer.digest, "dtype": token_dtype(tokenizer).str}
     place = directory / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
     damage = find_damage(place)
     if damage is None:

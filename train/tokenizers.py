@@ -151,7 +151,7 @@ def load_tokenizer(spec: str, eos_token: str | None = None, bos_token: str | Non
         return ByteTokenizer()
     if path.suffix not in (".json", ".model"):
         raise UserError(f"data.tokenizer={spec!r} must be 'bytes', a tokenizer.json or a SentencePiece .model file")
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise UserError(f"there is no tokenizer file {spec!r}")
     if path.suffix == ".json":
         return HuggingFaceTokenizer(path, eos_token, bos_token)
