@@ -33,9 +33,16 @@ class Corpus:
 
 
 def find_files(root: Path, suffix: str) -> list[str]:
-    """The relative paths below `root` that end in `suffix`, sorted, without tests, packages and caches."""
+    """The relative paths below `root` that end in `suffix`, sorted, without tests, packages and caches.
+
+    Raises OSError where a directory cannot be read.
+    """
+
+    def fail(error: OSError) -> None:
+        raise error
+
     found = []
-    for folder, directories, names in os.walk(root):
+    for folder, directories, names in os.walk(root, onerror=fail):
         directories[:] = [name for name in directories if name not in EXCLUDED_DIRECTORIES]
         relative = Path(folder).relative_to(root)
         found += [

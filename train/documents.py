@@ -82,13 +82,16 @@ def _expand(path: Path) -> tuple[Path, list[str]]:
 
 def _is_file(key: str, path: Path) -> bool:
     try:
-        return stat.S_ISREG(path.stat().st_mode)
+        mode = path.stat().st_mode
     except FileNotFoundError as error:
         raise UserError(f"{key}: {path} is a link to nothing: bring back what it leads to, or leave it out") from error
     except OSError as error:
         if error.errno == errno.ELOOP:  # a link into a directory above itself, which a pattern follows again and again
             return False
         raise
+    if stat.S_ISDIR(mode) and not os.access(path, os.R_OK | os.X_OK):
+        raise UserError(f"{key}: the directory {path} may not be read: a pattern would go past its files in silence")
+    return stat.S_ISREG(mode)
 
 
 def input_of(path: Path, name: str) -> Input:

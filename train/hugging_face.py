@@ -5,6 +5,7 @@ directory is one that the package writes (`save_to_disk`), or one with Parquet, 
 """
 
 import json
+import logging
 import os
 import re
 from collections.abc import Iterator
@@ -98,13 +99,15 @@ def _check_twins(inputs: list[Input]) -> None:
 def load_stream(data: ConfigDict, split: str) -> Any:
     """The `datasets.IterableDataset` of one split. Raises UserError with the package's reason where there is none."""
     datasets = import_extra("datasets", "data")
+    # It logs what goes wrong in a file, and raises it as well: here it is one line.
+    logging.getLogger("datasets").setLevel(logging.CRITICAL)
     directory = _directory(data)
     try:
         if os.path.isfile(directory / "dataset_dict.json"):
             return datasets.load_from_disk(str(directory))[split].to_iterable_dataset()
         if _is_one_split(directory):
             return datasets.load_from_disk(str(directory)).to_iterable_dataset()
-        # "json" and "text" are readers of the package, unless they are given as a path.
+        # A relative "json" or "text" would be a reader of the package, and take files from the working directory.
         name = os.path.abspath(directory) if os.path.isdir(directory) else data.dataset
         return datasets.load_dataset(name, data.subset, split=split, revision=data.revision, streaming=True)
     except Exception as error:  # The package raises what its many readers raise.

@@ -129,7 +129,7 @@ def open_cache(
         report(f"tokens from {place}")
         return _open(place)
     try:
-        if place.exists():
+        if os.path.exists(place):
             report(f"the token cache {place} is unreadable ({damage}): made again")
             shutil.rmtree(place)
         report(f"tokenising into {place}")
@@ -141,7 +141,7 @@ def open_cache(
 
 def find_damage(place: Path) -> str | None:
     """Why the cache in `place` cannot be used; None where it can."""
-    if not place.exists():
+    if not os.path.exists(place):  # Path.exists raises where the name is too long
         return "there is none"
     try:
         files = dict(json.loads((place / "cache.json").read_text(encoding="utf-8"))["files"])

@@ -1,5 +1,6 @@
 """The corpus: which files, which split, and a digest that notices any change."""
 
+import errno
 import os
 
 import numpy as np
@@ -79,6 +80,20 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
     write(tmp_path, {"a.py": "a"})
     (tmp_path / "b.py").symlink_to("gone.py")
     with pytest.raises(UserError, match=r"cannot read .*b\.py: No such file"):
+        read_corpus(str(tmp_path), ".py", 5)
+
+
+def test_a_directory_that_may_not_be_read_is_named(tmp_path, monkeypatch):
+    write(tmp_path, {"a.py": "a", "closed/b.py": "b"})
+    scandir = os.scandir
+
+    def refused(path):
+        if str(path).endswith("closed"):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refused)
+    with pytest.raises(UserError, match=r"cannot read .*closed: Permission denied"):
         read_corpus(str(tmp_path), ".py", 5)
 
 

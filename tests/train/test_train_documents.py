@@ -172,6 +172,24 @@ def test_paths_are_taken_as_they_are_written(tmp_path, monkeypatch):
             find_inputs("k", pattern)
 
 
+def test_a_directory_that_may_not_be_read_is_named(tmp_path, monkeypatch):
+    write(tmp_path / "d/closed/a.txt")
+    write(tmp_path / "d/b.txt")
+    access = os.access
+    # The tests may run as root, who may read everything.
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path / "d/closed" and access(path, mode))
+    with pytest.raises(UserError, match=r"k: the directory .*d/closed may not be read"):
+        find_inputs("k", str(tmp_path / "d"))
+
+
+def test_a_name_of_two_lines_makes_no_message_of_two_lines(tmp_path):
+    (tmp_path / "a\nb.jsonl").write_text("no JSON")
+    with pytest.raises(UserError) as error:
+        read(tmp_path)
+    assert "a\\nb.jsonl line 1 is not JSON" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
 def test_damaged_files_are_named(tmp_path):
     for name, message in (
         ("a.jsonl.gz", r"a.jsonl.gz line \d+: the compressed data is damaged"),

@@ -122,15 +122,21 @@ def test_a_held_out_split_that_is_trained_on_is_refused(directory, task, kind, c
     assert (found if isinstance(expected, tuple) else sum(found)) == expected
 
 
-def test_a_split_that_is_a_link_to_another_is_refused(directory, task):
-    (directory / "json").mkdir()  # which is also the name of a reader of the package
-    for split in ("train", "validation"):
-        (directory / f"json/{split}.jsonl").write_text('{"text": "some text"}\n' * 30)
+def test_a_directory_named_like_a_reader_of_the_package_is_read(directory, task):
+    """Under such a name the package would take files from anywhere below the working directory."""
+    for place in ("json", "elsewhere"):
+        (directory / place).mkdir()
+        for split in ("train", "validation"):
+            (directory / place / f"{split}.jsonl").write_text('{"text": "some text"}\n' * 30)
     assert documents_of(task(source="huggingface", dataset="json", held_out_split="validation")[1]) == (30, 30)
-    (directory / "json/validation.jsonl").unlink()
-    (directory / "json/validation.jsonl").hardlink_to("json/train.jsonl")
+
+
+def test_a_split_that_is_a_link_to_another_is_refused(directory, task):
+    (directory / "set").mkdir()
+    (directory / "set/train.jsonl").write_text('{"text": "some text"}\n' * 30)
+    (directory / "set/validation.jsonl").hardlink_to("set/train.jsonl")
     with pytest.raises(UserError, match=r"train\.jsonl and .*validation\.jsonl are one file, which could be trained"):
-        task(source="huggingface", dataset="json", held_out_split="validation")
+        task(source="huggingface", dataset="set", held_out_split="validation")
 
 
 @pytest.mark.parametrize(
