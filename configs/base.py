@@ -70,7 +70,7 @@ def get_config(name: str, variant: str, size: str) -> ConfigDict:
     config.data.packing = "packed"  # or "documents": one a row, as the paper did, cut off at `length`
     # source "files": files, directories and patterns, separated by commas
     config.data.paths = ""
-    config.data.held_out_paths = optional(str)  # None: held_out_percent of the documents of `paths`
+    config.data.held_out_paths = optional(str)  # None: held_out_percent of the documents of `paths`, or of a single one
     config.data.text_key = "text"  # where JSON lines, Parquet and Arrow have the text
     config.data.cache_dir = "runs/tokens"
     # source "huggingface": a directory, or a dataset of the Hub with the commit as its revision

@@ -13,7 +13,10 @@ from pathlib import Path
 
 import numpy as np
 
+from train.contents import check_text, encode_name
+from train.documents import input_of, without_twins
 from train.errors import UserError
+from train.held_out import is_held_out
 
 EXCLUDED_DIRECTORIES = frozenset(
     {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "node_modules", ".git"}
@@ -29,15 +32,17 @@ class Corpus:
     digest: str
 
 
-def is_held_out(path: str, percent: int) -> bool:
-    """Whether the file at this path (relative to the root, with forward slashes) belongs to the held-out split."""
-    return int.from_bytes(hashlib.sha256(path.encode()).digest()[:8], "big") % 100 < percent
-
-
 def find_files(root: Path, suffix: str) -> list[str]:
-    """The relative paths below `root` that end in `suffix`, sorted, without tests, packages and caches."""
+    """The relative paths below `root` that end in `suffix`, sorted, without tests, packages and caches.
+
+    Raises OSError where a directory cannot be read.
+    """
+
+    def fail(error: OSError) -> None:
+        raise error
+
     found = []
-    for folder, directories, names in os.walk(root):
+    for folder, directories, names in os.walk(root, onerror=fail):
         directories[:] = [name for name in directories if name not in EXCLUDED_DIRECTORIES]
         relative = Path(folder).relative_to(root)
         found += [
@@ -51,24 +56,32 @@ def find_files(root: Path, suffix: str) -> list[str]:
 def read_corpus(root: str | None, suffix: str, held_out_percent: int) -> Corpus:
     """Reads the files of `root` (None: the standard library) whose names end in `suffix`.
 
-    Raises UserError where there is no such directory, no file in it, or nothing in one of the two splits.
+    Raises UserError where there is no such directory, no file in it, a file that cannot be read or is no text, or
+    nothing in one of the two splits.
     """
-    directory = Path(sysconfig.get_paths()["stdlib"] if root is None else root)
-    if not directory.is_dir():
+    directory = Path(sysconfig.get_paths()["stdlib"] if root is None else os.path.expanduser(root))
+    if not os.path.isdir(directory):
         raise UserError(f"data.root {str(directory)!r} is not a directory")
     digest = hashlib.sha256()
     splits: dict[bool, list[np.ndarray]] = {False: [], True: []}
-    for path in find_files(directory, suffix):
-        content = (directory / path).read_bytes()
-        digest.update(f"{path}\0{len(content)}\0".encode() + content)
-        if content:
-            splits[is_held_out(path, held_out_percent)].append(np.frombuffer(content, np.uint8))
+    try:
+        inputs = [input_of(directory / name, name) for name in find_files(directory, suffix)]
+        # Some systems link equal files of the standard library to one another; its digest is not to depend on them.
+        for entry in inputs if root is None else without_twins(inputs):
+            content = entry.path.read_bytes()
+            check_text(content, str(entry.path))
+            digest.update(encode_name(entry.name) + f"\0{len(content)}\0".encode() + content)
+            if content:
+                splits[is_held_out(entry.name, held_out_percent)].append(np.frombuffer(content, np.uint8))
+    except OSError as error:
+        raise UserError(f"cannot read {error.filename}: {error.strerror}") from error
     if not splits[False] and not splits[True]:
         raise UserError(f"the corpus is empty: no text in files named *{suffix} below {str(directory)!r}")
     for held_out, name in ((False, "training"), (True, "held-out")):
         if not splits[held_out]:
             raise UserError(
                 f"the {name} split of {str(directory)!r} is empty: data.held_out_percent={held_out_percent} "
-                f"leaves it none of {len(splits[not held_out])} files"
+                f"leaves it none of {len(splits[not held_out])} files; "
+                "data.source=files holds out the end of a single one"
             )
     return Corpus(splits[False], splits[True], digest.hexdigest())

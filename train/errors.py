@@ -9,6 +9,10 @@ from types import ModuleType
 class UserError(Exception):
     """Something that the user can put right. The command line prints it as one line and exits with status 2."""
 
+    def __str__(self) -> str:
+        """The message, with the line breaks that the name of a file may hold as escapes."""
+        return super().__str__().replace("\n", "\\n").replace("\r", "\\r")
+
 
 def nearest(word: str, choices: Iterable[str]) -> str:
     """The end of a message about an unknown `word`: the nearest of `choices`, or all of them where none is near."""

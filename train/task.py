@@ -13,6 +13,9 @@ from train.errors import UserError, nearest
 from train.stream import StreamedRows
 from train.tokenizers import Tokenizer, load_tokenizer
 
+# Keys that name data, and the one source that reads each.
+SOURCE_OF = {"paths": "files", "held_out_paths": "files", "dataset": "huggingface", "held_out_split": "huggingface"}
+
 
 @dataclass(frozen=True)
 class Task:
@@ -101,4 +104,10 @@ def make_task(config: ConfigDict, report: Callable[[str], None]) -> Task:
         return recall_task(config)
     if source not in text.READERS:
         raise UserError(f"unknown data.source {source!r}; {nearest(source, [*text.READERS, 'recall'])}")
+    for key, reader in SOURCE_OF.items():
+        if config.data[key] and source != reader:
+            raise UserError(
+                f"data.{key}={config.data[key]!r} would not be read: data.source is {source!r}; set "
+                f"data.source={reader}, or leave data.{key} out"
+            )
     return text_task(config, text.READERS[source], report)

@@ -1,5 +1,6 @@
 """The sources of text: from a configuration to a training and a held-out split, and what identifies them."""
 
+import os
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -9,9 +10,11 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from train import hugging_face
-from train.corpus import is_held_out, read_corpus
-from train.documents import digest_inputs, find_inputs, read_documents
+from train.contents import decode_text
+from train.corpus import read_corpus
+from train.documents import digest_inputs, find_inputs, read_documents, without_twins
 from train.errors import UserError
+from train.held_out import hold_out
 from train.stream import Source, StreamedRows
 from train.tokenized import Split, open_cache, tokenize_in_memory
 from train.tokenizers import Tokenizer
@@ -25,56 +28,69 @@ def read_default_corpus(config: ConfigDict, tokenizer: Tokenizer, report: Callab
     data = config.data
     corpus = read_corpus(data.root, data.suffix, data.held_out_percent)
     documents = [(held_out, part) for held_out in (False, True) for part in (corpus.train, corpus.held_out)[held_out]]
-    decoded = ((held_out, bytes(document).decode("utf-8", "surrogateescape")) for held_out, document in documents)
+    decoded = ((held_out, decode_text(bytes(document))) for held_out, document in documents)
     return _identified(config, corpus.digest, *tokenize_in_memory(decoded, tokenizer))
 
 
 def read_files(config: ConfigDict, tokenizer: Tokenizer, report: Callable[[str], None]) -> Splits:
     """Files of `data.paths` and, as the held-out split if given, of `data.held_out_paths`; through the cache."""
     data = config.data
-    train, held_out = find_inputs("data.paths", data.paths), []
+    found = find_inputs("data.paths", data.paths)
+    train, held_out = without_twins(found), []
     if data.held_out_paths is not None:
-        held_out = find_inputs("data.held_out_paths", data.held_out_paths)
-        both = {one.path.resolve() for one in train} & {one.path.resolve() for one in held_out}
-        if both:
-            raise UserError(f"{min(both)} is in data.paths and in data.held_out_paths: it would be trained on")
+        held_out = without_twins(find_inputs("data.held_out_paths", data.held_out_paths))
+        both = {one.file: one.path for one in train}
+        for one in held_out:
+            if one.file in both:
+                raise UserError(
+                    f"{both[one.file]} is in data.paths and in data.held_out_paths: it would be trained on; take it "
+                    "out of one of them"
+                )
 
     def documents() -> Iterator[tuple[bool, str]]:
-        for name, text in read_documents(train, data.text_key):
-            yield not held_out and is_held_out(name, data.held_out_percent), text
-        for _, text in read_documents(held_out, data.text_key):
-            yield True, text
+        documents = read_documents(train, data.text_key)
+        if held_out:
+            yield from ((False, text) for _, text in documents)
+            yield from ((True, text) for _, text in read_documents(held_out, data.text_key))
+        else:
+            yield from hold_out(documents, data.held_out_percent)
 
-    report(f"reading {len(train) + len(held_out)} files, {sum(one.stamp[0] for one in train + held_out) / 1e6:,.1f} MB")
+    size = sum(one.stamp[0] for one in train + held_out) / 1e6
+    twins = f"; {len(found) - len(train)} more names of the same files" if len(found) > len(train) else ""
+    report(f"reading {len(train) + len(held_out)} files, {size:,.1f} MB{twins}")
     key = {
         "train": digest_inputs(train),
         "held_out": digest_inputs(held_out) if held_out else data.held_out_percent,
         "text_key": data.text_key,
     }
-    splits = open_cache(Path(data.cache_dir), key, documents, tokenizer, report)
+    splits = open_cache(_cache(data), key, documents, tokenizer, report)
     return _identified(config, f"{key['train']}, {key['held_out']}", *splits)
 
 
 def read_hugging_face(config: ConfigDict, tokenizer: Tokenizer, report: Callable[[str], None]) -> Splits:
     """`data.dataset`, tokenised once through the cache, or streamed."""
     data = config.data
+    hugging_face.check_splits(data)
     digest = hugging_face.identify(data)
     if data.streaming:
         return _identified(config, digest, *_streamed(config, tokenizer))
 
     def documents() -> Iterator[tuple[bool, str]]:
-        separate = data.held_out_split is not None
-        stream = hugging_face.load_stream(data, data.split)
-        for number, text in hugging_face.read_stream(stream, data.dataset, data.text_key):
-            yield not separate and is_held_out(f"{data.split}:{number}", data.held_out_percent), text
-        if separate:
+        documents = hugging_face.read_stream(hugging_face.load_stream(data, data.split), data.dataset, data.text_key)
+        if data.held_out_split is None:
+            yield from hold_out(((f"{data.split}:{number}", text) for number, text in documents), data.held_out_percent)
+        else:
+            yield from ((False, text) for _, text in documents)
             stream = hugging_face.load_stream(data, data.held_out_split)
-            for _, text in hugging_face.read_stream(stream, data.dataset, data.text_key):
-                yield True, text
+            yield from ((True, text) for _, text in hugging_face.read_stream(stream, data.dataset, data.text_key))
 
     keys = ("subset", "split", "held_out_split", "held_out_percent", "text_key")
     key = {"dataset": digest} | {name: data[name] for name in keys}
-    return _identified(config, digest, *open_cache(Path(data.cache_dir), key, documents, tokenizer, report))
+    return _identified(config, digest, *open_cache(_cache(data), key, documents, tokenizer, report))
+
+
+def _cache(data: ConfigDict) -> Path:
+    return Path(os.path.expanduser(data.cache_dir))
 
 
 def _streamed(config: ConfigDict, tokenizer: Tokenizer) -> tuple[StreamedRows, Split]:

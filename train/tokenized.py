@@ -27,6 +27,9 @@ TEXTS_AT_A_TIME = 512
 
 SPLITS = ("train", "held_out")
 
+# Counts up whenever the same inputs become other documents than before, so that no cache of those before is taken.
+READING = 2
+
 
 class Tokens(Protocol):
     """Tokens by position, as an array has them: `tokens[start:stop]` is an array."""
@@ -119,14 +122,14 @@ def open_cache(
     `key` is JSON: all that decides the tokens. A damaged cache is said and made again. Raises UserError where the disk
     is full or cannot be written.
     """
-    key = key | {"tokenizer": tokenizer.digest, "dtype": token_dtype(tokenizer).str}
+    key = key | {"reading": READING, "tokenizer": tokenizer.digest, "dtype": token_dtype(tokenizer).str}
     place = directory / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
     damage = find_damage(place)
     if damage is None:
         report(f"tokens from {place}")
         return _open(place)
     try:
-        if place.exists():
+        if os.path.exists(place):
             report(f"the token cache {place} is unreadable ({damage}): made again")
             shutil.rmtree(place)
         report(f"tokenising into {place}")
@@ -138,7 +141,7 @@ def open_cache(
 
 def find_damage(place: Path) -> str | None:
     """Why the cache in `place` cannot be used; None where it can."""
-    if not place.exists():
+    if not os.path.exists(place):  # Path.exists raises where the name is too long
         return "there is none"
     try:
         files = dict(json.loads((place / "cache.json").read_text(encoding="utf-8"))["files"])

@@ -6,6 +6,7 @@ digest is recorded there, so that what was trained can be sampled from with noth
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -82,6 +83,7 @@ class HuggingFaceTokenizer:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # The package raises bare Exceptions.
             raise UserError(f"tokenizer {str(path)!r} is no tokenizer.json: {one_line(error)}") from error
+        altered = _encode_whole(self._tokenizer)
         # Otherwise a document that mentions "</s>" would end there.
         self._tokenizer.encode_special_tokens = True
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
@@ -89,7 +91,8 @@ class HuggingFaceTokenizer:
         self.vocab_size = max(vocabulary.values()) + 1
         self.eos_id = _special("data.eos_token", eos_token, EOS_TOKENS, vocabulary, path)
         self.bos_id = _special("data.bos_token", bos_token, BOS_TOKENS, vocabulary, None if bos_token is None else path)
-        self.digest = _digest(path, self.eos_id, self.bos_id)
+        # Runs and caches that were made while these were in force hold other tokens.
+        self.digest = _digest(path, self.eos_id, self.bos_id) + "".join(f" without {name}" for name in altered)
 
     def encode(self, text: str) -> np.ndarray:
         """The tokens of `text`, without special ones."""
@@ -143,12 +146,12 @@ def load_tokenizer(spec: str, eos_token: str | None = None, bos_token: str | Non
 
     Raises UserError for anything else, a file that cannot be read, and an extra that is not installed.
     """
-    path = Path(spec)
+    path = _path(spec)
     if spec == "bytes":
         return ByteTokenizer()
     if path.suffix not in (".json", ".model"):
         raise UserError(f"data.tokenizer={spec!r} must be 'bytes', a tokenizer.json or a SentencePiece .model file")
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise UserError(f"there is no tokenizer file {spec!r}")
     if path.suffix == ".json":
         return HuggingFaceTokenizer(path, eos_token, bos_token)
@@ -162,7 +165,7 @@ def load_tokenizer(spec: str, eos_token: str | None = None, bos_token: str | Non
 def keep_tokenizer(spec: str, workdir: Path) -> None:
     """Copies the file of `data.tokenizer` into the workdir (there is none for bytes)."""
     if spec != "bytes":
-        replace(_kept(spec, workdir), Path(spec).read_bytes())
+        replace(_kept(spec, workdir), _path(spec).read_bytes())
 
 
 def load_kept_tokenizer(data: Any, workdir: Path) -> Tokenizer:
@@ -180,7 +183,8 @@ def load_kept_tokenizer(data: Any, workdir: Path) -> Tokenizer:
         trained = json.loads((workdir / "corpus.json").read_text(encoding="utf-8"))["tokenizer"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{workdir / 'corpus.json'} does not say which tokenizer the run was trained with") from error
-    if tokenizer.digest != trained:
+    # What is turned off in a tokenizer.json changes the tokens of a text, not the meaning of a token.
+    if tokenizer.digest.partition(" ")[0] != str(trained).partition(" ")[0]:
         raise UserError(
             f"tokenizer mismatch: {workdir} was trained with one of digest {trained}, its tokenizer file has "
             f"{tokenizer.digest}"
@@ -188,8 +192,31 @@ def load_kept_tokenizer(data: Any, workdir: Path) -> Tokenizer:
     return tokenizer
 
 
+def _path(spec: str) -> Path:
+    return Path(os.path.expanduser(spec))  # Path.expanduser raises where there is no such user
+
+
 def _kept(spec: str, workdir: Path) -> Path:
     return workdir / f"tokenizer{Path(spec).suffix}"
+
+
+def _encode_whole(tokenizer: Any) -> list[str]:
+    """Turns off what a tokenizer.json may carry from its own training; returns the names of what was on.
+
+    Truncation cuts documents off, padding fills them up to the longest of a batch, and the dropout of a BPE makes other
+    tokens of the same text each time.
+    """
+    altered = []
+    if tokenizer.truncation is not None:
+        tokenizer.no_truncation()
+        altered.append("truncation")
+    if tokenizer.padding is not None:
+        tokenizer.no_padding()
+        altered.append("padding")
+    if getattr(tokenizer.model, "dropout", None):
+        tokenizer.model.dropout = None
+        altered.append("dropout")
+    return altered
 
 
 def _digest(path: Path, eos_id: int, bos_id: int | None) -> str:

@@ -25,6 +25,9 @@ FREE_ON_RESUME = (
     "execution.remat",
 )  # fmt: skip
 
+# Where the data is, not what it is: its digest is compared instead, so a run goes on where its data was moved to.
+PLACES = ("data.root", "data.paths", "data.held_out_paths", "data.dataset", "data.tokenizer")
+
 
 def free_on_resume(key: str, config: Mapping[str, Any]) -> bool:
     """Whether a run may be resumed with another value of the dotted `key`; `config` is flat.
@@ -69,7 +72,8 @@ def claim(workdir: Path, config: ConfigDict, corpus: Mapping[str, Any]) -> None:
         differing = [
             f"{key} is {flat_theirs.get(key, 'absent')!r} there and {flat_mine.get(key, 'absent')!r} here"
             for key in sorted(flat_mine.keys() | flat_theirs.keys())
-            if flat_mine.get(key, "absent") != flat_theirs.get(key, "absent") and not free_on_resume(key, flat_mine)
+            if flat_mine.get(key, "absent") != flat_theirs.get(key, "absent")
+            and not (key in PLACES or free_on_resume(key, flat_mine))
         ]
         if differing:
             raise UserError(f"workdir {workdir} holds another run: {'; '.join(differing)}; choose another --workdir")
@@ -80,6 +84,13 @@ def claim(workdir: Path, config: ConfigDict, corpus: Mapping[str, Any]) -> None:
                 raise UserError(
                     f"workdir {workdir} was trained on {other} {thing}: its digest is {theirs.get(key)}, this "
                     f"{thing}'s is {corpus.get(key)}; bring that {thing} back, or choose another --workdir"
+                )
+        # Sizes of splits: another version may read other documents out of the same files.
+        for key in sorted(theirs.keys() & corpus.keys()):
+            if theirs[key] != corpus[key]:
+                raise UserError(
+                    f"workdir {workdir} was trained on the same files read in another way: its {key} is {theirs[key]}, "
+                    f"now {corpus[key]}; choose another --workdir"
                 )
     workdir.mkdir(parents=True, exist_ok=True)
     replace(workdir / "corpus.json", json.dumps(dict(corpus), indent=2, sort_keys=True) + "\n")

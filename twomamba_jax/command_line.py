@@ -83,17 +83,24 @@ def load(workdir: Path, which: str) -> tuple[LanguageModel, Any, Any]:
     return model, params, tokenizer
 
 
+def read_prompt(name: str) -> str:
+    """The text of the file `name`, or of standard input, as training would read it: line ends stay as they are.
+
+    Raises ValueError where it cannot be read, and `train.errors.UserError` where it is no text.
+    """
+    from train.contents import check_text, decode_text
+
+    try:
+        content = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
+    except OSError as error:
+        raise ValueError(f"cannot read --prompt_file {name}: {error}") from error
+    check_text(content, f"--prompt_file {name}")
+    return decode_text(content)
+
+
 def prompt_tokens(options: argparse.Namespace, tokenizer) -> np.ndarray:
     """The prompt behind the token that opens a document: bos where there is one, else the end of the one before."""
-    if options.prompt is not None:
-        text = options.prompt
-    elif options.prompt_file == "-":
-        text = sys.stdin.read()
-    else:
-        try:
-            text = Path(options.prompt_file).read_text(encoding="utf-8")
-        except (OSError, UnicodeError) as error:
-            raise ValueError(f"cannot read --prompt_file {options.prompt_file}: {error}") from error
+    text = options.prompt if options.prompt is not None else read_prompt(options.prompt_file)
     tokens = tokenizer.encode(text)
     first = tokenizer.bos_id
     if first is None and not tokens.size:

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 
+from train.documents import find_inputs, read_documents
 from train.main import main as train
 from train.tokenizers import load_tokenizer
 from twomamba_jax import command_line
@@ -26,7 +27,7 @@ def test_continues_a_prompt(capsys, finished, tmp_path, monkeypatch):
     assert re.fullmatch(r"\d+ tokens, .*; cache [\d.]+ MiB\n", first.err)
     (tmp_path / "prompt").write_text("def f")
     assert generate(capsys, finished, "--prompt_file", str(tmp_path / "prompt"), *options).out == first.out
-    monkeypatch.setattr(sys, "stdin", io.StringIO("def f"))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"def f")))
     assert generate(capsys, finished, "--prompt_file", "-", *options).out == first.out
     assert generate(capsys, finished, "--prompt", "def f", *options, "--seed", "1").out != first.out
     assert generate(capsys, finished, "--prompt", "", *options, "--checkpoint", "latest").out
@@ -47,6 +48,20 @@ def test_what_a_prompt_begins_with(sentencepiece_model):
         assert command_line.prompt_tokens(options, tokenizer).tolist() == expected(tokenizer)
 
 
+def test_a_prompt_file_has_the_tokens_that_training_sees(tmp_path, monkeypatch):
+    content = b"\xef\xbb\xbfa\r\nb\rc\x85\xff\n"
+    path = tmp_path / "a.txt"
+    path.write_bytes(content)
+    ((_, text),) = read_documents(find_inputs("data.paths", str(path)), "text")
+    tokenizer = load_tokenizer("bytes")
+    for name in (str(path), "-"):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+        options = command_line.parse(["--workdir", "run", "--prompt_file", name])
+        tokens = command_line.prompt_tokens(options, tokenizer).tolist()
+        assert bytes(tokens) == content[3:]
+        assert tokens == tokenizer.encode(text).tolist()
+
+
 def test_mistakes_are_one_line(capsys, finished, tmp_path):
     empty, foreign = tmp_path / "empty", tmp_path / "foreign"
     for copy in (empty, foreign):
@@ -54,6 +69,7 @@ def test_mistakes_are_one_line(capsys, finished, tmp_path):
     shutil.rmtree(empty / "checkpoints")
     corpus = json.loads((foreign / "corpus.json").read_text())
     (foreign / "corpus.json").write_text(json.dumps(corpus | {"tokenizer": "another"}))
+    (tmp_path / "utf-16").write_text("x", encoding="utf-16")
     prompt = ("--prompt", "x")
     for workdir, options, message in (
         (tmp_path / "none", prompt, "there is no run in"),
@@ -61,6 +77,7 @@ def test_mistakes_are_one_line(capsys, finished, tmp_path):
         (foreign, prompt, "was trained with one of digest another, its tokenizer file has bytes"),
         (finished, (), "one of the arguments --prompt --prompt_file is required; see --help"),
         (finished, ("--prompt_file", str(tmp_path / "none")), "cannot read --prompt_file"),
+        (finished, ("--prompt_file", str(tmp_path / "utf-16")), "utf-16 is UTF-16: convert it to UTF-8"),
         (finished, (*prompt, "--temperature", "-1"), "temperature=-1.0 must be at least 0"),
         (finished, (*prompt, "--top_p", "0"), "top_p=0.0 must be above 0 and at most 1"),
         (finished, (*prompt, "--top_p", "1.5"), "top_p=1.5 must be above 0 and at most 1"),

@@ -117,7 +117,7 @@ def test_a_dataset_without_the_split(user_error, tiny, tmp_path):
     options = {"data.source": "huggingface", "data.dataset": tmp_path / "set", "data.cache_dir": tmp_path / "tokens"}
     line = user_error(tiny(tmp_path / "run", **options, data__split="val"))
     assert "cannot load split 'val' of data.dataset" in line
-    assert "the training split has no document" in user_error(tiny(tmp_path / "run", **options))
+    assert "the held-out split has no document" in user_error(tiny(tmp_path / "run", **options))
 
 
 def test_a_tokenizer_of_another_digest_in_the_workdir(user_error, tiny, finished, tmp_path):

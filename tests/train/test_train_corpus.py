@@ -1,12 +1,14 @@
 """The corpus: which files, which split, and a digest that notices any change."""
 
-import hashlib
+import errno
+import os
 
 import numpy as np
 import pytest
 
-from train.corpus import find_files, is_held_out, read_corpus
+from train.corpus import find_files, read_corpus
 from train.errors import UserError
+from train.held_out import is_held_out
 
 
 def write(root, files):
@@ -24,13 +26,6 @@ def test_leaves_out_tests_packages_and_caches(tmp_path):
     write(tmp_path, kept | dict.fromkeys(left_out, "no"))
     assert find_files(tmp_path, ".py") == ["a/testing.py", "a/x.py", "b.py"]
     assert find_files(tmp_path, ".txt") == ["c.txt"]
-
-
-def test_split_is_a_hash_of_the_path():
-    for path in ("a.py", "b/c.py", "json/decoder.py"):
-        position = int(hashlib.sha256(path.encode()).hexdigest()[:16], 16) % 100
-        assert not is_held_out(path, position)
-        assert is_held_out(path, position + 1)
 
 
 def test_documents_are_the_bytes_in_order_of_paths(tmp_path):
@@ -59,6 +54,53 @@ def test_digest_sees_a_renamed_file(tmp_path):
     before = read_corpus(str(tmp_path), ".py", 30).digest
     (tmp_path / "f29.py").rename(tmp_path / "f3_.py")
     assert read_corpus(str(tmp_path), ".py", 30).digest != before
+
+
+def test_a_name_that_is_no_utf_8_counts_like_any_other(tmp_path):
+    write(tmp_path, {f"f{number}.py": f"text {number}" for number in range(30)})
+    before = read_corpus(str(tmp_path), ".py", 30)
+    (tmp_path / os.fsdecode(b"caf\xe9.py")).write_text("text")
+    after = read_corpus(str(tmp_path), ".py", 30)
+    assert after.digest != before.digest
+    assert len(after.train + after.held_out) == 31
+
+
+def test_a_file_under_two_names_is_read_once(tmp_path):
+    write(tmp_path, {f"f{number}.py": f"text {number}" for number in range(30)})
+    expected = read_corpus(str(tmp_path), ".py", 30)
+    for number in range(30):
+        (tmp_path / f"g{number}.py").symlink_to(f"f{number}.py")
+        (tmp_path / f"h{number}.py").hardlink_to(tmp_path / f"f{number}.py")
+    found = read_corpus(str(tmp_path), ".py", 30)
+    assert found.digest == expected.digest
+    assert len(found.train + found.held_out) == 30
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path):
+    write(tmp_path, {"a.py": "a"})
+    (tmp_path / "b.py").symlink_to("gone.py")
+    with pytest.raises(UserError, match=r"cannot read .*b\.py: No such file"):
+        read_corpus(str(tmp_path), ".py", 5)
+
+
+def test_a_directory_that_may_not_be_read_is_named(tmp_path, monkeypatch):
+    write(tmp_path, {"a.py": "a", "closed/b.py": "b"})
+    scandir = os.scandir
+
+    def refused(path):
+        if str(path).endswith("closed"):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refused)
+    with pytest.raises(UserError, match=r"cannot read .*closed: Permission denied"):
+        read_corpus(str(tmp_path), ".py", 5)
+
+
+def test_a_tilde_is_the_home_directory(tmp_path, monkeypatch):
+    write(tmp_path, {f"d/f{number}.py": f"text {number}" for number in range(30)})
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert read_corpus("~/d", ".py", 30).digest == read_corpus(str(tmp_path / "d"), ".py", 30).digest
 
 
 def test_standard_library_is_large_and_has_both_splits():

@@ -1,5 +1,7 @@
 """Hugging Face datasets: every kind of directory, and what identifies one."""
 
+import logging
+
 import datasets
 import pytest
 from ml_collections import ConfigDict
@@ -56,6 +58,22 @@ def test_a_directory_is_known_by_its_content_a_stream_by_its_sizes(directory):
     assert identify(data_of(path, streaming=True)) == sizes
     extra.write_text("three")
     assert identify(data_of(path, streaming=True)) != sizes
+
+
+def test_a_line_that_is_no_json_is_said_once(tmp_path):
+    """The package logs it as well, which would be a second line."""
+    (tmp_path / "train.jsonl").write_text('{"text": "half of a pair \\ud83d"}\n')
+    logged = []
+    handler = logging.Handler()
+    handler.emit = logged.append
+    logging.getLogger("datasets").addHandler(handler)
+    try:
+        with pytest.raises(UserError, match=r"name: 0 documents on, the stream broke \(") as error:
+            list(read_stream(load_stream(data_of(tmp_path), "train"), "name", "text"))
+    finally:
+        logging.getLogger("datasets").removeHandler(handler)
+    assert "\n" not in str(error.value)
+    assert logged == []
 
 
 def test_a_dataset_of_the_hub_is_known_by_its_commit():

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import tokenizers
 
 from train.errors import UserError, import_extra
 from train.tokenizers import keep_tokenizer, load_kept_tokenizer, load_tokenizer
@@ -55,6 +56,39 @@ def test_bytes_that_are_no_utf_8(tokenizer_json):
     assert load_tokenizer("bytes").decode([97, 255, 98]) == "a\ufffdb"
     with pytest.raises(UserError, match=r"not UTF-8 \(in its line 2\), which bpe.json cannot encode"):
         load_tokenizer(str(tokenizer_json)).encode(text)
+
+
+@pytest.mark.parametrize("setting", ["truncation", "padding", "dropout"])
+def test_what_a_tokenizer_json_carries_from_its_training_is_off(setting, tmp_path, tokenizer_json):
+    whole, path = load_tokenizer(str(tokenizer_json)), tmp_path / "bpe.json"
+    altered = tokenizers.Tokenizer.from_file(str(tokenizer_json))
+    if setting == "truncation":
+        altered.enable_truncation(max_length=8)
+    elif setting == "padding":
+        altered.enable_padding(pad_id=0, pad_token="<|endoftext|>", length=500)
+    else:
+        altered.model.dropout = 0.5
+    altered.save(str(path))
+    tokenizer = load_tokenizer(str(path))
+    texts = [TEXT * 20, "def"]
+    for one, expected in zip(tokenizer.encode_batch(texts), whole.encode_batch(texts), strict=True):
+        assert np.array_equal(one, expected)
+    # A run or a cache of the tokens of before is another one; a model that learnt from them knows the same tokens.
+    file_digest, _, off = tokenizer.digest.partition(" ")
+    assert off == f"without {setting}"
+    (tmp_path / "corpus.json").write_text(json.dumps({"tokenizer": file_digest}))
+    keep_tokenizer(str(path), tmp_path)
+    data = {"tokenizer": str(path), "eos_token": None, "bos_token": None}
+    assert load_kept_tokenizer(data, tmp_path).digest == tokenizer.digest
+
+
+def test_a_tilde_in_the_path_of_a_tokenizer(tmp_path, monkeypatch, tokenizer_json):
+    monkeypatch.setenv("HOME", str(tokenizer_json.parent))
+    assert load_tokenizer("~/bpe.json").vocab_size == 400
+    keep_tokenizer("~/bpe.json", tmp_path)
+    assert (tmp_path / "tokenizer.json").read_bytes() == tokenizer_json.read_bytes()
+    with pytest.raises(UserError, match=r"there is no tokenizer file '~nobody-of-this-name/bpe.json'"):
+        load_tokenizer("~nobody-of-this-name/bpe.json")
 
 
 def test_what_is_no_tokenizer_is_refused(tmp_path, tokenizer_json):
