@@ -23,7 +23,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 
 from configs import base
-from train.corpus import is_held_out
+from train.held_out import is_held_out
 from train.documents import find_inputs, read_documents
 from train.errors import UserError
 

@@ -7,7 +7,7 @@ import tarfile
 import pytest
 
 from benchmarks import corpora
-from train.corpus import is_held_out
+from train.held_out import is_held_out
 from train.errors import UserError
 from train.tokenizers import load_tokenizer
 
