@@ -23,9 +23,9 @@ from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 
 from configs import base
-from train.held_out import is_held_out
 from train.documents import find_inputs, read_documents
 from train.errors import UserError
+from train.held_out import is_held_out
 
 PACKAGES = {"prose": "linux-doc-6.12", "c": "linux-source-6.12"}
 TEXT, VOCABULARY, END = "text.jsonl.gz", 8192, "</s>"

@@ -7,8 +7,8 @@ import tarfile
 import pytest
 
 from benchmarks import corpora
-from train.held_out import is_held_out
 from train.errors import UserError
+from train.held_out import is_held_out
 from train.tokenizers import load_tokenizer
 
 PAGE = """<html><head><title>no</title></head><body><div class="sphinxsidebar">no</div><div role="main">
