@@ -170,7 +170,7 @@ def test_incomplete_or_wrong_settings(options, message):
         join(ConfigDict(given))
 
 
-def test_an_interrupt_while_the_others_are_awaited_needs_no_python(monkeypatch):
+def test_an_interrupt_while_others_are_awaited_needs_no_python(monkeypatch):
     """JAX waits for them in C++, for minutes."""
     seen, before = [], signal.getsignal(signal.SIGINT)
     monkeypatch.setattr(processes, "end_on_abort", lambda: None)

@@ -14,10 +14,10 @@ from train.output import lenient_output
 
 @pytest.fixture
 def closed_pipe():
-    """A text stream whose reader has gone."""
+    """A text stream whose reader has gone; a line is written at its end, what is left in its buffer when flushed."""
     read, write = os.pipe()
     os.close(read)
-    with open(write, "w", encoding="utf-8") as stream:
+    with open(write, "w", buffering=1, encoding="utf-8") as stream:
         yield stream
 
 
