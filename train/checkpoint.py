@@ -2,7 +2,8 @@
 
 All processes of a run save and restore, into one directory that all of them see; what Orbax does not do is the first's.
 
-Each has a manifest (train/manifest.py), written when all else is on the disk; without it a checkpoint does not count.
+Each has a manifest (train/manifest.py), written when all else is on the disk and can be read back; without it a
+checkpoint does not count.
 """
 
 import math
@@ -16,9 +17,12 @@ import jax
 import orbax.checkpoint as ocp
 
 from train.errors import UserError, one_line
+from train.literal_path import LiteralPath
 from train.manifest import MANIFEST, describe_arrays, find_damage, read_held_out_loss, write_manifest
 from train.processes import on_first
+from train.read_back import array_names, find_unreadable
 from train.step import TrainState
+from train.workdir import writing
 
 Which = Literal["best", "latest"]
 
@@ -44,22 +48,33 @@ def restore_params(workdir: Path, params: Any, which: Which, warn: Callable[[str
     steps = best_first(directory) if which == "best" else checkpoint_steps(directory)[::-1]
     if not steps:
         raise UserError(f"there is no checkpoint in {directory}")
-    arrays = describe_arrays(params, ".params")
+    item = {"params": params}
+    arrays, names = describe_arrays(params, ".params"), array_names(item)
     damaged: dict[int, str] = {}
     for step in steps:
-        damage = find_damage(directory / str(step), arrays, ".params")
+        damage = _find_damage(directory / str(step), arrays, names, ".params")
         if damage is None:
-            item = {"params": params}
             restore_args = ocp.checkpoint_utils.construct_restore_args(item)
             with ocp.PyTreeCheckpointer() as checkpointer:
                 restored = checkpointer.restore(
-                    directory / str(step) / "state",
+                    LiteralPath(directory / str(step) / "state"),
                     args=ocp.args.PyTreeRestore(item=item, restore_args=restore_args, partial_restore=True),
                 )
             return restored["params"], step
         warn(f"the checkpoint of step {step} is unreadable ({damage})")
         damaged[step] = damage
     raise UserError(f"no readable checkpoint in {directory} ({_listed(damaged)})")
+
+
+def _find_damage(directory: Path, arrays: dict[str, str], names: list[str], prefix: str = "") -> str | None:
+    """As `find_damage`, and whether the arrays `names` can be read. Raises UserError where a disk or a right fails."""
+    try:
+        return find_damage(directory, arrays, prefix) or find_unreadable(directory / "state", names)
+    except OSError as error:  # What it holds may be whole, so no older one takes its place.
+        raise UserError(
+            f"cannot read the checkpoint in {directory} ({one_line(error)}): put that right, or move it away to go on "
+            "from the one before"
+        ) from error
 
 
 def _listed(damaged: dict[int, str]) -> str:
@@ -94,22 +109,23 @@ class Checkpoints:
         step that is used in its place; what a save that did not end left is removed. Raises UserError where there are
         checkpoints and none can be read.
         """
-        step = on_first(lambda: self._find_latest(describe_arrays(abstract), warn))
+        step = on_first(lambda: self._find_latest(abstract, warn))
         if step is None:
             return None
         restored = self._checkpointer.restore(
-            self._directory / str(step),
+            LiteralPath(self._directory / str(step)),
             args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract), position=ocp.args.JsonRestore()),
         )
         return restored.state, restored.position
 
-    def _find_latest(self, arrays: dict[str, str], warn: Callable[[str], None]) -> int | None:
+    def _find_latest(self, abstract: TrainState, warn: Callable[[str], None]) -> int | None:
         """The step to restore, with the directory cleared up as `restore` says."""
         for path in self._directory.glob("*.orbax-checkpoint-tmp*"):
             shutil.rmtree(path, ignore_errors=True)  # not worth an end: it takes room and nothing else
+        arrays, names = describe_arrays(abstract), array_names(abstract)
         damaged: dict[int, str] = {}
         for step in reversed(checkpoint_steps(self._directory)):
-            damage = find_damage(self._directory / str(step), arrays)
+            damage = _find_damage(self._directory / str(step), arrays, names)
             if damage is None:
                 self._set_aside(damaged, step, warn)
                 return step
@@ -131,12 +147,13 @@ class Checkpoints:
         self._step = int(state.step)
         try:
             self._checkpointer.save(
-                self._directory / str(self._step),
+                LiteralPath(self._directory / str(self._step)),
                 args=ocp.args.Composite(state=ocp.args.StandardSave(state), position=ocp.args.JsonSave(position)),
             )
         except Exception as error:  # As in `wait`.
             raise self._failure(error) from error
-        self._sealing = self._thread.submit(self._seal, self._step, describe_arrays(state), held_out_loss)
+        described = describe_arrays(state), array_names(state)  # now: the state itself is the next step's
+        self._sealing = self._thread.submit(self._seal, self._step, *described, held_out_loss)
 
     def wait(self) -> None:
         """Returns when the last save is on the disk. Raises UserError where it fails."""
@@ -156,11 +173,17 @@ class Checkpoints:
             self._thread.shutdown()
             self._checkpointer.close()
 
-    def _seal(self, step: int, arrays: dict[str, str], held_out_loss: float | None) -> None:
-        """Completes the checkpoint of `step` when Orbax is done with it, then deletes those that are not kept."""
+    def _seal(self, step: int, arrays: dict[str, str], names: list[str], held_out_loss: float | None) -> None:
+        """Completes the checkpoint of `step` when Orbax is done with it, then deletes those that are not kept.
+
+        Raises UserError where the arrays `names` cannot be read back.
+        """
         self._checkpointer.wait_until_finished()
         if jax.process_index() > 0:
             return
+        damage = find_unreadable(self._directory / str(step) / "state", names)
+        if damage is not None:
+            raise UserError(f"reading it back: {damage}")
         write_manifest(self._directory / str(step), arrays, held_out_loss)
         steps = checkpoint_steps(self._directory)
         for old in set(steps[: -self._keep]) - set(best_first(self._directory)[:1]):
@@ -173,19 +196,21 @@ class Checkpoints:
             step for step in checkpoint_steps(self._directory) if (self._directory / str(step) / MANIFEST).exists()
         ]
         kept = f"the last whole one is that of step {steps[-1]}" if steps else "there is no earlier one"
+        mend = "mend that" if isinstance(error, UserError) else "make room"
         return UserError(
             f"cannot save the checkpoint of step {self._step} in {self._directory} ({one_line(error)}): {kept}; "
-            "make room, and run again to resume"
+            f"{mend}, and run again to resume"
         )
 
     def _set_aside(self, damaged: dict[int, str], fallback: int, warn: Callable[[str], None]) -> None:
         for step, damage in damaged.items():
-            self._aside.mkdir(exist_ok=True)
             target, number = self._aside / str(step), 1
             while target.exists():
                 number += 1
                 target = self._aside / f"{step}-{number}"
-            (self._directory / str(step)).rename(target)
+            with writing(self._aside.parent):
+                self._aside.mkdir(exist_ok=True)
+                (self._directory / str(step)).rename(target)
             warn(
                 f"the checkpoint of step {step} is unreadable ({damage}): moved to {target}, "
                 f"falling back to step {fallback}"

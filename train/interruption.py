@@ -1,6 +1,8 @@
-"""SIGTERM and SIGINT as a request: the loop finishes its step, saves, and the program ends with status 0.
+"""Signals as a request: the loop finishes its step, saves, and the program ends with status 0.
 
-A signal to one of several processes stops them all, at the same step.
+They are those by which a person or a batch system ends a program (SIGTERM, SIGINT), a terminal that goes away (SIGHUP),
+and batch systems shortly before a limit (SIGUSR1, SIGUSR2, SIGXCPU). A signal to one of several processes stops them
+all, at the same step.
 """
 
 import signal
@@ -14,13 +16,16 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = (
+    signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU,
+)  # fmt: skip
 
 
 class Interruption:
-    """While it is entered, the first SIGTERM or SIGINT sets `requested`; a second SIGINT raises KeyboardInterrupt.
+    """While it is entered, the first of `SIGNALS` sets `requested`; a second SIGINT raises KeyboardInterrupt.
 
-    Only a main thread can take signals; entered in another it does nothing, and whoever owns the main thread decides.
+    A SIGHUP that is ignored (nohup) stays ignored. Only a main thread can take signals; entered in another it does
+    nothing, and whoever owns the main thread decides.
     """
 
     def __init__(self, mesh: Mesh) -> None:
@@ -46,7 +51,8 @@ class Interruption:
 
     def __enter__(self) -> "Interruption":
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._request) for number in SIGNALS}
+            ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else set()
+            self._before = {number: signal.signal(number, self._request) for number in SIGNALS if number not in ignored}
         return self
 
     def __exit__(self, *_: object) -> None:

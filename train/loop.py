@@ -25,6 +25,7 @@ from train.errors import UserError, one_line
 from train.evaluation import evaluate
 from train.flops import peak_flops, training_flops_per_token
 from train.interruption import Interruption
+from train.lock import WorkdirLock
 from train.meter import Meter
 from train.metrics import only_finite, read_metrics
 from train.plot import plot_runs
@@ -88,21 +89,27 @@ def run(
 
     `at_end` takes the run and its last state; None is `finish`, which draws and prints what came out.
 
-    Returns the step that the run is at: below `config.steps` where SIGTERM or SIGINT asked it to save and stop. Raises
-    UserError for everything that the user can put right; nothing but a token cache is written before the configuration
-    has passed all checks. One device or many, the mesh of `config.mesh` spans all that JAX sees. Of several processes
-    all call this, with the same configuration and workdir; only the first writes and prints.
+    Returns the step that the run is at: below `config.steps` where a signal asked it to save and stop. Raises UserError
+    for everything that the user can put right; nothing but a token cache is written before the configuration has passed
+    all checks, and nothing in a workdir that another program holds. One device or many, the mesh of `config.mesh` spans
+    all that JAX sees. Of several processes all call this, with the same configuration and workdir; only the first locks
+    the workdir, writes and prints.
     """
 
     def report(message: str) -> None:
-        console.print(message, highlight=False, soft_wrap=True)
+        console.out(message, highlight=False)
 
     validate(config)
     check_trackers(config)
     mesh = make_mesh(config.mesh)
-    with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
+    with jax.set_mesh(mesh), nn.logical_axis_rules(RULES), ExitStack() as stack:
         current = build(config, workdir, mesh, report)
-        on_first(lambda: make_workdir(current))
+
+        def take_workdir() -> None:
+            stack.enter_context(WorkdirLock(workdir, warn))
+            make_workdir(current)
+
+        on_first(take_workdir)
         with Interruption(mesh) as interruption, closing(Checkpoints(workdir, config.checkpoints_kept)) as checkpoints:
             restored = checkpoints.restore(current.abstract, warn)
             state, position = restored or (current.init(jax.random.key(config.seed)), None)
@@ -247,9 +254,9 @@ def finish(run: Run, state: TrainState, console: Console) -> None:
     step = int(state.step)
     sample = sample_text(run.model, state.params, run.task, run.config.sample, run.config.seed)
     figures = on_first(lambda: write_results(run, step, sample))
-    console.print(sample, highlight=False, markup=False, soft_wrap=True)
+    console.out(sample, highlight=False)
     figures = only_finite(run.evaluate(state.params)) if figures is None else figures
-    console.print(f"step {step}: {held_out_figures(figures)}", highlight=False, soft_wrap=True)
+    console.out(f"step {step}: {held_out_figures(figures)}", highlight=False)
 
 
 def write_results(run: Run, step: int, sample: str) -> dict[str, Any] | None:

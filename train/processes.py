@@ -19,6 +19,7 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from train.errors import UserError, one_line
+from train.keyboard import interrupts_kill
 
 # Set by the launcher in each process that it starts, to their number; JAX reads the rest of what these two launchers
 # set by itself. A shell inside an allocation has none of them, or 1.
@@ -43,12 +44,13 @@ def join(options: ConfigDict) -> None:
         _check(given, keys)
     end_on_abort()
     try:
-        jax.distributed.initialize(
-            **given,
-            cluster_detection_method="deactivate" if given else None,
-            initialization_timeout=options.timeout,
-            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
-        )
+        with interrupts_kill():
+            jax.distributed.initialize(
+                **given,
+                cluster_detection_method="deactivate" if given else None,
+                initialization_timeout=options.timeout,
+                heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+            )
     except (RuntimeError, ValueError) as error:
         raise UserError(
             f"cannot join the other processes ({one_line(error)}): give distributed.coordinator_address, a host and a "

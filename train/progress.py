@@ -23,7 +23,7 @@ class ProgressDisplay:
         """From step `start`, which is made, to `steps`."""
         self._console = console
         self._steps = steps
-        columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
+        columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}", markup=False))
         self._bar = Progress(*columns, console=console, disable=not console.is_terminal)
         self._task = self._bar.add_task("compiling", total=steps, completed=start)
 
@@ -56,9 +56,7 @@ class ProgressDisplay:
         if "eval/loss" in record:
             parts.append(held_out_figures(record))
         if not self._console.is_terminal or "eval/loss" in record:
-            self._console.print(
-                f"step {record['step']}/{self._steps}  " + "  ".join(parts), highlight=False, soft_wrap=True
-            )
+            self._console.out(f"step {record['step']}/{self._steps}  " + "  ".join(parts), highlight=False)
 
 
 def held_out_figures(record: Mapping[str, Any]) -> str:

@@ -7,9 +7,9 @@ from typing import Any, Protocol
 
 from ml_collections import ConfigDict
 
-from train.errors import import_extra
+from train.errors import UserError, import_extra, one_line
 from train.metrics import MetricsWriter
-from train.workdir import replace
+from train.workdir import replace, writing
 
 Record = dict[str, Any]
 
@@ -37,7 +37,8 @@ class TensorBoard:
     def __init__(self, workdir: Path, resumed_step: int):
         """TensorBoard hides what was written after `resumed_step`. Raises UserError where the extra is missing."""
         module = import_extra("tensorboardX", "log")
-        self._writer = module.SummaryWriter(str(workdir / "tensorboard"), purge_step=resumed_step + 1)
+        with writing(workdir):
+            self._writer = module.SummaryWriter(str(workdir / "tensorboard"), purge_step=resumed_step + 1)
 
     def write(self, record: Record) -> None:
         """Writes one record."""
@@ -53,19 +54,25 @@ class WeightsAndBiases:
     """A run of Weights & Biases, which a resumed run goes on with: its id is in `workdir/wandb_id`."""
 
     def __init__(self, workdir: Path, project: str, config: ConfigDict):
-        """Raises UserError where the extra is missing."""
+        """Raises UserError where the extra is missing, or the service is not reached or lets nobody in."""
         wandb = import_extra("wandb", "log")
         path = workdir / "wandb_id"
         if not path.exists():
             replace(path, secrets.token_hex(8))
-        self._run = wandb.init(
-            project=project,
-            id=path.read_text(),
-            resume="allow",
-            name=workdir.name,
-            dir=str(workdir),
-            config=config.to_dict(),
-        )
+        try:
+            self._run = wandb.init(
+                project=project,
+                id=path.read_text(),
+                resume="allow",
+                name=workdir.name,
+                dir=str(workdir),
+                config=config.to_dict(),
+            )
+        except wandb.Error as error:
+            raise UserError(
+                f"Weights & Biases does not start ({one_line(error)}): `wandb login`, WANDB_MODE=offline, or "
+                "--config.log.wandb=False"
+            ) from error
 
     def write(self, record: Record) -> None:
         """Sends one record."""

@@ -17,6 +17,7 @@ import pytest
 from ml_collections import ConfigDict
 
 import train
+from train import processes
 from train.errors import UserError
 from train.metrics import read_metrics
 from train.processes import join
@@ -167,3 +168,13 @@ def test_incomplete_or_wrong_settings(options, message):
     given = dict.fromkeys(("coordinator_address", "num_processes", "process_id")) | options
     with pytest.raises(UserError, match=message):
         join(ConfigDict(given))
+
+
+def test_an_interrupt_while_others_are_awaited_needs_no_python(monkeypatch):
+    """JAX waits for them in C++, for minutes."""
+    seen, before = [], signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(processes, "end_on_abort", lambda: None)
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **_: seen.append(signal.getsignal(signal.SIGINT)))
+    join(ConfigDict({"coordinator_address": "node1:80", "num_processes": 2, "process_id": 0, "timeout": 1}))
+    assert seen == [signal.SIG_DFL]
+    assert signal.getsignal(signal.SIGINT) is before

@@ -13,7 +13,8 @@ import pytest
 
 from train.checkpoint import Checkpoints, checkpoint_steps, restore_params
 from train.errors import UserError
-from train.manifest import MANIFEST
+from train.literal_path import LiteralPath
+from train.manifest import MANIFEST, describe_arrays, write_manifest
 from train.step import TrainState
 
 
@@ -235,3 +236,46 @@ def test_what_a_save_that_did_not_end_left_is_removed(workdir):
     (workdir / "checkpoints/40.orbax-checkpoint-tmp/state").mkdir(parents=True)
     assert_is(restore(workdir)[0], 30)
     assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["20", "30"]
+
+
+def test_a_checkpoint_that_cannot_be_read_is_not_set_aside(workdir):
+    """It may be whole: the run ends, and does not go on from an older one."""
+    path = workdir / "checkpoints/30" / MANIFEST
+    path.unlink()
+    path.mkdir()  # as a file without the right to read it, which root would not notice
+    with pytest.raises(UserError, match=r"cannot read the checkpoint in .*/30 \(.*Is a directory.*\): put that right"):
+        restore(workdir)
+    assert checkpoint_steps(workdir / "checkpoints") == [20, 30]
+
+
+@pytest.mark.parametrize("name", ["exp[1]", "a**b"])
+def test_a_path_of_pattern_characters_is_a_path(tmp_path, name):
+    """Orbax finds what it saved by a glob, into which the path above would go as a pattern."""
+    save_all(tmp_path / name, {1: None}, keep=1)
+    restored, warnings = restore(tmp_path / name)
+    assert_is(restored, 1)
+    assert warnings == []
+    assert restore_from(tmp_path / name, "latest") == (1, [])
+
+
+def test_a_save_that_cannot_be_read_back_does_not_count(tmp_path, monkeypatch):
+    save_all(tmp_path, {1: None}, keep=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(LiteralPath, "glob", lambda *_: iter(()))
+        with pytest.raises(
+            UserError, match=r"save the checkpoint of step 2 .*reading it back: .*step 1; mend that, and run"
+        ):
+            save_all(tmp_path, {2: None}, keep=2)
+    assert not (tmp_path / "checkpoints/2" / MANIFEST).exists()
+    assert_is(restore(tmp_path)[0], 1)
+
+
+def test_an_unreadable_save_with_a_whole_manifest_is_found(workdir):
+    """As saves left them that were not read back."""
+    directory = workdir / "checkpoints/30"
+    (directory / "state/manifest.ocdbt").unlink()
+    write_manifest(directory, describe_arrays(make_state(30)), None)
+    assert restore_from(workdir, "latest")[0] == 20
+    restored, (warning,) = restore(workdir)
+    assert_is(restored, 20)
+    assert "step 30 is unreadable (array step is missing, as are 5 others)" in warning

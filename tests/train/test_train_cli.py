@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 import train
+from train.configuration import load_config
 from train.errors import UserError
-from train.main import main, parse_arguments
+from train.main import last_line, main, parse_arguments
 
 ROOT = Path(train.__file__).parents[1]
 
@@ -20,7 +21,14 @@ ROOT = Path(train.__file__).parents[1]
         (["--config"], "expected one argument"),
         (["--config", "c.py", "extra"], "unknown argument 'extra'"),
         (["--config", "c.py", "--steps=3"], "unknown argument '--steps=3'"),
-        (["--config", "c.py", "--config.steps"], "--config.steps has no value"),
+        (["--config", "c.py", "--config.steps"], "--config.steps has no value: write --config.steps=VALUE"),
+        (
+            ["--config", "c.py", "--config.sample.prompt", "--config.seed=3"],
+            "has no value, '--config.seed=3' stands behind it: write --config.sample.prompt=VALUE",
+        ),
+        (["--config", "c.py", "--config.steps", "--workdir=w", "3"], "'--workdir=w' stands behind it"),
+        (["--config", "c.py", "--workdir="], "--workdir is empty"),
+        (["--config", "c.py", "--workdir=~nobody.here/x"], "'~nobody.here/x': there is no home directory of that user"),
     ],
 )
 def test_arguments_that_make_no_sense(arguments, message):
@@ -33,6 +41,26 @@ def test_both_spellings_of_an_override():
     options, overrides = parse_arguments(["--config", "c", "--config.a.b=x=1", "--config.c", "-1"])
     assert overrides == [("a.b", "x=1"), ("c", "-1")]
     assert (options.config, options.workdir, options.debug) == ("c", None, False)
+
+
+def test_a_tilde_behind_an_option_is_the_home_directory(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/somebody")
+    options, _ = parse_arguments(["--config=~/my.py:nano", "--workdir=~/runs/~x"])
+    assert (options.config, options.workdir) == ("/home/somebody/my.py:nano", Path("/home/somebody/runs/~x"))
+
+
+@pytest.mark.parametrize(
+    ("decay_steps", "step", "words"),
+    [
+        (None, 7, "to resume: COMMAND"),
+        (None, 800, "more steps are another run; to show this one again: COMMAND"),
+        (1000, 800, "with a larger --config.steps, to extend: COMMAND"),
+    ],
+)
+def test_the_last_line_says_what_its_command_does(decay_steps, step, words):
+    config = load_config(str(ROOT / "configs/2mamba.py"))
+    config.optimizer.decay_steps = decay_steps
+    assert last_line(config, step, "COMMAND").endswith(words)
 
 
 def test_debug_shows_where_a_mistake_was_noticed(capsys):

@@ -22,7 +22,7 @@ ROOT = Path(train.__file__).parents[1]
 
 def test_what_a_run_leaves_behind(finished):
     assert {path.name for path in finished.iterdir()} == {
-        "config.json", "corpus.json", "metrics.jsonl", "checkpoints", "curve.png", "sample.txt",
+        "config.json", "corpus.json", "metrics.jsonl", "checkpoints", "curve.png", "sample.txt", "lock",
     }  # fmt: skip
     assert checkpoint_steps(finished / "checkpoints") == [4, 8, 12]
     records = read_metrics(finished / "metrics.jsonl")
@@ -84,10 +84,12 @@ def test_no_readable_checkpoint_is_an_error(finished, tiny, tmp_path, user_error
     assert all(f"step {step}: state/manifest.ocdbt is damaged" in line for step in (4, 8, 12))
 
 
-def test_a_run_can_be_extended_where_the_schedule_allows(tiny, tmp_path, same_end):
+def test_a_run_can_be_extended_where_the_schedule_allows(tiny, tmp_path, same_end, capsys):
     options = {"optimizer__decay_steps": 100, "log_every": 1}
     assert main(tiny(tmp_path / "two", **options, steps=4)) == 0
-    assert main(tiny(tmp_path / "two", **options, steps=8)) == 0
+    words, _, command = capsys.readouterr().out.splitlines()[-1].partition(": ")
+    assert words == "with a larger --config.steps, to extend"
+    assert main([*shlex.split(command)[3:], "--config.steps=8"]) == 0
     assert main(tiny(tmp_path / "one", **options, steps=8)) == 0
     same_end(tmp_path / "two", tmp_path / "one", 8)
 

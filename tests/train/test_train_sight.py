@@ -10,6 +10,7 @@ import jax
 import pytest
 
 from train.configuration import build_model, load_config
+from train.errors import UserError
 from train.flops import PEAK_FLOPS, mixing_flops, peak_flops, training_flops_per_token
 from train.main import main
 from train.meter import COSTS, Meter, Stopwatch
@@ -87,14 +88,15 @@ def test_a_meter_divides_by_steps(clock):
 
 
 def test_a_run_with_tensorboard_and_a_profiler_window(tiny, tmp_path):
-    assert main(tiny(tmp_path, log__tensorboard=True, profile__start=3, profile__steps=2, steps=6)) == 0
-    (events,) = (tmp_path / "tensorboard").iterdir()
+    workdir = tmp_path / "exp[1]"
+    assert main(tiny(workdir, log__tensorboard=True, profile__start=3, profile__steps=2, steps=6)) == 0
+    (events,) = (workdir / "tensorboard").iterdir()
     content = events.read_bytes()
-    record = read_metrics(tmp_path / "metrics.jsonl")[-1]
+    record = read_metrics(workdir / "metrics.jsonl")[-1]
     assert record["mfu"] == "unknown"
     assert [content.count(key) for key in (b"train/loss", b"tokens_per_second", b"eval/loss")] == [3, 3, 2]
     assert b"mfu" not in content
-    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+    assert list((workdir / "profile").rglob("*.xplane.pb"))
 
 
 def test_a_profiler_window_holds_its_steps(monkeypatch, tmp_path):
@@ -146,6 +148,20 @@ def test_weights_and_biases_gets_the_numbers_and_goes_on_with_its_run(monkeypatc
     assert (first["project"], first["resume"], first["dir"]) == ("project", "allow", str(tmp_path))
     assert len(first["id"]) == 16
     assert first["config"]["model"]["d_model"] == 128
+
+
+def test_weights_and_biases_without_a_login_is_one_line(monkeypatch, tmp_path):
+    class Refusing:
+        class Error(Exception):
+            pass
+
+        @classmethod
+        def init(cls, **_):
+            raise cls.Error("api_key not configured (no-tty)")
+
+    monkeypatch.setitem(sys.modules, "wandb", Refusing)
+    with pytest.raises(UserError, match=r"does not start \(api_key not configured \(no-tty\)\): `wandb login`, "):
+        WeightsAndBiases(tmp_path, "project", load_config("configs/2mamba.py"))
 
 
 @pytest.mark.parametrize(("key", "package"), [("tensorboard", "tensorboardX"), ("wandb", "wandb")])
