@@ -33,6 +33,11 @@ def best_rate(results: Results, variant: str, seed: int) -> float | None:
     return min(losses, key=losses.get) if losses else None
 
 
+def rates_tried(results: Results, variant: str) -> int:
+    """How many learning rates the best one was chosen from."""
+    return len({result["learning_rate"] for result in results if result["variant"] == variant})
+
+
 def at_best(results: Results) -> dict[str, list[dict[str, Any]]]:
     """By variant the rows at its best rate, one a seed, the lowest mean first; the lowest seed decides on the rate."""
     chosen = {}
@@ -60,19 +65,19 @@ def report(out: Path, corpus: str, size: str, steps: int) -> str:
     if not results:
         return f"no row of {corpus}, {size}, {steps} steps is trained in {out}"
     best, stem = at_best(results), f"{corpus}-{size}-{steps}"
-    text = f"{summary(best)}\n\n{every_row(results)}\n\n{origin(results)}\n"
+    text = f"{summary(best, results)}\n\n{every_row(results)}\n\n{origin(results)}\n"
     replace(out / f"{stem}.md", text)
     draw_curves(best, out / f"{stem}-tokens.png")
     draw_losses(best, out / f"{stem}-losses.png")
     return text
 
 
-def summary(best: dict[str, list[dict[str, Any]]]) -> str:
+def summary(best: dict[str, list[dict[str, Any]]], results: Results) -> str:
     """A row a variant, at its best rate."""
     lines = [
-        "| mixer | rate | seeds | held-out loss | deviation | over softmax | parameters | bytes of state | tokens/s | "
-        "peak GiB |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+        "| mixer | rate | of rates | seeds | held-out loss | deviation | over softmax | parameters | bytes of state "
+        "| tokens/s | peak GiB |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     reference = mean_loss(best[REFERENCE]) if REFERENCE in best else None
     for variant, rows in best.items():
@@ -80,6 +85,7 @@ def summary(best: dict[str, list[dict[str, Any]]]) -> str:
         cells = (
             variant,
             f"{rows[0]['learning_rate']:g}",
+            rates_tried(results, variant),
             len(rows),
             f"{loss:.4f}",
             "" if spread is None else f"{spread:.4f}",

@@ -95,8 +95,8 @@ def test_killed_ladder_goes_on_and_chooses_by_one_half(ladder, pretended, tmp_pa
     assert len(asked) == 6
 
     text = capsys.readouterr().out
-    assert "| softmax | 0.001 | 2 | 2.5050 | 0.0071 | +0.0000 | 1,234 | 5,678 | 100,000 | 1.00 |" in text
-    assert "| 2mamba | 0.002 | 2 | 2.6050 | 0.0071 | +0.1000 |" in text
+    assert "| softmax | 0.001 | 2 | 2 | 2.5050 | 0.0071 | +0.0000 | 1,234 | 5,678 | 100,000 | 1.00 |" in text
+    assert "| 2mamba | 0.002 | 2 | 2 | 2.6050 | 0.0071 | +0.1000 |" in text
     assert "| softmax | 0.002 | 0 | 2.1000 | 2.2000 | 1.0000 | c0ffee |" in text
     assert "SHA-256 d1. On abacus" in text
     names = {path.name for path in tmp_path.glob("*.*")}
