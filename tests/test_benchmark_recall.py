@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +16,17 @@ import pytest
 PATH = Path(__file__).parents[1] / "benchmarks" / "recall.py"
 TINY = ["--length", "8", "--pairs", "2", "--vocabulary", "12", "--d_models", "16", "--train_rows", "1024"]
 TINY += ["--test_rows", "128", "--batch_size", "32", "--epochs", "12", "--stop_at", "0.9", "--commit", "c0ffee"]
+
+
+class Embedding(nn.Module):
+    """The least that has a language model's parameters and result."""
+
+    @nn.compact
+    def __call__(self, tokens, apply_head=True):
+        init = nn.initializers.normal(0.1)
+        head = self.param("head", init, (4, 12))
+        x = self.param("embedding", init, (12, 4))[tokens]
+        return x @ head if apply_head else x
 
 
 @pytest.fixture
@@ -51,27 +63,42 @@ def pretended(recall, monkeypatch):
     return asked, accuracies
 
 
-def test_softmax_learns_what_memoryless_cannot_and_alone_as_together(recall, tmp_path, capsys):
-    rates = 5e-3, 1e-2
-    options = [*TINY, "--out", str(tmp_path), "--seeds", "1", "--learning_rates", *map(str, rates)]
+def test_softmax_learns_what_memoryless_cannot(recall, tmp_path, capsys):
+    options = [*TINY, "--out", str(tmp_path), "--seeds", "1", "--learning_rates", "5e-3", "1e-2"]
     assert recall.main([*options, "--variants", "softmax"]) == 0
-    (together,) = sys.modules["kept_rows"].kept_rows(tmp_path)
-    assert max(together["accuracies"]) > 0.9
-    assert together["reached"]
-    assert together["steps"] == 32 * together["epochs"]
-    assert f"| softmax | 16 | 0.005 | 1 | {max(together['accuracies']):.4f} |" in capsys.readouterr().out
+    (kept,) = sys.modules["kept_rows"].kept_rows(tmp_path)
+    assert max(kept["accuracies"]) > 0.9
+    assert kept["reached"]
+    assert kept["steps"] == 32 * kept["epochs"]
+    assert f"| softmax | 16 | 0.005 | 1 | {max(kept['accuracies']):.4f} |" in capsys.readouterr().out
 
-    (problem,) = recall.problems(recall.parse_arguments(options))
-    row = recall.Row(**together["row"] | {"problem": problem, "members": ((1e-2, 0),), "stop_at": 0.0})
-    data = recall.load(problem)
-    alone = recall.train_row(row, data, tmp_path, "c0ffee", print)
-    assert alone["epochs"] == 1
-    # 32 steps, over which rounding grows; the other rate is 0.25 away.
-    assert alone["losses"][0][0] == pytest.approx(together["losses"][0][1], abs=1e-3)
-
-    row = dataclasses.replace(row, variant="memoryless", epochs=3, stop_at=0.9)
     # Values are 6 tokens; a query shows none of them, and no state has them.
+    (problem,) = recall.problems(recall.parse_arguments(options))
+    changes = {"problem": problem, "members": ((5e-3, 0),), "variant": "memoryless", "epochs": 3}
+    row, data = recall.Row(**kept["row"] | changes), recall.load(problem)
     assert recall.train_row(row, data, tmp_path, "c0ffee", print)["accuracies"][0] < 1 / 6 + 0.12
+
+
+def test_members_together_are_what_each_is_alone(recall, tmp_path):
+    (problem,) = recall.problems(recall.parse_arguments([*TINY, "--out", str(tmp_path)]))
+    examples, members = recall.load(problem).train, sys.modules["recall_members"]
+    chosen = [(1e-3, 0), (1e-2, 0), (1e-2, 1)]
+    epoch = members.make_epoch(Embedding(), 256, 2, 1024)
+
+    def two_epochs(of):
+        state, losses = members.make_members(Embedding(), of), []
+        for number in (1, 2):
+            state, loss = epoch(state, jnp.array(number), examples)
+            losses.append(loss)
+        return state.params, jnp.stack(losses)
+
+    together, losses = two_epochs(chosen)
+    for place in range(3):
+        alone, loss = two_epochs(chosen[place : place + 1])
+        np.testing.assert_allclose(loss[:, 0], losses[:, place], rtol=1e-5)
+        for name, value in alone.items():
+            np.testing.assert_allclose(value[0], together[name][place], atol=1e-5)
+    assert len(set(losses[1].tolist())) == 3
 
 
 def test_scores_are_of_weighted_targets_and_whole_rows(recall):
