@@ -59,8 +59,8 @@ def make_model(variant: str, d_model: int, vocab_size: int, dtype: str) -> Langu
         mlp_dim=0,
         mixers=parse_pattern(variant, NUM_LAYERS),
     )
-    # The kernels have no rule for a mapped axis. The parallel form has T^2 weights a row, at these lengths less than
-    # the other forms' states with one wide head: of squared scores about d_model^3 / 2 numbers.
+    # Not the kernels, which take bfloat16 and heads of 64 or 128. The parallel form has T^2 weights a row: at T 256,
+    # from d_model 64 on, less than one state of squared scores, d_model^3 / 2 numbers.
     return LanguageModel(config, Execution(dtype=dtype, form="parallel", implementation="xla"))
 
 

@@ -12,7 +12,8 @@ Targets are not the next tokens: a query's target is its value, with a weight of
 other position has a weight of 0 and a target of 0.
 
 Settings with published figures (vocabulary 8,192, filler 0, power_a 0.01): T and N of 64 and 4, 128 and 8, 256 and 16;
-and, in Log-Linear Attention (arXiv 2506.04761), T 256 with 4 to 64 pairs, here `pairs=(4, 8, 16, 32, 64)`.
+and, in Log-Linear Attention (arXiv 2506.04761), T 256 with 4 to 64 pairs, taken here as equal shares of 4, 8, 16, 32
+and 64, `pairs=(4, 8, 16, 32, 64)`.
 """
 
 import functools
