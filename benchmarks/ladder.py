@@ -11,12 +11,12 @@ give the losses on the other half of the documents.
 import argparse
 import dataclasses
 import multiprocessing
-import subprocess
 import sys
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
+from kept_rows import current_commit
 from ladder_report import best_rate, read_rows, report
 from ladder_row import CORPORA, Place, Row, train_row
 
@@ -86,13 +86,6 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         except ValueError as error:
             raise UserError(f"--variants: {error}") from error
     return options
-
-
-def current_commit() -> str:
-    """The commit of the code, with a mark where files differ from it."""
-    describe = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    done = subprocess.run(describe, capture_output=True, text=True, cwd=Path(__file__).parent)
-    return done.stdout.strip() or "unknown"
 
 
 def train_rows(rows: Iterable[Row], place: Place) -> list[str]:

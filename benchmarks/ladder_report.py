@@ -1,11 +1,11 @@
 """The ladder's table and plots, of all rows that lie in a directory."""
 
-import json
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from kept_rows import kept_rows
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -18,9 +18,8 @@ CHOSEN, REPORTED = 0, 1  # the half of the held-out documents that rates are cho
 
 def read_rows(out: Path, corpus: str, size: str, steps: int) -> list[dict[str, Any]]:
     """What the trained rows of one table left, in the order of their names."""
-    results = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((out / "rows").glob("*.json"))]
     table = {"corpus": corpus, "size": size, "steps": steps}
-    return [result for result in results if all(result[key] == value for key, value in table.items())]
+    return [result for result in kept_rows(out) if all(result[key] == value for key, value in table.items())]
 
 
 def best_rate(results: Results, variant: str, seed: int) -> float | None:

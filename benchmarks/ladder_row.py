@@ -2,8 +2,6 @@
 
 import dataclasses
 import functools
-import importlib.metadata
-import json
 import shutil
 import statistics
 from pathlib import Path
@@ -11,6 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from kept_rows import keep_row, kept_row, origin, row_path, variant_in_name
 from ml_collections import ConfigDict
 from rich.console import Console
 
@@ -22,7 +21,6 @@ from train.loop import Run, run
 from train.metrics import read_metrics
 from train.step import TrainState
 from train.tokenized import Split
-from train.workdir import replace
 from twomamba_jax import cache_bytes
 
 # What each corpus sets in a configuration, where it lies in directory ROOT.
@@ -52,7 +50,7 @@ class Row:
     @property
     def name(self) -> str:
         """As a file name."""
-        variant = self.variant.replace(",", "+").replace("*", "x")
+        variant = variant_in_name(self.variant)
         return f"{self.corpus}-{self.size}-{self.steps}-{variant}-{self.learning_rate:g}-{self.seed}"
 
 
@@ -67,12 +65,11 @@ class Place:
 
     def result(self, row: Row) -> Path:
         """The file that a trained row leaves."""
-        return self.out / "rows" / f"{row.name}.json"
+        return row_path(self.out, row.name)
 
     def read(self, row: Row) -> dict[str, Any] | None:
         """What a trained row left; None where it is not trained."""
-        path = self.result(row)
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        return kept_row(self.out, row.name)
 
 
 def make_config(row: Row, root: Path | None = None) -> ConfigDict:
@@ -104,7 +101,7 @@ def keep(row: Row, place: Place, current: Run, state: TrainState, console: Conso
     tokens = config.batch_size * config.length
     speeds = [record["tokens_per_second"] for record in records if "tokens_per_second" in record]
     peaks = [record["memory_peak_bytes"] for record in records if "memory_peak_bytes" in record]
-    found = dataclasses.asdict(row) | {
+    found = {
         "losses": halves_losses(current, state.params),
         "curve": [(record["step"] * tokens, record["eval/loss"]) for record in records if "eval/loss" in record],
         "train_loss": records[-1]["train/loss"],
@@ -115,12 +112,8 @@ def keep(row: Row, place: Place, current: Run, state: TrainState, console: Conso
         "memory_peak_bytes": peaks[-1] if peaks else None,
         "workers": place.workers,
         "identity": current.task.identity,
-        "commit": place.commit,
-        "device": jax.devices()[0].device_kind,
-        "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax")},
     }
-    place.result(row).parent.mkdir(parents=True, exist_ok=True)
-    replace(place.result(row), json.dumps(found, indent=1) + "\n")
+    keep_row(place.out, row.name, dataclasses.asdict(row) | found | origin(place.commit))
 
 
 def halves_losses(current: Run, params: Any) -> list[float]:

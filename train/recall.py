@@ -16,7 +16,6 @@ with a convolution of width 2): 1.6 % for S = 64. One that knows the set of the 
 reaches (1 + 1/2 + ... + 1/N) / N: 12.7 % for N = 32.
 """
 
-import hashlib
 import math
 from dataclasses import dataclass
 
@@ -24,8 +23,7 @@ import numpy as np
 
 from train.data import Batch
 from train.errors import UserError
-
-SPLITS = {"train": 0, "held_out": 1}
+from train.synthetic import SplitName, row_generator, rows_digest
 
 
 @dataclass(frozen=True)
@@ -33,7 +31,7 @@ class RecallRows:
     """Rows of the task; row i is a function of (seed, split, i). Raises UserError where the sizes do not fit."""
 
     seed: int
-    split: str
+    split: SplitName
     length: int
     num_rows: int
     symbols: int
@@ -73,7 +71,7 @@ class RecallRows:
         return self.num_rows
 
     def __getitem__(self, index: int) -> Batch:
-        random = np.random.default_rng((self.seed, SPLITS[self.split], index))
+        random = row_generator(self.seed, self.split, index)
         tokens = np.full(self.length + 1, self.marker + 1, np.int32)
         segment_ids = np.zeros(self.length + 1, np.int32)
         weights = np.zeros(self.length + 1, np.float32)
@@ -103,8 +101,7 @@ class RecallRows:
 
     def digest(self, count: int = 64) -> str:
         """A hash of the first rows: another generator of random numbers, or another task, shows in it."""
-        rows = [self[index] for index in range(min(count, len(self)))]
-        return hashlib.sha256(b"".join(row[key].tobytes() for row in rows for key in sorted(row))).hexdigest()
+        return rows_digest(self, count)
 
 
 def log_uniform(random: np.random.Generator, longest: int) -> int:
