@@ -27,7 +27,7 @@ from recall_tasks import TASKS, Problem, Range, make_problem, make_rows
 from train.errors import UserError, one_line
 from twomamba_jax import parse_pattern
 
-VARIANTS = ("softmax", "mamba2", "mamba2s", "2mamba", "2mamba-plus", "2mamba-e", "softmax,2mamba-plus")
+VARIANTS = ("softmax", "mamba2", "mamba2s", "2mamba", "2mamba-dt-long", "2mamba-e", "softmax,2mamba-dt-long")
 LEARNING_RATES = tuple(np.logspace(-4, -2, 4).tolist())  # zoology's
 
 
