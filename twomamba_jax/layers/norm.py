@@ -32,4 +32,4 @@ class RMSNorm(nn.Module):
         scale = self.param("scale", init, x.shape[-len(self.axes) :], self.param_dtype)
         wide = x.astype(accumulation_dtype(x.dtype))
         y = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=dims, keepdims=True) + self.eps)
-        return (y * scale).astype(self.dtype)
+        return (y * jnp.expand_dims(scale, range(x.ndim - len(dims)))).astype(self.dtype)

@@ -66,4 +66,5 @@ class Projection(nn.Module):
         if not self.use_bias:
             return y
         bias_init = nn.with_logical_partitioning(init, self.out_axes)
-        return y + self.param("bias", bias_init, self.out_dims, self.param_dtype).astype(self.dtype)
+        bias = self.param("bias", bias_init, self.out_dims, self.param_dtype).astype(self.dtype)
+        return y + jnp.expand_dims(bias, range(y.ndim - bias.ndim))
