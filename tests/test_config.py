@@ -38,7 +38,7 @@ MODEL = {
         ({"activation_on": "qkv"}, "activation_on='qkv' needs an activation: activation='none' has nothing to apply"),
         ({"dt_bias": True}, "dt_bias=True needs a dt: set discretize_values=True or decay='discretized'"),
         ({"dt_bias": True, "decay": "softplus"}, "dt_bias=True needs a dt"),
-        ({"qk_dim": 0}, "qk_dim=0 must be an integer of at least 1, or None for head_dim"),
+        ({"qk_dim": 0}, "qk_dim=0 must be an integer of at least 1, or None"),
         ({"qk_dim": 7, "rope": True}, "qk_dim=7 must be even: rotary embeddings turn pairs"),
         ({"half_lives": (1, 9)}, "half_lives are the softplus decay's, and this is decay='none': omit them"),
         (

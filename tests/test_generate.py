@@ -183,8 +183,8 @@ def test_top_k_and_top_p_keep_the_likeliest():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"tokens": jnp.zeros((2, 0), jnp.int32)}, "tokens must be prompts [B, T], integers, with T >= 1, got"),
-        ({"tokens": jnp.zeros(3, jnp.int32)}, "tokens must be prompts [B, T], integers, with T >= 1, got int32 (3,)"),
+        ({"tokens": jnp.zeros((2, 0), jnp.int32)}, "tokens must be integers [B, T] with T >= 1, got"),
+        ({"tokens": jnp.zeros(3, jnp.int32)}, "tokens must be integers [B, T] with T >= 1, got int32 (3,)"),
         ({"lengths": jnp.array([3])}, "lengths=[3] must be from 1 to the 2 tokens of a row"),
         ({"lengths": jnp.array([1, 2])}, "lengths must have shape (1,), got (2,)"),
         ({"max_new_tokens": 0}, "max_new_tokens=0 must be an integer of at least 1"),

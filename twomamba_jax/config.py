@@ -2,10 +2,12 @@
 
 import dataclasses
 import math
+import numbers
 from typing import Literal, get_args
 
 from twomamba_jax.ops.decay import Decay
 from twomamba_jax.ops.feature_map import Score
+from twomamba_jax.ops.integers import positive_integer
 
 Norm = Literal["softmax", "output"]
 Activation = Literal["none", "relu", "silu"]
@@ -73,10 +75,9 @@ class MixerConfig:
                 )
         if type(self.conv_width) is not int or self.conv_width not in (1, 2, 3, 4):
             raise ValueError(f"conv_width={self.conv_width!r} must be 1 (no convolution), 2, 3 or 4")
-        if self.scale is not None and not (isinstance(self.scale, int | float) and 0 < self.scale < math.inf):
+        if self.scale is not None and not (isinstance(self.scale, numbers.Real) and 0 < self.scale < math.inf):
             raise ValueError(f"scale={self.scale!r} must be a positive number, or None for 1 / sqrt(K)")
-        if self.qk_dim is not None and (type(self.qk_dim) is not int or self.qk_dim < 1):
-            raise ValueError(f"qk_dim={self.qk_dim!r} must be an integer of at least 1, or None for head_dim")
+        object.__setattr__(self, "qk_dim", positive_integer("qk_dim", self.qk_dim, or_none=True))
         if self.qk_dim is not None and self.rope and self.qk_dim % 2:
             raise ValueError(f"qk_dim={self.qk_dim} must be even: rotary embeddings turn pairs")
         if self.half_lives is not None:
@@ -148,11 +149,9 @@ class ModelConfig:
 
     def __post_init__(self):
         for name in ("vocab_size", "d_model", "num_layers", "num_heads", "head_dim", "mlp_dim", "num_kv_heads"):
-            value = getattr(self, name)
-            optional = name == "num_kv_heads" and value is None
             least = 0 if name == "mlp_dim" else 1
-            if not optional and (type(value) is not int or value < least):
-                raise ValueError(f"{name}={value!r} must be an integer of at least {least}")
+            value = positive_integer(name, getattr(self, name), or_none=name == "num_kv_heads", least=least)
+            object.__setattr__(self, name, value)
         if not isinstance(self.mixers, MixerConfig):
             object.__setattr__(self, "mixers", tuple(self.mixers))  # hashable, whatever sequence was given
             if not all(isinstance(mixer, MixerConfig) for mixer in self.mixers):

@@ -8,11 +8,13 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from twomamba_jax.layers import Cache, LanguageModel, init_cache
 from twomamba_jax.layers.layer_parameters import stack_layers, unstack_layers
+from twomamba_jax.layers.tokens import as_tokens
 from twomamba_jax.ops.cached_attention import FOLD_SIZE
+from twomamba_jax.ops.integers import positive_integer
+from twomamba_jax.ops.known import known
 from twomamba_jax.sampling import GREEDY, Sampling, check_sampling, sample
 from twomamba_jax.shapes import Array, Bool, Float, Int, Lengths, Tokens
 
@@ -64,7 +66,7 @@ def generate(
     Args:
       model: the model.
       params: its parameters.
-      tokens: prompts [B, T], T >= 1, right-padded where they differ in length.
+      tokens: prompts [B, T], T >= 1, an array or lists; right-padded, with anything, where they differ in length.
       max_new_tokens: N >= 1.
       lengths: [B], the tokens that count in each prompt, 1 to T; None: all.
       temperature: 0 takes the likeliest token, above that samples from softmax(logits / temperature).
@@ -73,8 +75,8 @@ def generate(
       stop_tokens: tokens that end a row. Their number is part of the program.
       num_samples: continuations of each prompt, which is read once. Row b * num_samples + s of the result is sample s
         of prompt b.
-      rng: a `jax.random.key`, from which row i draws by `fold_in(rng, i)`, or one key for each row of the result;
-        needed by a temperature above 0.
+      rng: a `jax.random.key` or `PRNGKey`, from which row i draws by `fold_in(rng, i)`, or one key for each row of the
+        result; needed by a temperature above 0.
       prefill_size: tokens of the prompt read at a time, for prompts whose activations do not fit; None: all.
       fold_size: as in `init_cache`.
       state_dtype: as in `init_cache`.
@@ -83,17 +85,17 @@ def generate(
       `Generation`: tokens [B * num_samples, N] int32, and how many of them count.
 
     Raises:
-      ValueError: an empty prompt, numbers out of range, a temperature above 0 without `rng`.
+      ValueError: an empty prompt, a token that the model does not have, numbers out of range, a temperature above 0, or
+        traced by JAX, without `rng`.
     """
-    tokens = jnp.asarray(tokens)
-    check_prompts(tokens, lengths)
-    for name, value in (("max_new_tokens", max_new_tokens), ("num_samples", num_samples)):
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name}={value} must be an integer of at least 1")
-    sampling = Sampling(temperature, top_k, top_p)
-    check_sampling(sampling, model.config.vocab_size)
-    if temperature > 0 and rng is None:
-        raise ValueError(f"temperature={temperature} samples and needs a random key: pass rng=jax.random.key(seed)")
+    tokens, _, lengths = as_tokens(tokens, model.config.vocab_size, lengths=lengths, shortest=1)
+    max_new_tokens = positive_integer("max_new_tokens", max_new_tokens)
+    num_samples = positive_integer("num_samples", num_samples)
+    sampling = check_sampling(Sampling(temperature, top_k, top_p), model.config.vocab_size)
+    if rng is None and not (known(sampling.temperature) and sampling.temperature == 0):
+        raise ValueError(
+            f"temperature={sampling.temperature} samples and needs a random key: pass rng=jax.random.key(seed)"
+        )
     batch, size = tokens.shape
     keys = row_keys(jax.random.key(0) if rng is None else rng, batch * num_samples)
     options = {"fold_size": fold_size, "dtype": model.execution.dtype, "state_dtype": state_dtype}
@@ -103,29 +105,28 @@ def generate(
     return decode(model, params, start, max_new_tokens, sampling=sampling, stop_tokens=stop_tokens)[0]
 
 
-def check_prompts(tokens, lengths) -> None:
-    """Raises ValueError where prompts are no integers [B, T], or one of them is empty or longer than its row."""
-    if tokens.ndim != 2 or tokens.shape[1] < 1 or not jnp.issubdtype(tokens.dtype, jnp.integer):
-        raise ValueError(f"tokens must be prompts [B, T], integers, with T >= 1, got {tokens.dtype} {tokens.shape}")
-    if lengths is None:
-        return
-    if jnp.shape(lengths) != tokens.shape[:1]:
-        raise ValueError(f"lengths must have shape {tokens.shape[:1]}, got {jnp.shape(lengths)}")
-    if not isinstance(lengths, jax.core.Tracer) and not np.all(
-        (np.asarray(lengths) >= 1) & (lengths <= tokens.shape[1])
-    ):
-        raise ValueError(
-            f"lengths={np.asarray(lengths).tolist()} must be from 1 to the {tokens.shape[1]} tokens of a row"
-        )
-
-
 def row_keys(rng: jax.Array, rows: int) -> jax.Array:
     """Keys [rows]: `rng` itself if it is that already, else `fold_in(rng, row)` for each row. Raises ValueError."""
+    rng = typed_keys(rng)
     if rng.ndim == 0:
         return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(rng, jnp.arange(rows))
     if rng.shape != (rows,):
         raise ValueError(f"rng must be one key, or {rows} keys, one for each row of the result; got {rng.shape}")
     return rng[jnp.arange(rows)]  # a copy: what `decode` is given is donated
+
+
+def typed_keys(rng) -> jax.Array:
+    """`rng` with a key's dtype: those of `jax.random.PRNGKey` are words, in the last axis. Raises ValueError."""
+    dtype = getattr(rng, "dtype", None)
+    if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key):
+        return rng
+    if dtype == jnp.uint32 and rng.ndim > 0:
+        try:
+            return jax.random.wrap_key_data(jnp.asarray(rng))
+        except TypeError:  # not as many words as a key has
+            pass
+    found = type(rng).__name__ if dtype is None else f"{dtype} {rng.shape}"
+    raise ValueError(f"rng must be made by jax.random.key(seed) or jax.random.PRNGKey(seed), got {found}")
 
 
 def prefill(
@@ -150,6 +151,7 @@ def prefill(
     Returns:
       `Decoding` with keys of seed 0.
     """
+    prefill_size = positive_integer("prefill_size", prefill_size, or_none=True)
     return prefill_pieces(model, params, tokens, cache, lengths, prefill_size, _rules())
 
 
@@ -168,8 +170,6 @@ def prefill_pieces(model, params, tokens, cache, lengths, prefill_size, rules) -
         logits, cache = apply(tokens, cache=cache, lengths=lengths, cache_is_empty=True)
         logits = logits[:, 0]
     else:
-        if prefill_size < 1:
-            raise ValueError(f"prefill_size={prefill_size} must be at least 1, or None")
         count = -(-size // prefill_size)
         pieces = jnp.pad(tokens, ((0, 0), (0, count * prefill_size - size))).reshape(batch, count, prefill_size)
 
@@ -220,7 +220,7 @@ def decode(
     so that a generation in pieces is the generation in one. It ends early when all rows are done.
     """
     temperature, top_k, top_p = sampling
-    stops = jnp.asarray(stop_tokens, jnp.int32)
+    stops = jnp.ravel(jnp.asarray(stop_tokens, jnp.int32))
     return decode_loop(model, params, decoding, num_tokens, temperature, top_k, top_p, stops, _rules())
 
 
@@ -250,7 +250,7 @@ def decode_loop(model, params, decoding, num_tokens, temperature, top_k, top_p, 
         active = (~done).astype(jnp.int32)
         variables = {"params": params if scan_layers else stack_layers(params)}
         logits, cache = model.apply(variables, drawn[:, None], cache=cache, lengths=active)
-        done = done | (drawn[:, None] == stop_tokens).any(-1)
+        done = done | (drawn[:, None] == stop_tokens[None]).any(-1)
         generation = Generation(tokens.at[:, index].set(drawn), lengths + active)
         return index + 1, Decoding(cache, logits[:, 0], keys, count + 1, done), generation
 

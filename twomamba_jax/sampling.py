@@ -4,7 +4,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from twomamba_jax.ops.integers import positive_integer
+from twomamba_jax.ops.known import known
 from twomamba_jax.shapes import Array, Float, Int
 
 
@@ -23,15 +26,32 @@ class Sampling(NamedTuple):
 GREEDY = Sampling()
 
 
-def check_sampling(sampling: Sampling, vocab_size: int) -> None:
-    """Raises ValueError for a temperature below 0, a `top_k` outside [1, vocab_size], or a `top_p` outside (0, 1]."""
-    temperature, top_k, top_p = sampling
-    if not temperature >= 0:
+def check_sampling(sampling: Sampling, vocab_size: int) -> Sampling:
+    """The sampling with Python's numbers where values are known, which inside `jax.jit` they may not be.
+
+    Raises ValueError for what is no single number, a temperature below 0, a `top_k` outside [1, vocab_size], or a
+    `top_p` outside (0, 1].
+    """
+    temperature = _number("temperature", sampling.temperature)
+    if known(temperature) and not temperature >= 0:
         raise ValueError(f"temperature={temperature} must be at least 0")
-    if top_k is not None and not (isinstance(top_k, int) and 1 <= top_k <= vocab_size):
+    top_k = positive_integer("top_k", sampling.top_k, or_none=True)
+    if top_k is not None and top_k > vocab_size:
         raise ValueError(f"top_k={top_k} must be an integer from 1 to the vocabulary's {vocab_size}, or None")
-    if top_p is not None and not 0 < top_p <= 1:
+    top_p = None if sampling.top_p is None else _number("top_p", sampling.top_p)
+    if top_p is not None and known(top_p) and not 0 < top_p <= 1:
         raise ValueError(f"top_p={top_p} must be above 0 and at most 1, or None")
+    return Sampling(temperature, top_k, top_p)
+
+
+def _number(name: str, value) -> float | jax.Array:
+    """`value` as Python's float, or as it is where JAX traces it. Raises ValueError for anything but one number."""
+    try:
+        if np.shape(value) == ():
+            return value if isinstance(value, jax.core.Tracer) else float(value)
+    except (TypeError, ValueError):
+        pass
+    raise ValueError(f"{name}={value!r} must be one number for all rows")
 
 
 def sample(keys: jax.Array, logits: Float[Array, "B vocab"], temperature, top_k: int | None, top_p) -> Int[Array, "B"]:

@@ -17,6 +17,7 @@ from twomamba_jax.layers.execution import Execution
 from twomamba_jax.ops import cached_attention
 from twomamba_jax.ops.cached_attention import FOLD_SIZE, DecodingCache, init_decoding_cache
 from twomamba_jax.ops.feature_map import FINITE_SCORES
+from twomamba_jax.ops.integers import positive_integer
 from twomamba_jax.ops.new_tokens import NewTokens
 from twomamba_jax.ops.spread import check_multiple
 from twomamba_jax.ops.state import state_bytes
@@ -92,9 +93,8 @@ def init_cache(
       ValueError: batch, max_length or fold_size below 1; a batch or heads that are no multiple of the devices that they
         are spread over.
     """
-    for name, value in (("batch", batch), ("max_length", max_length)):
-        if value < 1:
-            raise ValueError(f"{name}={value} must be at least 1")
+    batch, max_length = positive_integer("batch", batch), positive_integer("max_length", max_length)
+    fold_size = positive_integer("fold_size", fold_size)
     rows, heads = nn.logical_to_mesh_axes(("batch", "heads"))
     check_multiple(batch, "rows of the batch", rows)
     check_multiple(config.kv_heads, "key/value heads", heads)
@@ -183,16 +183,20 @@ def cache_bytes(config: ModelConfig, batch: int, max_length: int, **options) -> 
 
 def append(mixer: MixerConfig, cache: MixerCache, new: MixerTokens, execution: Execution) -> MixerCache:
     """The cache with what a mixer's new tokens left behind. An axis may lead, as of layers in a stack."""
-    partition = nn.logical_to_mesh_axes(("batch", "length", "heads", "head_dim"))
     attention = cached_attention.append(
         cache.attention,
         new.attention,
         score=mixer.score,
         implementation=execution.implementation,
         precision=execution.precision,
-        partition=partition,
+        partition=_partition(),
     )
     return MixerCache(attention, new.convolution)
+
+
+def _partition():
+    """The mesh axes of queries [B, T, H, K], by the logical axis rules."""
+    return nn.logical_to_mesh_axes(("batch", "length", "heads", "head_dim"))
 
 
 def advance(cache: Cache, layers: tuple[MixerCache, ...], counts) -> Cache:
@@ -221,6 +225,7 @@ def roll_back(cache: Cache, counts: int | Int[Array, "B"]) -> Cache:
     """
     if cache.rollback is None:
         raise ValueError("this cache cannot be rolled back: make it with init_cache(..., rollback=True)")
+    cache = jax.tree.map(jnp.asarray, cache)
     counts = jnp.broadcast_to(jnp.asarray(counts, jnp.int32), cache.position.shape)
     left = cache.rollback.left - counts
     wrong = (counts < 0) | (left < 0)
@@ -232,12 +237,15 @@ def roll_back(cache: Cache, counts: int | Int[Array, "B"]) -> Cache:
 
     def before(inputs):
         """Convolution inputs [layers, B, M, ...] shifted back by `counts`; what was before them is not known: 0."""
-        index = jnp.arange(inputs.shape[2]) - counts[:, None]
+        index = jnp.arange(inputs.shape[2])[None] - counts[:, None]
         index = index.reshape(1, *index.shape, *[1] * (inputs.ndim - 3))
         return jnp.where(index >= 0, jnp.take_along_axis(inputs, jnp.maximum(index, 0), axis=2), 0)
 
+    partition = _partition()
     layers = tuple(
-        MixerCache(cached_attention.roll_back(layer.attention, counts), jax.tree.map(before, layer.convolution))
+        MixerCache(
+            cached_attention.roll_back(layer.attention, counts, partition), jax.tree.map(before, layer.convolution)
+        )
         for layer in cache.layers
     )
     rollback = cache.rollback._replace(left=jnp.where(wrong, -1, left))

@@ -12,8 +12,9 @@ from twomamba_jax.layers.execution import REMATS, Execution
 from twomamba_jax.layers.mixer import Mixer
 from twomamba_jax.layers.mlp import PROJECTION_INIT, SwiGLU
 from twomamba_jax.layers.norm import RMSNorm
-from twomamba_jax.ops.checks import check_rows
+from twomamba_jax.layers.tokens import as_tokens
 from twomamba_jax.ops.numerics import accumulation_dtype
+from twomamba_jax.ops.segments import valid_tokens
 from twomamba_jax.shapes import Array, Float, Lengths, SegmentIds, Tokens
 
 
@@ -94,7 +95,8 @@ class LanguageModel(nn.Module):
         """Logits of the token after each one, float32 or wider.
 
         Args:
-          tokens: [B, T] integers from 0 to `vocab_size` - 1 (values are not checked), any T >= 1.
+          tokens: [B, T] integers from 0 to `vocab_size` - 1, any T >= 1. Inside `jax.jit`, where others cannot be
+            refused, their logits are NaN. Padding may hold anything.
           cache: from `init_cache` or an earlier call. A whole prompt, a piece of it and a single token are the same
             call. Key/value caches must have room for T more tokens; rows that overflow are NaN.
           segment_ids: [B, T]; a maximal run of equal ids is a document, and nothing crosses its edge.
@@ -110,16 +112,18 @@ class LanguageModel(nn.Module):
           [B, T, E] or [B, 1, E] in `execution.dtype`; with `cache`, (logits, cache).
 
         Raises:
-          ValueError: tokens, segment_ids or lengths that are not integers of these shapes; a cache of another model.
+          ValueError: tokens, segment_ids or lengths that are not integers of these shapes; tokens out of the vocabulary
+            and lengths out of range, where their values are known; a cache of another model.
         """
         config, execution = self.config, self.execution
-        if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer) or tokens.shape[1] < 1:
-            raise ValueError(f"tokens must be integers [B, T] with T >= 1, got {tokens.dtype} {tokens.shape}")
-
-        check_rows(tokens, segment_ids, lengths)
+        tokens, segment_ids, lengths = as_tokens(tokens, config.vocab_size, segment_ids, lengths)
+        cache = jax.tree.map(jnp.asarray, cache)
+        if lengths is not None:
+            # Padding may hold what is no token, whose embedding is NaN: 0 times that is in the gradients of weights.
+            tokens = jnp.where(valid_tokens(lengths, tokens.shape[1]), tokens, 0)
 
         start = jnp.zeros(tokens.shape[:1], jnp.int32) if cache is None else cache.position
-        positions = start[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)
+        positions = start[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
         embedding = nn.Embed(
             config.vocab_size,
             config.d_model,
@@ -133,7 +137,8 @@ class LanguageModel(nn.Module):
         # Looked up in float32 or wider, so that the gradients of a token's rows are added up in it: in bfloat16 the sum
         # over a frequent token stands still, and on an H100 took XLA 11 % of a training step, a hundred times as long.
         wide = embedding.astype(accumulation_dtype(embedding.dtype))
-        x = jnp.take(wide, tokens, axis=0).astype(execution.dtype)
+        # What is no token is NaN, where it could not be refused; a negative one would else count from the end.
+        x = wide.at[tokens].get(mode="fill", wrap_negative_indices=False).astype(execution.dtype)
         x = nn.with_logical_constraint(x, ("batch", "length", "embed"))
 
         one_by_one = execution.scan_layers is False
@@ -158,7 +163,7 @@ class LanguageModel(nn.Module):
             caches.append(append(mixer, cache.layers[index], new, execution))
 
         norm = RMSNorm(eps=config.norm_eps, dtype=execution.dtype, param_dtype=execution.param_dtype, name="norm")
-        counts = jnp.full(start.shape, tokens.shape[1], jnp.int32) if lengths is None else lengths.astype(jnp.int32)
+        counts = jnp.full(start.shape, tokens.shape[1], jnp.int32) if lengths is None else lengths
         if last_only:
             x = jnp.take_along_axis(x, jnp.maximum(counts - 1, 0)[:, None, None], axis=1)
         out = self._logits(norm(x)) if apply_head else norm(x)

@@ -13,11 +13,13 @@ from twomamba_jax.layers.execution import Execution
 from twomamba_jax.layers.norm import RMSNorm, divide_by_rms
 from twomamba_jax.layers.projection import Projection, uniform
 from twomamba_jax.ops.cached_attention import cached_attention
+from twomamba_jax.ops.checks import as_arrays, as_rows
 from twomamba_jax.ops.convolution import causal_convolution
 from twomamba_jax.ops.decay import STRONGEST_LOG_DECAY, discretized_decay, softplus_decay, step_size
 from twomamba_jax.ops.decay_attention import decay_attention
 from twomamba_jax.ops.numerics import accumulation_dtype, broadcast_parameter
 from twomamba_jax.ops.rope import apply_rope
+from twomamba_jax.ops.segments import valid_tokens
 from twomamba_jax.shapes import Array, Float, Int, Lengths, SegmentIds
 
 
@@ -72,6 +74,12 @@ class Mixer(nn.Module):
         Returns:
           y [B, T, E], and the cache after the last token (None without `cache`; `MixerTokens` unless `appends`).
         """
+        x, positions = as_arrays(x, positions)
+        segment_ids, lengths = as_rows(x.shape, segment_ids, lengths)
+        cache = jax.tree.map(jnp.asarray, cache)
+        if lengths is not None:
+            # Padding may hold NaN, and 0 times that would be in the gradients of the projections' weights.
+            x = jnp.where(valid_tokens(lengths, x.shape[1])[..., None], x, 0)
         config, kv_heads = self.config, self.num_kv_heads or self.num_heads
         dtype, wide = self.execution.dtype, accumulation_dtype(self.execution.dtype)
 

@@ -35,4 +35,5 @@ class RMSNorm(nn.Module):
         """Normalises x [..., *dims]."""
         init = nn.with_logical_partitioning(nn.initializers.ones, self.axes)
         scale = self.param("scale", init, x.shape[-len(self.axes) :], self.param_dtype)
-        return (divide_by_rms(x, len(self.axes), self.eps) * scale).astype(self.dtype)
+        y = divide_by_rms(x, len(self.axes), self.eps)
+        return (y * jnp.expand_dims(scale, range(x.ndim - scale.ndim))).astype(self.dtype)

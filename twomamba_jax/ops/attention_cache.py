@@ -55,6 +55,30 @@ def _append(new: NewTokens, cache: AttentionCache) -> AttentionCache:
     )
 
 
+def roll_back(counts, cache: AttentionCache, partition: PartitionSpec | None) -> AttentionCache:
+    """The cache without its last `counts [B]` tokens, whose slots are 0 again. An axis may lead, as in `append`.
+
+    A slot that nobody sees has weight 0, and 0 times a NaN would be one.
+    """
+    if cache.length.ndim == 1:
+        return jax.tree.map(lambda x: x[0], roll_back(counts, jax.tree.map(lambda x: x[None], cache), partition))
+    return spread_stack(_clear, partition, jnp.broadcast_to(counts, cache.length.shape), cache)
+
+
+@jax.jit
+def _clear(counts, cache: AttentionCache) -> AttentionCache:
+    """Slot by slot: they are few, and all others stay where they lie."""
+    length, capacity = cache.length - counts, cache.keys.shape[3]
+    of_slot = tuple(jnp.zeros_like(x[:, :, :, :1]) for x in (cache.keys, cache.values))
+
+    def clear(index, arrays):
+        slots = jnp.where(index < counts, length + index, capacity)[..., None]
+        return tuple(write(x, zeros, slots) for x, zeros in zip(arrays, of_slot))
+
+    keys, values = jax.lax.fori_loop(0, jnp.minimum(counts.max(), capacity), clear, (cache.keys, cache.values))
+    return cache._replace(keys=keys, values=values, length=length)
+
+
 def segment_start(run, cache: AttentionCache):
     """The slot of the first token of the segment that goes on after new tokens of runs `run [B, T]` (None: of one)."""
     if run is None:
@@ -65,7 +89,7 @@ def segment_start(run, cache: AttentionCache):
 
 def as_state(cache: AttentionCache) -> KeyValueCache:
     """The state after every token so far."""
-    slots = jnp.arange(cache.keys.shape[2])
+    slots = jnp.arange(cache.keys.shape[2])[None]
     seen = ((slots >= cache.start[:, None]) & (slots < cache.length[:, None]))[:, None]
     if cache.log_decay is None:
         weights = jnp.zeros(cache.keys.shape[:3], accumulation_dtype(cache.keys.dtype))

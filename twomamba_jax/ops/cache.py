@@ -59,7 +59,7 @@ def write(slots, new, length, counts):
 
 def slot_index(length, counts, size: int, capacity: int):
     """The slots [..., B, size] of new tokens; `capacity`, where there is none, for tokens that do not count."""
-    offsets = jnp.arange(size)
+    offsets = jnp.expand_dims(jnp.arange(size), range(counts.ndim))
     return jnp.where(offsets < counts[..., None], length[..., None] + offsets, capacity)
 
 

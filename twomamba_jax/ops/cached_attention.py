@@ -15,6 +15,7 @@ from twomamba_jax.ops.cache import poison_overflow
 from twomamba_jax.ops.decay import clamp_log_decay
 from twomamba_jax.ops.decay_attention import Form, decay_attention
 from twomamba_jax.ops.feature_map import FINITE_SCORES, Score
+from twomamba_jax.ops.integers import positive_integer
 from twomamba_jax.ops.kernels import Implementation
 from twomamba_jax.ops.layout import grouped_queries, heads_first, tokens_first
 from twomamba_jax.ops.new_tokens import NewTokens
@@ -64,8 +65,7 @@ def init_decoding_cache(
     Raises:
       ValueError: `capacity` missing, below 1 or given for a finite score; `fold_size` below 1.
     """
-    if not isinstance(fold_size, int) or fold_size < 1:
-        raise ValueError(f"fold_size={fold_size!r} must be an integer of at least 1")
+    fold_size = positive_integer("fold_size", fold_size)
     wide = accumulation_dtype(dtype)
     state = init_state(score, batch, num_kv_heads, head_dim, value_dim, capacity=capacity, dtype=dtype)
     start, length = jnp.zeros((2, batch), jnp.int32)
@@ -129,13 +129,13 @@ def cached_attention(
     """
     checks.check_arrays(q, k, v, log_decay)
     op = make_operation(q.shape[-1], score, normalize, scale, precision)
-    checks.check_rows(q, segment_ids, lengths)
+    segment_ids, lengths = checks.as_rows(q.shape, segment_ids, lengths)
     kind = RecurrentCache if op.is_finite else AttentionCache
     alone = cache.take() if isinstance(cache, LayerCache) else cache
     if not isinstance(alone, kind):
         raise ValueError(f"score={score!r} continues a {kind.__name__}, got {type(alone).__name__}")
     batch, size = q.shape[:2]
-    counts = jnp.full((batch,), size, jnp.int32) if lengths is None else lengths.astype(jnp.int32)
+    counts = jnp.full((batch,), size, jnp.int32) if lengths is None else lengths
     run = None if segment_ids is None else segment_runs(extend_last_segment(segment_ids, lengths))
     whole = functools.partial(
         decay_attention,
@@ -203,15 +203,15 @@ def append(
     return recurrent_cache.append(op, new, cache, partition, fold)
 
 
-def roll_back(cache: DecodingCache, counts) -> DecodingCache:
+def roll_back(cache: DecodingCache, counts, partition: PartitionSpec | None = None) -> DecodingCache:
     """The cache without its last `counts [B]` tokens: a finite score's last r at most, and only with `rollback`.
 
-    What follows has the bits that it would have had if those tokens had never been there. An axis may lead, as of
-    layers in a stack. Numbers are not checked; the start of a packed prompt's last document is as far back as this can
-    go.
+    What follows has the bits that it would have had if those tokens had never been there, whatever they held. An axis
+    may lead, as of layers in a stack; `partition` is as in `append`. Numbers are not checked; the start of a packed
+    prompt's last document is as far back as this can go.
     """
     if isinstance(cache, AttentionCache):
-        return cache._replace(length=cache.length - counts)
+        return attention_cache.roll_back(counts, cache, partition)
     if cache.previous is None:
         raise ValueError("this cache keeps one state only and cannot be rolled back: make it with rollback=True")
     return recurrent_cache.roll_back(counts, cache)

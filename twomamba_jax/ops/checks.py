@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from twomamba_jax.ops.known import known
 from twomamba_jax.ops.operation import Operation
 from twomamba_jax.ops.state import FiniteState, KeyValueCache, init_state
 
@@ -19,8 +20,6 @@ def check_form(op: Operation, form, chunk_size) -> None:
             "form='recurrent' needs a finite state, and score='exp' has none: use form='chunked' or 'parallel', or "
             "decay_attention_step with a key/value cache"
         )
-    if chunk_size is not None and (chunk_size < 1 or chunk_size != int(chunk_size)):
-        raise ValueError(f"chunk_size={chunk_size} must be an integer of at least 1, or None")
     if chunk_size is not None and form in ("parallel", "recurrent"):
         raise ValueError(f"chunk_size={chunk_size} given for form={form!r}, which has no chunks: omit it")
 
@@ -53,15 +52,31 @@ def check_arrays(q, k, v, log_decay) -> None:
             )
 
 
-def check_rows(q, segment_ids, lengths) -> None:
-    """Segment ids and lengths are integers of the right shape."""
-    for name, x, shape in (("segment_ids", segment_ids, q.shape[:2]), ("lengths", lengths, q.shape[:1])):
+def as_arrays(*arrays):
+    """The same as JAX arrays: NumPy's, such as a restored checkpoint's, lack some methods. None stays None."""
+    return tuple(None if x is None else jnp.asarray(x) for x in arrays)
+
+
+def as_rows(shape: tuple[int, ...], segment_ids, lengths, shortest: int = 0):
+    """Segment ids [B, T] and lengths [B] of rows `shape` [B, T, ...] as JAX arrays of integers; None stays None.
+
+    Raises ValueError for another shape, no integers, or lengths that are known and not from `shortest` to T.
+    """
+    for name, x, expected in (("segment_ids", segment_ids, shape[:2]), ("lengths", lengths, shape[:1])):
         if x is None:
             continue
-        if x.shape != shape:
-            raise ValueError(f"{name} must have shape {shape}, got {x.shape}")
-        if not jnp.issubdtype(x.dtype, jnp.integer):
-            raise ValueError(f"{name} must be integers, got dtype {x.dtype}")
+        if np.shape(x) != expected:
+            raise ValueError(f"{name} must have shape {expected}, got {np.shape(x)}")
+        dtype = x.dtype if isinstance(x, jax.Array) else np.asarray(x).dtype
+        if not jnp.issubdtype(dtype, jnp.integer):
+            raise ValueError(f"{name} must be integers, got dtype {dtype}")
+    if lengths is not None and known(lengths):
+        # NumPy, not jnp: inside jax.jit even operations on constants would be staged.
+        counts = np.asarray(lengths)
+        if ((counts < shortest) | (counts > shape[1])).any():
+            raise ValueError(f"lengths={counts.tolist()} must be from {shortest} to the {shape[1]} tokens of a row")
+    segment_ids, lengths = as_arrays(segment_ids, lengths)
+    return segment_ids, None if lengths is None else lengths.astype(jnp.int32)
 
 
 def check_state(op: Operation, q, k, v, state, lengths) -> None:
@@ -78,9 +93,9 @@ def check_state(op: Operation, q, k, v, state, lengths) -> None:
     for name, want, got in zip(kind._fields, expected, state):
         if got.shape != want.shape:
             raise ValueError(f"the state's {name} must have shape {want.shape} for these q, k and v, got {got.shape}")
-    if not op.is_finite and not any(isinstance(x, jax.core.Tracer) for x in (state.length, lengths)):
-        # NumPy, not jnp: inside jax.jit even operations on constants would be staged.
-        longest = int(np.max(np.asarray(state.length) + (q.shape[1] if lengths is None else np.asarray(lengths))))
+    if not op.is_finite and known(state.length, lengths):
+        counts = q.shape[1] if lengths is None else np.asarray(lengths)
+        longest = int(np.max(np.asarray(state.length) + counts, initial=0))
         if longest > capacity:
             raise ValueError(
                 f"the key/value cache holds {capacity} tokens and would need {longest}: make it larger with "

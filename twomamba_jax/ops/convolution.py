@@ -7,8 +7,9 @@ device's own tokens and one of the device before: W - 1 inputs are passed on, an
 import jax
 import jax.numpy as jnp
 
+from twomamba_jax.ops.checks import as_arrays, as_rows
 from twomamba_jax.ops.numerics import broadcast_parameter
-from twomamba_jax.ops.segments import extend_last_segment, segment_runs
+from twomamba_jax.ops.segments import extend_last_segment, segment_runs, valid_tokens
 from twomamba_jax.shapes import Array, Float, Lengths, SegmentIds
 
 
@@ -33,7 +34,7 @@ def causal_convolution(
       kernel: [W, ...channels], used in the dtype of x.
       bias: [...channels], the same.
       segment_ids: [B, T] integers; a maximal run of equal ids is a segment.
-      lengths: [B] integers, the tokens that count in right-padded rows.
+      lengths: [B] integers, the tokens that count in right-padded rows. Outputs at padding mean nothing.
       initial_inputs: the M inputs before token 0, which continue its segment; W - 1 of them matter, and more may be
         kept to go back to. None: W - 1 zeros.
 
@@ -42,8 +43,11 @@ def causal_convolution(
       segment (zeros before it).
 
     Raises:
-      ValueError: a kernel whose channels are not those of x, or initial inputs of another shape.
+      ValueError: a kernel whose channels are not those of x, initial inputs of another shape, segment ids or lengths
+        that are no integers of these shapes, or lengths that are known and out of range.
     """
+    x, kernel, bias, initial_inputs = as_arrays(x, kernel, bias, initial_inputs)
+    segment_ids, lengths = as_rows(x.shape, segment_ids, lengths)
     width, channels = kernel.shape[0], x.shape[2:]
     if kernel.shape[1:] != channels:
         raise ValueError(f"kernel must be [W, {', '.join(map(str, channels))}] for x {x.shape}, got {kernel.shape}")
@@ -61,6 +65,9 @@ def causal_convolution(
     def broadcast(mask):
         return mask.reshape(*mask.shape, *[1] * len(channels))
 
+    if lengths is not None:
+        # Padding may hold NaN, and 0 times that would be in the gradient of the kernel.
+        x = jnp.where(broadcast(valid_tokens(lengths, size)), x, 0)
     is_first = broadcast(jnp.arange(size)[None] == 0)
     taps = [broadcast_parameter(tap, x.shape, x.dtype) for tap in kernel]
     earlier, y = x, taps[-1] * x
@@ -75,7 +82,7 @@ def causal_convolution(
 
     extended = jnp.concatenate([initial_inputs.astype(x.dtype), x], axis=1)
     counts = jnp.full((x.shape[0],), size) if lengths is None else lengths
-    last = counts[:, None] + jnp.arange(before)
+    last = counts[:, None] + jnp.arange(before)[None]
     final = jnp.take_along_axis(extended, broadcast(last), axis=1)
     if segment_ids is not None:
         run = segment_runs(extend_last_segment(segment_ids, lengths))

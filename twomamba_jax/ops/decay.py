@@ -25,17 +25,17 @@ TILE = 32
 
 def step_size(projection: Float[Array, "B T G"], bias: Float[Array, "G"] | None = None) -> Float[Array, "B T G"]:
     """The discretisation step `dt = softplus(h W_dt + dt_bias)` (Algorithm 2), in float32 or wider."""
-    return jax.nn.softplus(projection if bias is None else projection + bias)
+    return jax.nn.softplus(projection if bias is None else projection + bias[None, None])
 
 
 def discretized_decay(a_log: Float[Array, "G"], dt: Float[Array, "B T G"]) -> Float[Array, "B T G"]:
     """Mamba-2's log decay, `a = -exp(A_log) dt` (Algorithm 2; "original" in the paper's tables)."""
-    return -jnp.exp(a_log) * dt
+    return -jnp.exp(a_log)[None, None] * dt
 
 
 def softplus_decay(projection: Float[Array, "B T G"], bias: Float[Array, "G"] | None = None) -> Float[Array, "B T G"]:
     """The simplified log decay, `a = -softplus(h W_A)` (Algorithm 4), or `a = -softplus(h W_A + b)`."""
-    return -jax.nn.softplus(projection if bias is None else projection + bias)
+    return -jax.nn.softplus(projection if bias is None else projection + bias[None, None])
 
 
 def clamp_log_decay(log_decay: Float[Array, "..."] | None, dtype) -> Float[Array, "..."] | None:

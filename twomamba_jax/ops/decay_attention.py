@@ -3,6 +3,7 @@
 import functools
 from typing import Literal
 
+import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
@@ -11,6 +12,7 @@ from twomamba_jax.ops.blockwise import blockwise
 from twomamba_jax.ops.chunked import chunked
 from twomamba_jax.ops.decay import clamp_log_decay
 from twomamba_jax.ops.feature_map import Score, num_features
+from twomamba_jax.ops.integers import positive_integer
 from twomamba_jax.ops.kernels import Implementation
 from twomamba_jax.ops.layout import heads_first, tokens_first
 from twomamba_jax.ops.numerics import Precision
@@ -100,10 +102,13 @@ def decay_attention(
         that cannot compute this call, sizes that are no multiple of the devices that they are spread over, a cache
         without room for T tokens (inside `jax.jit`, where that cannot be raised, the rows that overflow are NaN).
     """
+    q, k, v, log_decay = checks.as_arrays(q, k, v, log_decay)
     checks.check_arrays(q, k, v, log_decay)
     op = make_operation(q.shape[-1], score, normalize, scale, precision)
-    checks.check_rows(q, segment_ids, lengths)
+    segment_ids, lengths = checks.as_rows(q.shape, segment_ids, lengths)
+    initial_state = jax.tree.map(jnp.asarray, initial_state)
     checks.check_state(op, q, k, v, initial_state, lengths)
+    chunk_size = positive_integer("chunk_size", chunk_size, or_none=True)
     checks.check_form(op, form, chunk_size)
     axis = sequence_axis(partition)
     unsupported = functools.partial(kernels.unsupported, op, q, k, v, initial_state, axis, chunk_size)
@@ -116,10 +121,10 @@ def decay_attention(
     counts = jnp.full((batch,), size, jnp.int32) if lengths is None else lengths
     log_decay = clamp_log_decay(log_decay, q.dtype)
     if lengths is not None:
-        # Zero keys and no decay: padding changes no finite state. Valid tokens never see it.
+        # Zero keys and no decay: padding changes no finite state. Valid tokens never see it. Queries too: where padding
+        # is NaN, the gradient of a key would be a sum over all queries with 0 times NaN in it.
         valid = valid_tokens(lengths, size)
-        k = jnp.where(valid[..., None, None], k, 0)
-        v = jnp.where(valid[..., None, None], v, 0)
+        q, k, v = (jnp.where(valid[..., None, None], x, 0) for x in (q, k, v))
         log_decay = None if log_decay is None else jnp.where(valid[..., None], log_decay, 0)
 
     # XLA spreads what does not go along the tokens by itself; a kernel is not partitioned by the compiler.
@@ -159,12 +164,14 @@ def decay_attention_step(
     Raises:
       ValueError: shapes, dtypes or a state that do not fit; a full cache, outside `jax.jit`.
     """
+    q, k, v, log_decay = checks.as_arrays(q, k, v, log_decay)
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.ndim != 3:
             raise ValueError(f"{name} must be [B, heads, dim], one token without a T axis, got shape {x.shape}")
     if log_decay is not None and log_decay.ndim != 2:
         raise ValueError(f"log_decay must be [B, G], one token without a T axis, got shape {log_decay.shape}")
     q, k, v, log_decay = (None if x is None else x[:, None] for x in (q, k, v, log_decay))
+    state = jax.tree.map(jnp.asarray, state)
     checks.check_arrays(q, k, v, log_decay)
     op = make_operation(q.shape[-1], score, normalize, scale, precision)
     checks.check_state(op, q, k, v, state, None)

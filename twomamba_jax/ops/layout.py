@@ -15,10 +15,10 @@ def heads_first(q, k, v, log_decay):
 
 def grouped_queries(q, num_groups: int):
     """[B, T, H, K] -> [B, G, R, T, K]."""
-    return jnp.moveaxis(q.reshape(*q.shape[:2], num_groups, -1, q.shape[-1]), 1, 3)
+    return jnp.moveaxis(q.reshape(*q.shape[:2], num_groups, q.shape[2] // num_groups, q.shape[-1]), 1, 3)
 
 
 def tokens_first(y):
     """[B, G, R, T, V] -> [B, T, H, V]."""
     y = jnp.moveaxis(y, 3, 1)
-    return y.reshape(*y.shape[:2], -1, y.shape[-1])
+    return y.reshape(*y.shape[:2], y.shape[2] * y.shape[3], y.shape[-1])

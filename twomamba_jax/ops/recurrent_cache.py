@@ -78,7 +78,7 @@ def waiting_decays(log_decay, cache: RecurrentCache, size: int):
 
     One new token, whose `log_decay` is [B, G, 1], waits as well. `size` may go beyond the ring.
     """
-    slots = jnp.arange(size)
+    slots = jnp.arange(size)[None]
     capacity, newest = cache.keys.shape[2], cache.length[:, None]
     position = newest - (newest - slots) % capacity  # of the latest token that belongs into a slot
     waits = (slots < capacity) & (position >= cache.folded[:, None])
@@ -100,7 +100,7 @@ def prefill(op: Operation, attend_all, q, k, v, log_decay, counts, cache: Recurr
     lengths = jnp.maximum(target - start, 0)
     y, state = attend_all(lengths, _state_now(op, cache))
 
-    tail = lengths[:, None] + jnp.arange(2 * fold - 1)
+    tail = lengths[:, None] + jnp.arange(2 * fold - 1)[None]
     counted = tail < counts[:, None]
 
     def last(x, axis):
@@ -132,7 +132,7 @@ def append(
 
 
 def _extend(new: NewTokens, stack: RecurrentCache) -> RecurrentCache:
-    capacity, index = stack.keys.shape[3], jnp.arange(new.keys.shape[3])
+    capacity, index = stack.keys.shape[3], jnp.arange(new.keys.shape[3])[None, None]
     first = stack.length + new.skipped
     slots = jnp.where(index < new.counts[..., None], (first[..., None] + index) % capacity, capacity)
     return stack._replace(
@@ -147,7 +147,7 @@ def _extend(new: NewTokens, stack: RecurrentCache) -> RecurrentCache:
 
 def roll_back(counts, cache: RecurrentCache) -> RecurrentCache:
     """The cache without its last `counts [B]` tokens, at most r of them; it needs `previous`. An axis may lead."""
-    length = cache.length - counts
+    length = cache.length - jnp.broadcast_to(counts, cache.length.shape)
     crossed = length < cache.folded
     state = jax.tree.map(lambda old, now: _where(crossed, old, now), cache.previous, cache.state)
     return cache._replace(state=state, folded=cache.folded - crossed * cache.fold_size, length=length)
@@ -168,7 +168,7 @@ def _fold(op: Operation, fold: Callable | None, stack: RecurrentCache) -> Recurr
         log_decay = jnp.where((start == 0)[..., None, None], *halves)
         weights = suffix_log_decay(log_decay), log_decay.sum(-1)
         state, previous = fold(stack.state, stack.previous, stack.keys, stack.values, start[0], *weights, due)
-    return stack._replace(state=state, previous=previous, folded=stack.folded + due * stack.fold_size)
+    return stack._replace(state=state, previous=previous, folded=stack.folded + due[None] * stack.fold_size)
 
 
 def _fold_rows(op: Operation, stack: RecurrentCache, due):
@@ -219,7 +219,7 @@ class _Tokens(NamedTuple):
 
 def _tokens(cache: RecurrentCache, start, size: int) -> _Tokens:
     """The tokens `start [B]`, ..., `start` + size - 1: zeros for those in the state already, or not yet there."""
-    positions = start[:, None] + jnp.arange(size)
+    positions = start[:, None] + jnp.arange(size)[None]
     waiting = (positions >= cache.folded[:, None]) & (positions < cache.length[:, None])
 
     def take(ring):

@@ -33,7 +33,7 @@ def extend_last_segment(segment_ids: SegmentIds | None, lengths: Lengths | None)
 
 def valid_tokens(lengths: Lengths, num_tokens: int) -> Bool[Array, "B T"]:
     """True where a token is no padding: t < lengths."""
-    return jnp.arange(num_tokens) < lengths[:, None]
+    return jnp.arange(num_tokens)[None] < lengths[:, None]
 
 
 def same_run(left: Int[Array, "B I"], right: Int[Array, "B J"]) -> Bool[Array, "B I J"]:
