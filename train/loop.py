@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from rich.console import Console
 
 from train.checkpoint import Checkpoints
-from train.configuration import build_model, build_schedule, validate
+from train.configuration import build_model, build_schedule
 from train.data import Batch, abstract_batch, held_out_batches, training_batches
 from train.errors import UserError, one_line
 from train.evaluation import evaluate
@@ -81,15 +81,14 @@ def run(config: ConfigDict, workdir: Path, warn: Callable[[str], None], console:
     """Trains `config` in `workdir`, from the latest checkpoint there if there is one, and prints the figures.
 
     Returns the step that the run is at: below `config.steps` where SIGTERM or SIGINT asked it to save and stop. Raises
-    UserError for everything that the user can put right; nothing but a token cache is written before the configuration
-    has passed all checks. One device or many, the mesh of `config.mesh` spans all that JAX sees. Of several processes
-    all call this, with the same configuration and workdir; only the first writes and prints.
+    UserError for everything that the user can put right; `config` has passed `validate`, and nothing but a token cache
+    is written before it has passed the other checks. One device or many, the mesh of `config.mesh` spans all that JAX
+    sees. Of several processes all call this, with the same configuration and workdir; only the first writes and prints.
     """
 
     def report(message: str) -> None:
         console.print(message, highlight=False, soft_wrap=True)
 
-    validate(config)
     check_trackers(config)
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):

@@ -12,7 +12,7 @@ from typing import NoReturn
 import jax
 from rich.console import Console
 
-from train.configuration import apply_overrides, load_config
+from train.configuration import apply_overrides, load_config, validate
 from train.errors import UserError, one_line
 from train.loop import run
 from train.processes import join, leave, process_name
@@ -64,6 +64,7 @@ def main(arguments: Sequence[str]) -> int:
         debug = options.debug
         config, defaults = load_config(options.config), load_config(options.config)
         apply_overrides(config, overrides)
+        validate(config)
         workdir = default_workdir(config, defaults) if options.workdir is None else options.workdir
         settings = [f"--config.{key}={text}" for key, text in overrides]
         command = ["python", "-m", "train.main", "--config", options.config, *settings, "--workdir", str(workdir)]
