@@ -136,13 +136,6 @@ def validate(config: ConfigDict) -> None:
         except (TypeError, ValueError) as error:
             raise UserError(f"{key}={value!r} cannot be kept in config.json ({one_line(error)})") from error
     build_schedule(config)
-    optimizer = config.optimizer
-    shrinkage = optimizer.learning_rate * optimizer.weight_decay
-    if shrinkage >= 1:
-        raise UserError(
-            f"optimizer.weight_decay={optimizer.weight_decay} x optimizer.learning_rate={optimizer.learning_rate} = "
-            f"{shrinkage:g} must be below 1: it is the share of a parameter that a step takes away"
-        )
     if config.profile.start is not None and config.profile.start > config.steps:
         raise UserError(f"profile.start={config.profile.start} must be at most steps={config.steps}, the last step")
 
