@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from rich.console import Console
 
 from configs import base
-from train.configuration import apply_overrides
+from train.configuration import apply_overrides, validate
 from train.data import PACKINGS, held_out_batches
 from train.evaluation import evaluate
 from train.loop import Run, run
@@ -83,6 +83,7 @@ def make_config(row: Row, root: Path | None = None) -> ConfigDict:
         "checkpoints_kept": 1,
     }
     apply_overrides(config.lock(), [(key, str(value)) for key, value in overrides.items()])
+    validate(config)
     return config
 
 

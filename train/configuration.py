@@ -10,14 +10,17 @@ import inspect
 import json
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import optax
-from ml_collections import ConfigDict, FieldReference
+from ml_collections import ConfigDict, FieldReference, FrozenConfigDict
+from ml_collections.config_dict import RequiredValueError
 
 from train.errors import UserError, nearest, one_line
+from train.keys import check_keys
 from train.schedules import make_schedule
 from twomamba_jax.config import ModelConfig
 from twomamba_jax.layers import Execution, LanguageModel
@@ -44,7 +47,7 @@ def load_config(spec: str) -> ConfigDict:
     module = importlib.util.module_from_spec(module_spec)
     try:
         module_spec.loader.exec_module(module)
-    except Exception as error:  # Somebody else's code: whatever it raises is reported under the file's name.
+    except (Exception, SystemExit) as error:  # Somebody else's code: reported under the file's name, whatever it is.
         raise UserError(f"configuration file {path!r} raised {type(error).__name__}: {one_line(error)}") from error
     get_config = getattr(module, "get_config", None)
     if not callable(get_config):
@@ -55,10 +58,18 @@ def load_config(spec: str) -> ConfigDict:
         config = get_config(size) if size else get_config()
     except ValueError as error:
         raise UserError(one_line(error)) from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(f"get_config of {path!r} raised {type(error).__name__}: {one_line(error)}") from error
     if not isinstance(config, ConfigDict):
         raise UserError(f"get_config of {path!r} returned {type(config).__name__}, not a ml_collections.ConfigDict")
+    try:
+        flatten(config)
+    except RequiredValueError as error:
+        raise UserError(
+            f"get_config of {path!r} returned a required placeholder: give it a value that can be overridden"
+        ) from error
+    if isinstance(config, FrozenConfigDict):
+        config = ConfigDict(config)
     return config.lock()
 
 
@@ -75,7 +86,7 @@ def parse_value(key: str, text: str, kind: type, optional: bool) -> Any:
         return BOOLEANS[text.lower()]
     try:
         value = kind(text) if kind in (int, float) else ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # Those of literal_eval.
         raise wrong from None
     if not isinstance(value, kind) or (kind is float and not math.isfinite(value)):
         raise wrong
@@ -111,34 +122,22 @@ def flatten(config: Mapping[str, Any] | ConfigDict, prefix: str = "") -> dict[st
         if isinstance(value, Mapping | ConfigDict):
             leaves |= flatten(value, f"{prefix}{key}.")
         else:
-            leaves[prefix + key] = value
+            leaves[f"{prefix}{key}"] = value
     return leaves
 
 
 def validate(config: ConfigDict) -> None:
-    """Raises UserError where a value could not be trained with; the model's own values are build_model's matter."""
+    """Raises UserError where a key is missing or its value could not be trained with; build_model has the model's."""
     flat = flatten(config)
-    counts = ("steps", "batch_size", "length", "log_every", "eval_every", "checkpoint_every", "checkpoints_kept")
-    for key in (
-        *counts,
-        "microbatches",
-        "loss_chunk_size",
-        "skip_limit",
-        "profile.start",
-        "profile.steps",
-        "data.held_out_documents",
-        "data.shuffle_rows",
-        "distributed.timeout",
-    ):
-        if flat.get(key) is not None and flat[key] < 1:
-            raise UserError(f"{key}={flat[key]} must be at least 1")
-    if config.eval_rows is not None and config.eval_rows < 1:
-        raise UserError(f"eval_rows={config.eval_rows} must be at least 1, or None for the whole held-out split")
-    if config.seed < 0:
-        raise UserError(f"seed={config.seed} must not be negative")
+    check_keys(flat)
+    for key, value in flat.items():
+        try:
+            json.dumps(value, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{key}={value!r} cannot be kept in config.json ({one_line(error)})") from error
     build_schedule(config)
-    if config.sample.temperature < 0:
-        raise UserError(f"sample.temperature={config.sample.temperature} must not be negative; 0 is greedy")
+    if config.profile.start is not None and config.profile.start > config.steps:
+        raise UserError(f"profile.start={config.profile.start} must be at most steps={config.steps}, the last step")
 
 
 def build_schedule(config: ConfigDict) -> optax.Schedule:
@@ -159,14 +158,19 @@ def build_model(config: ConfigDict) -> LanguageModel:
 
     Raises UserError with the library's own message where it refuses them.
     """
-    execution = config.execution.to_dict()
+    check_keys(flatten(config), ("variant", "model", "execution"))
+    model, execution = config.model.to_dict(), config.execution.to_dict()
+    for group, values, kind in (("model", model, ModelConfig), ("execution", execution, Execution)):
+        known = {field.name for field in fields(kind)} - {"mixers"}
+        for key in sorted(values.keys() - known):
+            raise UserError(f"unknown config key '{group}.{key}'; {nearest(key, known)}")
     for key in ("dtype", "param_dtype"):
         if execution[key] not in DTYPES:
             raise UserError(f"unknown execution.{key} {execution[key]!r}; {nearest(execution[key], DTYPES)}")
         execution[key] = DTYPES[execution[key]]
     try:
         mixers = parse_pattern(config.variant, config.model.num_layers)
-        return LanguageModel(ModelConfig(mixers=mixers, **config.model.to_dict()), Execution(**execution))
+        return LanguageModel(ModelConfig(mixers=mixers, **model), Execution(**execution))
     except ValueError as error:
         raise UserError(one_line(error)) from error
 

@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from rich.console import Console
 
 from train.checkpoint import Checkpoints
-from train.configuration import build_model, build_schedule, validate
+from train.configuration import build_model, build_schedule
 from train.data import Batch, abstract_batch, held_out_batches, training_batches
 from train.errors import UserError, one_line
 from train.evaluation import evaluate
@@ -90,16 +90,15 @@ def run(
     `at_end` takes the run and its last state; None is `finish`, which draws and prints what came out.
 
     Returns the step that the run is at: below `config.steps` where a signal asked it to save and stop. Raises UserError
-    for everything that the user can put right; nothing but a token cache is written before the configuration has passed
-    all checks, and nothing in a workdir that another program holds. One device or many, the mesh of `config.mesh` spans
-    all that JAX sees. Of several processes all call this, with the same configuration and workdir; only the first locks
-    the workdir, writes and prints.
+    for everything that the user can put right; `config` has passed `validate`, nothing but a token cache is written
+    before it has passed the other checks, and nothing in a workdir that another program holds. One device or many, the
+    mesh of `config.mesh` spans all that JAX sees. Of several processes all call this, with the same configuration and
+    workdir; only the first locks the workdir, writes and prints.
     """
 
     def report(message: str) -> None:
         console.out(message, highlight=False)
 
-    validate(config)
     check_trackers(config)
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh), nn.logical_axis_rules(RULES), ExitStack() as stack:
@@ -243,8 +242,8 @@ def check_skipped(state: TrainState, metrics: dict[str, jax.Array], limit: int) 
     shown = {"loss": "loss", "gradient norm": "grad_norm", "learning rate": "learning_rate"}
     figures = ", ".join(f"{name} {metrics[key].item():.6g}" for name, key in shown.items())
     raise UserError(
-        f"steps {step - in_a_row + 1} to {step} were skipped: their loss or gradient is not finite; at step {step} "
-        f"{figures}; {damaged} parameters are not finite, {int(state.skipped)} steps were skipped in all; lower "
+        f"steps {step - in_a_row + 1} to {step} were skipped: their loss, gradient or update is not finite; at step "
+        f"{step} {figures}; {damaged} parameters are not finite, {int(state.skipped)} steps were skipped in all; lower "
         "optimizer.learning_rate or set optimizer.clip_norm, and look at the data of these steps"
     )
 

@@ -18,7 +18,7 @@ import jax
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from train.configuration import apply_overrides, flatten, load_config
+from train.configuration import apply_overrides, flatten, load_config, validate
 from train.errors import UserError, one_line
 from train.loop import run
 from train.output import lenient_output
@@ -93,6 +93,7 @@ def main(arguments: Sequence[str]) -> int:
             debug = options.debug
             config, defaults = load_config(options.config), load_config(options.config)
             apply_overrides(config, overrides)
+            validate(config)
             workdir = default_workdir(config, defaults) if options.workdir is None else options.workdir
             settings = [f"{OVERRIDE}{key}={text}" for key, text in overrides]
             command = ["python", "-m", "train.main", "--config", options.config, *settings, "--workdir", str(workdir)]

@@ -5,20 +5,34 @@ import math
 from pathlib import Path
 from typing import Any
 
+from train.errors import UserError, one_line
+from train.keys import LARGEST_COUNT
 from train.workdir import replace, writing
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of the file, in order; a last line that was cut short is left out. No file, no records."""
-    if not path.exists():
+    """The records of the file, in order; no file, no records. Raises UserError where it cannot be read.
+
+    A line that is no record is left out, wherever it is: a kill cuts the last one short, a power cut leaves zeros, and
+    somebody may have written to the file.
+    """
+    try:
+        lines = path.read_bytes().splitlines()
+    except FileNotFoundError:
         return []
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:  # A kill in the middle of a write leaves such a line, and none after it.
-            break
-    return records
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or one_line(error)}") from error
+    return [record for record in map(parse_record, lines) if record is not None]
+
+
+def parse_record(line: bytes) -> dict[str, Any] | None:
+    """The record of a line, a JSON object whose step is the number of one; None where it is something else."""
+    try:
+        record = json.loads(line.decode("utf-8"))
+    except (ValueError, RecursionError):  # The latter of brackets without end.
+        return None
+    step = record.get("step") if isinstance(record, dict) else None
+    return record if type(step) is int and 0 <= step <= LARGEST_COUNT else None
 
 
 def only_finite(record: dict[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 # The object-oriented interface with its own canvas: no display is needed and pyplot's global state stays untouched.
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -19,22 +21,33 @@ def plot_runs(runs: Mapping[str, Sequence[dict[str, Any]]], path: Path) -> None:
     figure = Figure(figsize=(8, 5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
+    lines, labels = [], []
     for number, (name, records) in enumerate(runs.items()):
         color = f"C{number % 10}"
         training, held_out = points_of(records, "train/loss"), points_of(records, "eval/loss")
-        axes.plot(*training, color=color, linewidth=0.8, alpha=0.5, label=f"{name}: training batch")
+        lines += axes.plot(*training, color=color, linewidth=0.8, alpha=0.5)
+        lines += axes.plot(*held_out, color=color, marker="o", markersize=3.5)
         last = f" (last {held_out[1][-1]:.3f})" if held_out[1] else ""
-        axes.plot(*held_out, color=color, marker="o", markersize=3.5, label=f"{name}: held-out{last}")
+        # A name may have bytes that are not UTF-8, as the path of a workdir.
+        shown = name.encode("utf-8", "backslashreplace").decode()
+        labels += [f"{shown}: training batch", f"{shown}: held-out{last}"]
     axes.set(xlabel="step", ylabel="loss (nats per token)")
     axes.grid(alpha=0.3)
-    axes.legend()
+    # Labels given here, and not to the lines, may start with an underscore; and dollars in them are no formula.
+    for text in axes.legend(lines, labels).get_texts():
+        text.set_parse_math(False)
     figure.savefig(path, dpi=120)
 
 
 def points_of(records: Sequence[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
     """The steps and values of the records that have a figure under `key` (a skipped step has None)."""
-    points = [(record["step"], record[key]) for record in records if record.get(key) is not None]
+    points = [(record["step"], record[key]) for record in records if is_figure(record.get(key))]
     return [step for step, _ in points], [value for _, value in points]
+
+
+def is_figure(value: Any) -> bool:
+    """Whether a value can be drawn: a number in the range of float32, as every loss is."""
+    return isinstance(value, int | float) and abs(value) <= float(np.finfo(np.float32).max)
 
 
 def read_run(run: Path) -> list[dict[str, Any]]:

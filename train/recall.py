@@ -45,7 +45,7 @@ class RecallRows:
             raise UserError(f"data.repeat={self.repeat} must be from 1 to data.symbols={self.symbols}, all distinct")
         if self.fillers < 1:
             raise UserError(f"data.fillers={self.fillers} must be at least 1")
-        if not 0 <= self.gap[0] <= self.gap[1]:
+        if [type(end) for end in self.gap] != [int, int] or not 0 <= self.gap[0] <= self.gap[1]:
             raise UserError(f"data.gap={self.gap} must be a range (shortest, longest)")
         if self.length < self.longest:
             raise UserError(

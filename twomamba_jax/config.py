@@ -167,8 +167,8 @@ class ModelConfig:
             )
         if self.head_dim % 2 and any(mixer.rope and mixer.qk_dim is None for mixer in self.layer_mixers):
             raise ValueError(f"head_dim={self.head_dim} must be even: rotary embeddings turn pairs")
-        if not self.norm_eps > 0 or not self.rope_theta > 0:
-            raise ValueError(f"norm_eps={self.norm_eps} and rope_theta={self.rope_theta} must be positive")
+        if not 0 < self.norm_eps < math.inf or not 0 < self.rope_theta < math.inf:
+            raise ValueError(f"norm_eps={self.norm_eps} and rope_theta={self.rope_theta} must be positive and finite")
 
     @property
     def kv_heads(self) -> int:

@@ -166,6 +166,7 @@ def test_a_tokenizer_of_another_digest_in_the_workdir(user_error, tiny, finished
         ("def get_config(:", ["SyntaxError"]),
         ("def get_config():\n    return {}", ["returned dict"]),
         ("def get_config():\n    return 1 / 0", ["ZeroDivisionError"]),
+        ("def get_config():\n    raise SystemExit(3)", ["SystemExit: 3"]),
     ],
 )
 def test_bad_configuration_files(user_error, tmp_path, content, words):
@@ -174,6 +175,16 @@ def test_bad_configuration_files(user_error, tmp_path, content, words):
         path.write_text(content)
     line = user_error(["--config", str(path)])
     assert all(word in line for word in [*words, "my-config.py"]), line
+
+
+def test_a_configuration_for_an_older_version_is_one_line(user_error, tmp_path):
+    path = tmp_path / "mine.py"
+    lines = ["from configs import base", "def get_config():", "    c = base.get_config('mine', '2mamba', 'nano')"]
+    path.write_text("\n".join([*lines, "    del c.distributed", "    return c"]))
+    assert "the configuration lacks distributed" in user_error(
+        ["--config", str(path), "--workdir", str(tmp_path / "w")]
+    )
+    assert not (tmp_path / "w").exists()
 
 
 def test_sizes(user_error, tmp_path):

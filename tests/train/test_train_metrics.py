@@ -6,6 +6,7 @@ import json
 import pytest
 from rich.console import Console
 
+from train.errors import UserError
 from train.metrics import MetricsWriter, only_finite, read_metrics
 from train.plot import main as plot_main
 from train.plot import plot_runs, points_of
@@ -42,6 +43,43 @@ def test_floats_come_back_bit_for_bit(tmp_path):
 
 def test_no_file_has_no_records(tmp_path):
     assert read_metrics(tmp_path / "none") == []
+
+
+FOREIGN = [
+    b"[1]",
+    b"null",
+    b'"step"',
+    b"12",
+    b"",
+    b"not JSON",
+    b'{"train/loss": 1.0}',
+    b'{"step": "1"}',
+    b'{"step": 1.5}',
+    b'{"step": true}',
+    b'{"step": -1}',
+    b'{"step": 1' + b"0" * 400 + b"}",
+    b'{"step": 1, "name": "\xff"}',
+    b"\0" * 40,
+    b"[" * 100_000,
+    b'{"step": 9, "tra',
+]
+
+
+@pytest.mark.parametrize("line", FOREIGN, ids=lambda line: ascii(line[:24]))
+def test_a_line_that_is_no_record_is_left_out(tmp_path, line):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1, "train/loss": 2.0}\n' + line + b'\n{"step": 2, "train/loss": 1.0}\n')
+    assert [record["step"] for record in read_metrics(path)] == [1, 2]
+    MetricsWriter(path, 1).close()  # as a run does that is resumed after step 1
+    assert path.read_text() == '{"step": 1, "train/loss": 2.0}\n'
+
+
+def test_metrics_that_cannot_be_read_are_one_line(tmp_path, capsys):
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(UserError, match=r"cannot read .*metrics\.jsonl: Is a directory"):
+        read_metrics(tmp_path / "metrics.jsonl")
+    assert plot_main([str(tmp_path)]) == 2
+    assert "error: cannot read" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("records", [[], [{"step": 1, "train/loss": 3.0}, {"step": 2, "eval/loss": 2.0}]])
@@ -113,3 +151,15 @@ def test_points_leave_out_what_is_not_there():
     records = [{"step": 1, "train/loss": 3.0}, {"step": 2, "train/loss": None}, {"step": 3, "eval/loss": 2.0}]
     assert points_of(records, "train/loss") == ([1], [3.0])
     assert points_of(records, "eval/loss") == ([3], [2.0])
+
+
+def test_points_leave_out_what_cannot_be_drawn():
+    values = ["2.0", [1], {}, float("nan"), float("inf"), 10**400, 1e300, 1, 2.5]
+    records = [{"step": step, "train/loss": value} for step, value in enumerate(values)]
+    assert points_of(records, "train/loss") == ([7, 8], [1, 2.5])
+
+
+def test_a_name_is_drawn_whatever_it_is(tmp_path):
+    names = ("$\\frac$", "_hidden", "\udcff", "[/red]x")
+    plot_runs({name: [{"step": 1, "train/loss": 3.0}] for name in names}, tmp_path / "curve.png")
+    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")

@@ -63,6 +63,8 @@ def test_batches_resume_at_their_position():
         ({"repeat": 21}, "data.repeat=21 must be from 1 to data.symbols=20"),
         ({"fillers": 0}, "data.fillers=0"),
         ({"gap": (5, 4)}, r"data.gap=\(5, 4\)"),
+        ({"gap": (1.5, 4)}, r"data.gap=\(1.5, 4\)"),
+        ({"gap": [3]}, r"data.gap=\[3\]"),
         ({"length": 29}, "length=29 is too short: the longest problem has 30 tokens"),
     ],
 )
