@@ -115,7 +115,7 @@ def get_config(name: str, variant: str, size: str) -> ConfigDict:
     config.eval_rows = optional(int, 1024)  # spread evenly over the held-out split; None: all of it
     config.checkpoint_every = 1000
     config.checkpoints_kept = 3  # the last; the best held-out one is kept besides
-    config.skip_limit = 10  # so many steps in a row, skipped since they were not finite, end the run
+    config.skip_limit = 10  # so many steps in a row with a loss or gradient that is not finite end the run
 
     config.log = ConfigDict({"tensorboard": False, "wandb": False, "wandb_project": "twomamba"})
     config.profile = ConfigDict({"start": optional(int), "steps": 5})  # steps under JAX's profiler

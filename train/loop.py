@@ -242,8 +242,8 @@ def check_skipped(state: TrainState, metrics: dict[str, jax.Array], limit: int) 
     shown = {"loss": "loss", "gradient norm": "grad_norm", "learning rate": "learning_rate"}
     figures = ", ".join(f"{name} {metrics[key].item():.6g}" for name, key in shown.items())
     raise UserError(
-        f"steps {step - in_a_row + 1} to {step} were skipped: their loss, gradient or update is not finite; at step "
-        f"{step} {figures}; {damaged} parameters are not finite, {int(state.skipped)} steps were skipped in all; lower "
+        f"steps {step - in_a_row + 1} to {step} were skipped: their loss or gradient is not finite; at step {step} "
+        f"{figures}; {damaged} parameters are not finite, {int(state.skipped)} steps were skipped in all; lower "
         "optimizer.learning_rate or set optimizer.clip_norm, and look at the data of these steps"
     )
 

@@ -20,8 +20,8 @@ Array = jax.Array
 class TrainState(NamedTuple):
     """Everything that a step changes: the parameters, the optimiser's state, and int32 counts.
 
-    `step`: steps made, those included that were skipped since their loss, gradient or update was not finite; `skipped`:
-    these; `skipped_in_a_row`: these since the last that was not.
+    `step`: steps made, those included that were skipped since their loss or gradient was not finite; `skipped`: these;
+    `skipped_in_a_row`: these since the last that was not.
     """
 
     step: Array
@@ -48,11 +48,6 @@ def weighted_sums(
     """
     x = model.apply({"params": params}, batch["tokens"], segment_ids=batch["segment_ids"], apply_head=False)
     return cross_entropy(x, params["head"], batch["targets"], batch["weights"], chunk_size, shards)
-
-
-def all_finite(tree: Any) -> Array:
-    """Whether every number of the leaves is finite."""
-    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))
 
 
 def make_init(
@@ -89,8 +84,8 @@ def make_train_step(
     """The jitted `step(state, batch) -> (state, metrics)`; the old state is donated.
 
     `state` gives the shardings (abstract will do), `chunk_size` is that of `cross_entropy`. The loss is
-    sum(weight * nll) / sum(weight) over the whole batch, in however many `microbatches`. Where the loss, the norm of
-    its gradient or a parameter that it leads to is not finite, nothing but the counts of the state changes.
+    sum(weight * nll) / sum(weight) over the whole batch, in however many `microbatches`. Where the loss or the norm of
+    its gradient is not finite, nothing but the counts of the state changes.
     metrics: loss, accuracy, grad_norm (before clipping), learning_rate, float32 scalars; skipped and skipped_in_a_row,
     those of the new state.
     """
@@ -114,17 +109,13 @@ def make_train_step(
         gradients, means = sum_over_microbatches(gradients_and_sums, batch, microbatches, shards[0])
         loss = means.loss
         grad_norm = optax.tree.norm(gradients)
-
-        def updated(params: Any, opt_state: Any) -> tuple[Any, Any]:
-            updates, opt_state = optimizer.update(gradients, opt_state, params)
-            return optax.apply_updates(params, updates), opt_state
-
-        # A finite gradient may have an update that overflows or is 0 / 0. The barrier has XLA compute the update twice,
-        # once to look at it and once to write it: kept in between, it would take the memory of another state.
-        old = state.params, state.opt_state
-        looked_at, _ = updated(*jax.lax.optimization_barrier(old))
-        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & all_finite(looked_at)
-        params, opt_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated(*old), old)
+        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        params, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old),
+            (optax.apply_updates(state.params, updates), opt_state),
+            (state.params, state.opt_state),
+        )
         skipped = state.skipped + ~finite
         in_a_row = jnp.where(finite, 0, state.skipped_in_a_row + 1)
         metrics = {

@@ -66,10 +66,10 @@ def test_loss_is_weighted_by_token():
     assert float(sums.weight) == data["weights"].sum()
 
 
-def make(clip_norm=None, rate=0.1, model=None, microbatches=1, b1=0.9):
+def make(clip_norm=None, rate=0.1, model=None, microbatches=1):
     mesh, model = make_mesh(SIZES), model or Bigram()
     schedule = make_schedule("linear", rate, 0, 10)
-    optimizer = make_optimizer(schedule, b1=b1, b2=0.999, eps=1e-7, weight_decay=0.01, clip_norm=clip_norm)
+    optimizer = make_optimizer(schedule, b1=0.9, b2=0.999, eps=1e-7, weight_decay=0.01, clip_norm=clip_norm)
     with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
         init, abstract = make_init(model, optimizer, mesh)
         return (
@@ -151,23 +151,6 @@ def test_a_gradient_that_overflows_is_skipped():
     assert np.isinf(metrics["grad_norm"])
     assert int(state.skipped) == 1
     assert np.array_equal(state.params["head"], before)
-
-
-@pytest.mark.parametrize(
-    "options",
-    [{"b1": 1.0, "clip_norm": 1.0, "microbatches": 3}, {"rate": 3.4e38}],
-    ids=["0 / 0", "overflow"],
-)
-def test_an_update_that_is_not_finite_is_skipped(options):
-    init, _, train_step, _ = make(**options)
-    state = init(jax.random.key(0))
-    before = jax.tree.map(np.asarray, (state.params, state.opt_state))
-    state, metrics = train_step(state, {**batch(), "weights": np.ones((3, 4), np.float32)})
-    assert np.isfinite(metrics["loss"])
-    assert np.isfinite(metrics["grad_norm"])
-    assert [int(count) for count in (state.step, state.skipped, state.skipped_in_a_row)] == [1, 1, 1]
-    for found, wanted in zip(jax.tree.leaves((state.params, state.opt_state)), jax.tree.leaves(before), strict=True):
-        assert np.array_equal(found, wanted)
 
 
 def test_evaluation_weights_by_token_across_batches():
