@@ -135,8 +135,8 @@ KEYS = {
     "length": count(most=LONGEST_ROW),
     "microbatches": count(),
     "loss_chunk_size": count(optional=True),
-    # These ranges keep Adam's update finite where the gradient is, so a step need not look at it: that would be a second
-    # pass over parameters and moments, 1.3 ms of 87 for `small` by its bytes.
+    # Beyond such ranges Adam makes NaN or infinity of finite gradients. A step does not look at its update for that: it
+    # would be a second pass over parameters and moments, 1.3 ms of 87 for `small` by its bytes.
     "optimizer.learning_rate": Key(float, above=0, most=1e30),
     # train/schedules.py has the ranges of the learning rate's shape, which depend on one another.
     "optimizer.warmup_steps": Key(int, most=LARGEST_COUNT),
