@@ -17,6 +17,7 @@ from train.errors import UserError, one_line
 from train.loop import run
 from train.processes import join, leave, process_name
 from train.workdir import default_workdir
+from twomamba_jax.compilation_cache import keep_programs
 
 DESCRIPTION = """\
 Trains a language model. Giving the same command again resumes the run from its latest checkpoint. Every key of the
@@ -68,6 +69,7 @@ def main(arguments: Sequence[str]) -> int:
         settings = [f"--config.{key}={text}" for key, text in overrides]
         command = ["python", "-m", "train.main", "--config", options.config, *settings, "--workdir", str(workdir)]
         resume = shlex.join(command)
+        keep_programs(lambda message: print(f"warning: {message}", file=sys.stderr))
         join(config.distributed)
         console = Console(quiet=jax.process_index() > 0)
         step = run(config, workdir, lambda message: print(f"warning: {message}", file=sys.stderr), console)
