@@ -10,6 +10,10 @@ import pytest
 # tests do), which halves it; the programs that the command-line tests start in processes of their own are optimised.
 jax.config.update("jax_disable_most_optimizations", True)
 
+# No test reads or writes the cache of whoever runs them: not here, and not in a process that a test starts.
+jax.config.update("jax_enable_compilation_cache", False)
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "0"
+
 # Interpreted kernels that run at the same time share threads and may wait for each other for ever: outside of `jax.jit`
 # the next program starts when the one before has ended.
 jax.config.update("jax_cpu_enable_async_dispatch", False)

@@ -11,7 +11,7 @@ import pytest
 from models import params_of
 
 from twomamba_jax import Execution, LanguageModel, ModelConfig, generate, init_cache, parse_pattern
-from twomamba_jax.generation import decode, decode_loop, prefill, prefill_pieces
+from twomamba_jax.generation import decode, decode_loop, prefill, prefill_pieces, seed
 from twomamba_jax.sampling import Sampling, sample
 
 PATTERN = "softmax,2mamba*"  # a cache of each kind
@@ -141,18 +141,22 @@ def test_rows_do_not_feel_each_other():
 
 
 def test_a_generation_in_pieces_is_the_generation_in_one():
+    """With parameters that are bound to a device, as a checkpoint's are: all pieces are one compiled program."""
     model, params = model_and_params(PATTERN)
+    params = jax.device_put(params, jax.devices()[0])
     prompts, sampling = jnp.array([[1, 2, 3], [4, 5, 6]]), Sampling(temperature=1.0)
 
     def start():
-        return prefill(model, params, prompts, init_cache(model.config, 2, 15, fold_size=2))
+        return seed(prefill(model, params, prompts, init_cache(model.config, 2, 15, fold_size=2)), jax.random.key(0))
 
+    size = decode_loop._cache_size()
     whole, _ = decode(model, params, start(), 12, sampling=sampling)
     state, pieces = start(), []
     for _ in range(3):
         piece, state = decode(model, params, state, 4, sampling=sampling)
         pieces.append(piece.tokens)
     np.testing.assert_array_equal(jnp.concatenate(pieces, axis=1), whole.tokens)
+    assert decode_loop._cache_size() == size + 2
 
 
 def test_top_k_and_top_p_keep_the_likeliest():

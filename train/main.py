@@ -25,6 +25,7 @@ from train.output import lenient_output
 from train.paths import expand_user
 from train.processes import join, leave, process_name
 from train.workdir import default_workdir, free_on_resume
+from twomamba_jax.compilation_cache import keep_programs
 
 DESCRIPTION = """\
 Trains a language model. Giving the same command again resumes the run from its latest checkpoint. Every key of the
@@ -81,6 +82,11 @@ def last_line(config: ConfigDict, step: int, command: str) -> str:
     return f"the learning rate ended with the run, so more steps are another run; to show this one again: {command}"
 
 
+def warn(message: str) -> None:
+    """Says what a user should know, and the run goes on in spite of."""
+    print(f"warning: {message}", file=sys.stderr)
+
+
 @lenient_output()
 def main(arguments: Sequence[str]) -> int:
     """Runs the command line; returns the exit status: 0, 2 for a mistake of the user, 130 where it could not save."""
@@ -98,9 +104,10 @@ def main(arguments: Sequence[str]) -> int:
             settings = [f"{OVERRIDE}{key}={text}" for key, text in overrides]
             command = ["python", "-m", "train.main", "--config", options.config, *settings, "--workdir", str(workdir)]
             resume = shlex.join(command)
+            keep_programs(warn)
             join(config.distributed)
             console = Console(quiet=jax.process_index() > 0)
-            step = run(config, workdir, lambda message: print(f"warning: {message}", file=sys.stderr), console)
+            step = run(config, workdir, warn, console)
             if step < config.steps:
                 console.out(f"stopped by a signal, saved at step {step}", highlight=False)
             console.out(last_line(config, step, resume), highlight=False)

@@ -4,7 +4,10 @@ Runs, tokenizers and checkpoints are the training program's (`pip install "twoma
 """
 
 import argparse
+import dataclasses
+import io
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -16,10 +19,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from twomamba_jax.generation import check_prompts, decode, fork, prefill, row_keys
+from twomamba_jax.compilation_cache import keep_programs
+from twomamba_jax.generation import decode, fork, prefill, seed
 from twomamba_jax.layers import LanguageModel, init_cache
+from twomamba_jax.layers.tokens import as_tokens
 from twomamba_jax.ops.cached_attention import FOLD_SIZE
 from twomamba_jax.ops.feature_map import FINITE_SCORES
+from twomamba_jax.ops.kernels import IMPLEMENTATIONS
 from twomamba_jax.ops.state import state_bytes
 from twomamba_jax.sampling import Sampling, check_sampling
 
@@ -29,7 +35,8 @@ MIB = 2**20
 DESCRIPTION = """\
 Continues a prompt with the model that was trained in a working directory. Text goes to stdout as it comes; the speed
 and the size of the cache to stderr at the end. Mistakes are one line on stderr and exit status 2; Ctrl-C keeps what is
-there and exits with 130."""
+there and exits with 130, and 141 says that nobody read the text any more. Compiled programs are kept in
+~/.cache/twomamba_jax, unless JAX_COMPILATION_CACHE_DIR names another place or JAX_ENABLE_COMPILATION_CACHE is 0."""
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -42,10 +49,11 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
     parser = Parser("python -m twomamba_jax.generate", description=DESCRIPTION, allow_abbrev=False)
     add = parser.add_argument
-    add("--workdir", type=Path, required=True, metavar="DIR", help="of a run of train.main")
+    home = os.path.expanduser  # a shell leaves the ~ of --workdir=~/run as it is
+    add("--workdir", type=lambda text: Path(home(text)), required=True, metavar="DIR", help="of a run of train.main")
     prompt = parser.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", metavar="TEXT", help="may be empty: the model then starts a document")
-    prompt.add_argument("--prompt_file", metavar="FILE", help="- reads standard input")
+    prompt.add_argument("--prompt_file", type=home, metavar="FILE", help="- reads standard input")
     add("--max_new_tokens", type=int, default=256, metavar="N")
     add("--temperature", type=float, default=0.7, metavar="X", help="0 takes the likeliest token")
     add("--top_k", type=int, metavar="K")
@@ -56,11 +64,16 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--max_length", type=int, metavar="N", help="tokens of key/value caches; default: as many as needed")
     add("--prefill_size", type=int, metavar="N", help="reads a long prompt in pieces of so many tokens")
     add("--fold_size", type=int, default=FOLD_SIZE, metavar="R", help="tokens that a finite state takes in at a time")
+    add("--implementation", choices=IMPLEMENTATIONS, help="default: the run's, or another if that cannot run here")
     return parser.parse_args(arguments)
 
 
-def load(workdir: Path, which: str) -> tuple[LanguageModel, Any, Any]:
-    """The model, parameters and tokenizer of a run. Raises `train.errors.UserError`."""
+def load(workdir: Path, which: str, implementation: str | None = None) -> tuple[LanguageModel, Any, Any]:
+    """The model, parameters and tokenizer of a run. Raises `train.errors.UserError`.
+
+    An `implementation` of None is the run's where it is XLA, and otherwise chosen call by call: the kernels that a run
+    was trained with may not run here, and do not have all calls of a generation.
+    """
     from ml_collections import ConfigDict
 
     from train.checkpoint import restore_params
@@ -76,11 +89,19 @@ def load(workdir: Path, which: str) -> tuple[LanguageModel, Any, Any]:
         raise UserError(f"cannot read {workdir / 'config.json'}: {error}") from error
     tokenizer = load_kept_tokenizer(config["data"], workdir)
     model = build_model(ConfigDict(config))
+    if implementation is None and model.execution.implementation == "xla":
+        implementation = "xla"
+    model = model.clone(execution=dataclasses.replace(model.execution, implementation=implementation))
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     shapes = jax.eval_shape(lambda key: nn.unbox(model.init(key, jnp.zeros((1, 8), jnp.int32))), jax.random.key(0))
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), shapes["params"])
-    params, _ = restore_params(workdir, shapes, which, lambda text: print(f"warning: {text}", file=sys.stderr))
+    params, _ = restore_params(workdir, shapes, which, warn)
     return model, params, tokenizer
+
+
+def warn(text: str) -> None:
+    """Says what a user should know, and can go on in spite of."""
+    print(f"warning: {text}", file=sys.stderr)
 
 
 def read_prompt(name: str) -> str:
@@ -115,9 +136,8 @@ def blocks(model: LanguageModel, params, tokens, options, stop_tokens) -> Iterat
             f"--max_new_tokens={options.max_new_tokens} and --num_samples={options.num_samples} must be at least 1"
         )
     sampling = Sampling(options.temperature, options.top_k, options.top_p)
-    check_sampling(sampling, model.config.vocab_size)
-    tokens = jnp.asarray(tokens)[None]
-    check_prompts(tokens, None)
+    sampling = check_sampling(sampling, model.config.vocab_size)
+    tokens, _, _ = as_tokens(tokens[None], model.config.vocab_size)
     needed = tokens.shape[1] + options.max_new_tokens
     capacity = needed if options.max_length is None else options.max_length
     if capacity < needed and any(mixer.score not in FINITE_SCORES for mixer in model.config.mixers):
@@ -127,7 +147,7 @@ def blocks(model: LanguageModel, params, tokens, options, stop_tokens) -> Iterat
         )
     cache = init_cache(model.config, 1, capacity, fold_size=options.fold_size, dtype=model.execution.dtype)
     state = fork(prefill(model, params, tokens, cache, prefill_size=options.prefill_size), options.num_samples)
-    state = state._replace(keys=row_keys(jax.random.key(options.seed), options.num_samples))
+    state = seed(state, jax.random.key(options.seed))
     size, left = state_bytes(state.cache), options.max_new_tokens
     while left > 0 and not state.done.all():
         # The last block too, of which fewer may be wanted: another length would be another program to compile.
@@ -163,7 +183,8 @@ class Stream:
 
 def run(options: argparse.Namespace) -> int:
     """Generates and prints; returns the exit status."""
-    model, params, tokenizer = load(options.workdir, options.checkpoint)
+    keep_programs(warn)
+    model, params, tokenizer = load(options.workdir, options.checkpoint, options.implementation)
     tokens = prompt_tokens(options, tokenizer)
     streams = [Stream(tokenizer, sys.stdout)] if options.num_samples == 1 else []
     rows: list[list[int]] = [[] for _ in range(options.num_samples)]
@@ -193,7 +214,12 @@ def run(options: argparse.Namespace) -> int:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Runs the command line; returns the exit status: 0, 2 for a mistake of the user, 130 for an interrupt."""
+    """Runs the command line; returns the exit status.
+
+    0; 2 for a mistake of the user, or a disk without room; 130 for an interrupt; 141 where nobody reads what it writes.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # what its encoding lacks shows as an escape
     try:
         options = parse(arguments)
         try:
@@ -207,6 +233,20 @@ def main(arguments: Sequence[str]) -> int:
     except ValueError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except OSError as error:
+        close_output()
+        if isinstance(error, BrokenPipeError):
+            print("stopped: nobody reads standard output any more", file=sys.stderr)
+            return 141  # 128 + SIGPIPE, as the shell says of others
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def close_output() -> None:
+    """Lets what is still buffered for standard output go nowhere: writing it at exit would fail once more."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)

@@ -97,36 +97,52 @@ def generate(
             f"temperature={sampling.temperature} samples and needs a random key: pass rng=jax.random.key(seed)"
         )
     batch, size = tokens.shape
-    keys = row_keys(jax.random.key(0) if rng is None else rng, batch * num_samples)
+    rng = check_keys(jax.random.key(0) if rng is None else rng, batch * num_samples)
     options = {"fold_size": fold_size, "dtype": model.execution.dtype, "state_dtype": state_dtype}
     cache = init_cache(model.config, batch, size + max_new_tokens, **options)
     start = prefill(model, params, tokens, cache, lengths=lengths, prefill_size=prefill_size)
-    start = fork(start, num_samples)._replace(keys=keys)
+    start = seed(fork(start, num_samples), rng)
     return decode(model, params, start, max_new_tokens, sampling=sampling, stop_tokens=stop_tokens)[0]
+
+
+def seed(decoding: Decoding, rng: jax.Array) -> Decoding:
+    """The decoding with a key of its own for each row: `rng [rows]`, or `fold_in(rng, row)` of a single key.
+
+    Raises ValueError for what are no keys, or not as many.
+    """
+    return decoding._replace(keys=_keys_beside(check_keys(rng, decoding.done.shape[0]), decoding.done))
+
+
+@functools.partial(jax.jit, keep_unused=True)
+def _keys_beside(rng: jax.Array, done: jax.Array) -> jax.Array:
+    """`row_keys`, bound to a device if `done` is: for arrays of both kinds `decode` would be compiled once more."""
+    return row_keys(rng, done.shape[0])
 
 
 def row_keys(rng: jax.Array, rows: int) -> jax.Array:
     """Keys [rows]: `rng` itself if it is that already, else `fold_in(rng, row)` for each row. Raises ValueError."""
-    rng = typed_keys(rng)
+    rng = check_keys(rng, rows)
     if rng.ndim == 0:
         return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(rng, jnp.arange(rows))
-    if rng.shape != (rows,):
-        raise ValueError(f"rng must be one key, or {rows} keys, one for each row of the result; got {rng.shape}")
     return rng[jnp.arange(rows)]  # a copy: what `decode` is given is donated
 
 
-def typed_keys(rng) -> jax.Array:
-    """`rng` with a key's dtype: those of `jax.random.PRNGKey` are words, in the last axis. Raises ValueError."""
+def check_keys(rng, rows: int) -> jax.Array:
+    """One key or `rows` keys, with a key's dtype: those of `jax.random.PRNGKey` are words. Raises ValueError."""
     dtype = getattr(rng, "dtype", None)
-    if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key):
-        return rng
-    if dtype == jnp.uint32 and rng.ndim > 0:
-        try:
-            return jax.random.wrap_key_data(jnp.asarray(rng))
-        except TypeError:  # not as many words as a key has
-            pass
-    found = type(rng).__name__ if dtype is None else f"{dtype} {rng.shape}"
-    raise ValueError(f"rng must be made by jax.random.key(seed) or jax.random.PRNGKey(seed), got {found}")
+    if dtype == jnp.uint32 and rng.ndim > 0 and rng.shape[-1:] == _words():
+        rng = jax.random.wrap_key_data(jnp.asarray(rng))
+    elif dtype is None or not jnp.issubdtype(dtype, jax.dtypes.prng_key):
+        found = type(rng).__name__ if dtype is None else f"{dtype} {rng.shape}"
+        raise ValueError(f"rng must be made by jax.random.key(seed) or jax.random.PRNGKey(seed), got {found}")
+    if rng.shape not in ((), (rows,)):
+        raise ValueError(f"rng must be one key, or {rows} keys, one for each row of the result; got {rng.shape}")
+    return rng
+
+
+def _words() -> tuple[int, ...]:
+    """The shape of a key's words, by the generator that is set."""
+    return jax.eval_shape(jax.random.PRNGKey, 0).shape
 
 
 def prefill(

@@ -109,6 +109,7 @@ def user_error(capsys):
 def start(compilation_cache):
     """A function that starts the command line in a process of its own."""
     environment = os.environ | {key.upper(): str(value) for key, value in compilation_cache.items()}
+    environment["JAX_ENABLE_COMPILATION_CACHE"] = "1"
 
     def run(arguments: list[str]) -> subprocess.Popen[str]:
         command = [sys.executable, "-m", "train.main", *arguments]

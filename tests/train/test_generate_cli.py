@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -11,7 +12,7 @@ from train.documents import find_inputs, read_documents
 from train.main import main as train
 from train.tokenizers import load_tokenizer
 from twomamba_jax import command_line
-from twomamba_jax.command_line import Stream, main
+from twomamba_jax.command_line import Stream, load, main
 
 
 def generate(capsys, workdir, *options, status=0):
@@ -112,6 +113,47 @@ def test_an_interrupt_keeps_what_is_there(capsys, finished, monkeypatch):
     assert len(got.out) > 1
     assert whole.startswith(got.out[:-1].rstrip("\N{REPLACEMENT CHARACTER}"))
     assert got.err.startswith("32 tokens, ")
+
+
+def test_a_run_with_kernels_generates_where_there_are_none(capsys, finished, tmp_path):
+    options = ("--prompt", "def f", "--max_new_tokens", "64")
+    want = generate(capsys, finished, *options).out
+    kernels = tmp_path / "kernels"
+    shutil.copytree(finished, kernels)
+    config = json.loads((kernels / "config.json").read_text())
+    config["execution"]["implementation"] = "mosaic_gpu"
+    (kernels / "config.json").write_text(json.dumps(config))
+    assert generate(capsys, kernels, *options).out == want
+    error = generate(capsys, kernels, *options, "--implementation", "mosaic_gpu", status=2).err
+    assert "implementation='mosaic_gpu' cannot compute this call: it needs a Hopper GPU" in error
+    assert error.count("\n") == 1
+    assert load(finished, "best", "xla")[0].execution.implementation == "xla"
+
+
+def test_a_closed_pipe_ends_in_one_line(capsys, finished, monkeypatch):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w", encoding="utf-8") as out:
+        monkeypatch.setattr(sys, "stdout", out)
+        assert main(["--workdir", str(finished), "--prompt", "def f", "--max_new_tokens", "64"]) == 141
+    monkeypatch.undo()
+    assert capsys.readouterr().err == "stopped: nobody reads standard output any more\n"
+
+
+def test_a_character_that_stdout_lacks_is_an_escape(capsys, finished, monkeypatch):
+    options = ("--prompt", "def f", "--max_new_tokens", "64")
+    want = generate(capsys, finished, *options).out
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", out)
+    assert main(["--workdir", str(finished), *options]) == 0
+    assert not want.isascii()
+    assert out.buffer.getvalue() == want.encode("ascii", "backslashreplace")
+
+
+def test_a_tilde_is_the_home_directory(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    options = command_line.parse(["--workdir=~/run", "--prompt_file=~/prompt"])
+    assert (str(options.workdir), options.prompt_file) == ("/home/me/run", "/home/me/prompt")
 
 
 def test_half_a_character_waits_for_the_other():
