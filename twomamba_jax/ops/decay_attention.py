@@ -65,8 +65,8 @@ def decay_attention(
       q: queries [B, T, H, K], bfloat16, float16, float32 or float64.
       k: keys [B, T, G, K]; H % G == 0, and query head h reads head h // (H // G).
       v: values [B, T, G, V].
-      log_decay: [B, T, G], natural log of the decay of each token, <= 0; float32 or float64, and summed in the accumulation
-        dtype of q. None: no decay. Below -128 it acts as -128, which is 0 in float32.
+      log_decay: [B, T, G], natural log of the decay of each token, <= 0; float32 or float64, summed in float32
+        or q's wider dtype. None: no decay. Below -128 it acts as -128, which is 0 in float32.
       score: `linear`, `squared` or `exp`. `linear` with `normalize` asks for non-negative <q, k>.
       normalize: whether rows are divided by the sum of their weights. A row whose weights sum to less than 2^-100 is
         0, and so are its gradients.
