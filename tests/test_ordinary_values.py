@@ -156,9 +156,9 @@ def test_no_rows_give_no_rows():
         generate(model, params, np.zeros((0, 3), np.int32), max_new_tokens=1)
 
 
-def test_runs_where_rank_promotion_raises():
+def test_runs_where_promotion_is_forbidden():
     """Shapes alone are computed: nothing is compiled."""
-    with jax.numpy_rank_promotion("raise"):
+    with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
         model = model_of("softmax,mamba2", 2)
         params = jax.eval_shape(lambda: params_of(model))
         tokens, lengths, segment_ids = (
@@ -189,3 +189,11 @@ def test_runs_where_rank_promotion_raises():
             jax.eval_shape(functools.partial(decay_attention, *inputs, score=score, form=form, **rows))
             token = [x[:, 0] for x in inputs]
             jax.eval_shape(functools.partial(decay_attention_step, *token, state, score=score, normalize=True))
+
+
+def test_a_float64_decay_of_float32_keys_is_taken():
+    with jax.enable_x64(True):
+        q, log_decay = jnp.ones((1, 5, 2, 4), jnp.float32), -jnp.ones((1, 5, 2), jnp.float64)
+        for score in ("squared", "exp"):
+            attend = functools.partial(decay_attention, q, q, q, log_decay, score=score, chunk_size=2)
+            assert jax.eval_shape(attend).dtype == jnp.float32

@@ -21,6 +21,7 @@ import numpy as np
 
 from twomamba_jax.compilation_cache import keep_programs
 from twomamba_jax.generation import decode, fork, prefill, seed
+from twomamba_jax.interruption import Interruption
 from twomamba_jax.layers import LanguageModel, init_cache
 from twomamba_jax.layers.tokens import as_tokens
 from twomamba_jax.ops.cached_attention import FOLD_SIZE
@@ -34,9 +35,10 @@ MIB = 2**20
 
 DESCRIPTION = """\
 Continues a prompt with the model that was trained in a working directory. Text goes to stdout as it comes; the speed
-and the size of the cache to stderr at the end. Mistakes are one line on stderr and exit status 2; Ctrl-C keeps what is
-there and exits with 130, and 141 says that nobody read the text any more. Compiled programs are kept in
-~/.cache/twomamba_jax, unless JAX_COMPILATION_CACHE_DIR names another place or JAX_ENABLE_COMPILATION_CACHE is 0."""
+and the size of the cache to stderr at the end. Mistakes are one line on stderr and exit status 2. Ctrl-C ends with the
+block of tokens that is under way, a second one at once, and exits with 130; 141 says that nobody read the text any
+more. Compiled programs are kept in ~/.cache/twomamba_jax, unless JAX_COMPILATION_CACHE_DIR names another place or
+JAX_ENABLE_COMPILATION_CACHE is 0."""
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -181,25 +183,25 @@ class Stream:
         self._shown = max(self._shown, len(text))
 
 
-def run(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace, interruption: Interruption) -> int:
     """Generates and prints; returns the exit status."""
     keep_programs(warn)
     model, params, tokenizer = load(options.workdir, options.checkpoint, options.implementation)
     tokens = prompt_tokens(options, tokenizer)
     streams = [Stream(tokenizer, sys.stdout)] if options.num_samples == 1 else []
     rows: list[list[int]] = [[] for _ in range(options.num_samples)]
-    size, times, counts, status = 0, [time.perf_counter()], [], 0
-    try:
-        for new, lengths, cache_size in blocks(model, params, tokens, options, (tokenizer.eos_id,)):
-            size = cache_size
-            for row, ids, length in zip(rows, new.tolist(), lengths.tolist()):
-                row += ids[:length]
-                for stream in streams:
-                    stream.write(ids[:length])
-            times.append(time.perf_counter())
-            counts.append(int(lengths.sum()))
-    except KeyboardInterrupt:
-        status = 130
+    size, times, counts = 0, [time.perf_counter()], []
+    interruption.keeps = True
+    for new, lengths, cache_size in blocks(model, params, tokens, options, (tokenizer.eos_id,)):
+        size = cache_size
+        for row, ids, length in zip(rows, new.tolist(), lengths.tolist()):
+            row += ids[:length]
+            for stream in streams:
+                stream.write(ids[:length])
+        times.append(time.perf_counter())
+        counts.append(int(lengths.sum()))
+        if interruption.requested:
+            break
     for stream in streams:
         stream.finish()
     for number, row in enumerate([] if streams else rows):
@@ -210,7 +212,7 @@ def run(options: argparse.Namespace) -> int:
     else:
         speed = "too few tokens for a speed"
     print(f"{sum(counts)} tokens, {speed}; cache {size / MIB:,.2f} MiB", file=sys.stderr)
-    return status
+    return 130 if interruption.requested else 0
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -227,7 +229,8 @@ def main(arguments: Sequence[str]) -> int:
         except ImportError as error:
             raise ValueError(f'{error}; install what reads runs: pip install "twomamba-jax[train]"') from error
         try:
-            return run(options)
+            with Interruption() as interruption:
+                return run(options, interruption)
         except UserError as error:
             raise ValueError(str(error)) from error
     except ValueError as error:

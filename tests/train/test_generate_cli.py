@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -13,6 +14,7 @@ from train.main import main as train
 from train.tokenizers import load_tokenizer
 from twomamba_jax import command_line
 from twomamba_jax.command_line import Stream, load, main
+from twomamba_jax.interruption import Interruption
 
 
 def generate(capsys, workdir, *options, status=0):
@@ -99,13 +101,14 @@ def test_a_prompt_longer_than_a_key_value_cache(capsys, tiny, tmp_path):
 
 
 def test_an_interrupt_keeps_what_is_there(capsys, finished, monkeypatch):
+    """The block under way too: an exception could land where Python drops it."""
     whole = generate(capsys, finished, "--prompt", "def f", "--max_new_tokens", "64").out
     decode, calls = command_line.decode, []
 
     def interrupted(*args, **options):
         calls.append(args)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
+        if len(calls) == 2:
+            signal.raise_signal(signal.SIGINT)
         return decode(*args, **options)
 
     monkeypatch.setattr(command_line, "decode", interrupted)
@@ -113,6 +116,21 @@ def test_an_interrupt_keeps_what_is_there(capsys, finished, monkeypatch):
     assert len(got.out) > 1
     assert whole.startswith(got.out[:-1].rstrip("\N{REPLACEMENT CHARACTER}"))
     assert got.err.startswith("32 tokens, ")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_an_interrupt_with_nothing_to_keep_ends_at_once(capfd, monkeypatch):
+    statuses = []
+    monkeypatch.setattr(os, "_exit", statuses.append)
+    with Interruption() as interruption:
+        signal.raise_signal(signal.SIGINT)
+        assert (statuses, interruption.requested) == ([130], False)
+        interruption.keeps = True
+        signal.raise_signal(signal.SIGINT)
+        assert (statuses, interruption.requested) == ([130], True)
+        signal.raise_signal(signal.SIGINT)
+    assert statuses == [130, 130]
+    assert capfd.readouterr().err == "interrupted\n" * 2
 
 
 def test_a_run_with_kernels_generates_where_there_are_none(capsys, finished, tmp_path):

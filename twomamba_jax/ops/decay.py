@@ -39,10 +39,10 @@ def softplus_decay(projection: Float[Array, "B T G"], bias: Float[Array, "G"] | 
 
 
 def clamp_log_decay(log_decay: Float[Array, "..."] | None, dtype) -> Float[Array, "..."] | None:
-    """Decays at least as wide as the sums of `dtype` inputs, none below STRONGEST_LOG_DECAY (NaN goes through)."""
+    """Decays in the dtype of the sums of `dtype` inputs, none below STRONGEST_LOG_DECAY (NaN goes through)."""
     if log_decay is None:
         return None
-    log_decay = log_decay.astype(jnp.promote_types(log_decay.dtype, accumulation_dtype(dtype)))
+    log_decay = log_decay.astype(accumulation_dtype(dtype))
     return jnp.where(log_decay < STRONGEST_LOG_DECAY, STRONGEST_LOG_DECAY, log_decay)
 
 

@@ -150,7 +150,7 @@ def roll_back(counts, cache: RecurrentCache) -> RecurrentCache:
     length = cache.length - jnp.broadcast_to(counts, cache.length.shape)
     crossed = length < cache.folded
     state = jax.tree.map(lambda old, now: _where(crossed, old, now), cache.previous, cache.state)
-    return cache._replace(state=state, folded=cache.folded - crossed * cache.fold_size, length=length)
+    return cache._replace(state=state, folded=cache.folded - jnp.where(crossed, cache.fold_size, 0), length=length)
 
 
 def _fold(op: Operation, fold: Callable | None, stack: RecurrentCache) -> RecurrentCache:
@@ -168,7 +168,9 @@ def _fold(op: Operation, fold: Callable | None, stack: RecurrentCache) -> Recurr
         log_decay = jnp.where((start == 0)[..., None, None], *halves)
         weights = suffix_log_decay(log_decay), log_decay.sum(-1)
         state, previous = fold(stack.state, stack.previous, stack.keys, stack.values, start[0], *weights, due)
-    return stack._replace(state=state, previous=previous, folded=stack.folded + due[None] * stack.fold_size)
+    return stack._replace(
+        state=state, previous=previous, folded=stack.folded + jnp.where(due, stack.fold_size, 0)[None]
+    )
 
 
 def _fold_rows(op: Operation, stack: RecurrentCache, due):

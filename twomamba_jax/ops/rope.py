@@ -21,7 +21,7 @@ def apply_rope(
         raise ValueError(f"rotary embeddings turn pairs: the head dimension must be even, got {size}")
     wide = accumulation_dtype(x.dtype)
     frequencies = theta ** (-jnp.arange(0, size, 2, dtype=wide) / size)
-    angles = (positions[..., None] * frequencies[None, None])[:, :, None]
+    angles = (positions[..., None].astype(wide) * frequencies[None, None])[:, :, None]
     even, odd = x[..., 0::2].astype(wide), x[..., 1::2].astype(wide)
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     return jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1).reshape(x.shape).astype(x.dtype)
