@@ -1,6 +1,7 @@
 """Settings for every test."""
 
 import os
+import signal
 from pathlib import Path
 
 import jax
@@ -13,6 +14,10 @@ jax.config.update("jax_disable_most_optimizations", True)
 # No test reads or writes the cache of whoever runs them: not here, and not in a process that a test starts.
 jax.config.update("jax_enable_compilation_cache", False)
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "0"
+
+# A shell has what it runs in the background ignore SIGINT, and the programs that tests start would inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Interpreted kernels that run at the same time share threads and may wait for each other for ever: outside of `jax.jit`
 # the next program starts when the one before has ended.
