@@ -15,9 +15,10 @@ jax.config.update("jax_disable_most_optimizations", True)
 jax.config.update("jax_enable_compilation_cache", False)
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "0"
 
-# A shell has what it runs in the background ignore SIGINT, and the programs that tests start would inherit that.
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+# A shell has what it runs in the background ignore SIGINT, and nohup SIGHUP; the programs that tests start would too.
+for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, handler)
 
 # Interpreted kernels that run at the same time share threads and may wait for each other for ever: outside of `jax.jit`
 # the next program starts when the one before has ended.
