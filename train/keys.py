@@ -137,7 +137,7 @@ KEYS = {
     "loss_chunk_size": count(optional=True),
     # Beyond such ranges Adam makes NaN or infinity of finite gradients. A step does not look at its update for that: it
     # would be a second pass over parameters and moments, 1.3 ms of 87 for `small` by its bytes.
-    "optimizer.learning_rate": Key(float, above=0, most=1e30),
+    "optimizer.learning_rate": Key(float, above=0, most=1e31),
     # train/schedules.py has the ranges of the learning rate's shape, which depend on one another.
     "optimizer.warmup_steps": Key(int, most=LARGEST_COUNT),
     "optimizer.schedule": Key(str),
