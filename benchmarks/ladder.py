@@ -5,7 +5,7 @@ on one half of the held-out documents, with the other seeds. Each row is kept wh
 kill goes on, and another one with the same --out adds to the table. The table and its two plots, OUT/CORPUS-SIZE-STEPS,
 give the losses on the other half of the documents.
 
-`nano` is for two CPU cores (nine minutes), `lab` for one GPU, where several --workers share it.
+`nano` is for two CPU cores, `lab` for one GPU, where several --workers share it.
 """
 
 import argparse

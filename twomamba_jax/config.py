@@ -7,7 +7,7 @@ from typing import Literal, get_args
 
 from twomamba_jax.ops.decay import Decay
 from twomamba_jax.ops.feature_map import Score
-from twomamba_jax.ops.integers import positive_integer
+from twomamba_jax.ops.integers import checked_integer
 
 Norm = Literal["softmax", "output"]
 Activation = Literal["none", "relu", "silu"]
@@ -77,7 +77,7 @@ class MixerConfig:
             raise ValueError(f"conv_width={self.conv_width!r} must be 1 (no convolution), 2, 3 or 4")
         if self.scale is not None and not (isinstance(self.scale, numbers.Real) and 0 < self.scale < math.inf):
             raise ValueError(f"scale={self.scale!r} must be a positive number, or None for 1 / sqrt(K)")
-        object.__setattr__(self, "qk_dim", positive_integer("qk_dim", self.qk_dim, or_none=True))
+        object.__setattr__(self, "qk_dim", checked_integer("qk_dim", self.qk_dim, or_none=True))
         if self.qk_dim is not None and self.rope and self.qk_dim % 2:
             raise ValueError(f"qk_dim={self.qk_dim} must be even: rotary embeddings turn pairs")
         if self.half_lives is not None:
@@ -150,7 +150,7 @@ class ModelConfig:
     def __post_init__(self):
         for name in ("vocab_size", "d_model", "num_layers", "num_heads", "head_dim", "mlp_dim", "num_kv_heads"):
             least = 0 if name == "mlp_dim" else 1
-            value = positive_integer(name, getattr(self, name), or_none=name == "num_kv_heads", least=least)
+            value = checked_integer(name, getattr(self, name), or_none=name == "num_kv_heads", least=least)
             object.__setattr__(self, name, value)
         if not isinstance(self.mixers, MixerConfig):
             object.__setattr__(self, "mixers", tuple(self.mixers))  # hashable, whatever sequence was given

@@ -13,7 +13,7 @@ from twomamba_jax.layers import Cache, LanguageModel, init_cache
 from twomamba_jax.layers.layer_parameters import stack_layers, unstack_layers
 from twomamba_jax.layers.tokens import as_tokens
 from twomamba_jax.ops.cached_attention import FOLD_SIZE
-from twomamba_jax.ops.integers import positive_integer
+from twomamba_jax.ops.integers import checked_integer
 from twomamba_jax.ops.known import known
 from twomamba_jax.sampling import GREEDY, Sampling, check_sampling, sample
 from twomamba_jax.shapes import Array, Bool, Float, Int, Lengths, Tokens
@@ -89,8 +89,8 @@ def generate(
         traced by JAX, without `rng`.
     """
     tokens, _, lengths = as_tokens(tokens, model.config.vocab_size, lengths=lengths, shortest=1)
-    max_new_tokens = positive_integer("max_new_tokens", max_new_tokens)
-    num_samples = positive_integer("num_samples", num_samples)
+    max_new_tokens = checked_integer("max_new_tokens", max_new_tokens)
+    num_samples = checked_integer("num_samples", num_samples)
     sampling = check_sampling(Sampling(temperature, top_k, top_p), model.config.vocab_size)
     if rng is None and not (known(sampling.temperature) and sampling.temperature == 0):
         raise ValueError(
@@ -167,7 +167,7 @@ def prefill(
     Returns:
       `Decoding` with keys of seed 0.
     """
-    prefill_size = positive_integer("prefill_size", prefill_size, or_none=True)
+    prefill_size = checked_integer("prefill_size", prefill_size, or_none=True)
     return prefill_pieces(model, params, tokens, cache, lengths, prefill_size, _rules())
 
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from twomamba_jax.ops.integers import positive_integer
+from twomamba_jax.ops.integers import checked_integer
 from twomamba_jax.ops.known import known
 from twomamba_jax.shapes import Array, Float, Int
 
@@ -35,7 +35,7 @@ def check_sampling(sampling: Sampling, vocab_size: int) -> Sampling:
     temperature = _number("temperature", sampling.temperature)
     if known(temperature) and not temperature >= 0:
         raise ValueError(f"temperature={temperature} must be at least 0")
-    top_k = positive_integer("top_k", sampling.top_k, or_none=True)
+    top_k = checked_integer("top_k", sampling.top_k, or_none=True)
     if top_k is not None and top_k > vocab_size:
         raise ValueError(f"top_k={top_k} must be an integer from 1 to the vocabulary's {vocab_size}, or None")
     top_p = None if sampling.top_p is None else _number("top_p", sampling.top_p)

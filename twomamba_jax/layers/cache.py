@@ -17,7 +17,7 @@ from twomamba_jax.layers.execution import Execution
 from twomamba_jax.ops import cached_attention
 from twomamba_jax.ops.cached_attention import FOLD_SIZE, DecodingCache, init_decoding_cache
 from twomamba_jax.ops.feature_map import FINITE_SCORES
-from twomamba_jax.ops.integers import positive_integer
+from twomamba_jax.ops.integers import checked_integer
 from twomamba_jax.ops.new_tokens import NewTokens
 from twomamba_jax.ops.spread import check_multiple
 from twomamba_jax.ops.state import state_bytes
@@ -93,8 +93,8 @@ def init_cache(
       ValueError: batch, max_length or fold_size below 1; a batch or heads that are no multiple of the devices that they
         are spread over.
     """
-    batch, max_length = positive_integer("batch", batch), positive_integer("max_length", max_length)
-    fold_size = positive_integer("fold_size", fold_size)
+    batch, max_length = checked_integer("batch", batch), checked_integer("max_length", max_length)
+    fold_size = checked_integer("fold_size", fold_size)
     rows, heads = nn.logical_to_mesh_axes(("batch", "heads"))
     check_multiple(batch, "rows of the batch", rows)
     check_multiple(config.kv_heads, "key/value heads", heads)

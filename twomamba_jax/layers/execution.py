@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import residuals
 from twomamba_jax.ops.checks import FORMS
-from twomamba_jax.ops.integers import positive_integer
+from twomamba_jax.ops.integers import checked_integer
 from twomamba_jax.ops.kernels import IMPLEMENTATIONS
 
 # What is dear to compute and linear in T: products without a batch dimension, which are the projections, and what the
@@ -79,6 +79,6 @@ class Execution:
             value = getattr(self, name)
             if value is not None and value not in known:
                 raise ValueError(f"{name}={value!r} is unknown: expected None or one of {', '.join(known)}")
-        object.__setattr__(self, "chunk_size", positive_integer("chunk_size", self.chunk_size, or_none=True))
+        object.__setattr__(self, "chunk_size", checked_integer("chunk_size", self.chunk_size, or_none=True))
         if self.chunk_size is not None and self.form in ("parallel", "recurrent"):
             raise ValueError(f"chunk_size={self.chunk_size} needs form='chunked' or None, got form={self.form!r}")

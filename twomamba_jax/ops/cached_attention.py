@@ -15,7 +15,7 @@ from twomamba_jax.ops.cache import poison_overflow
 from twomamba_jax.ops.decay import clamp_log_decay
 from twomamba_jax.ops.decay_attention import Form, decay_attention
 from twomamba_jax.ops.feature_map import FINITE_SCORES, Score
-from twomamba_jax.ops.integers import positive_integer
+from twomamba_jax.ops.integers import checked_integer
 from twomamba_jax.ops.kernels import Implementation
 from twomamba_jax.ops.layout import grouped_queries, heads_first, tokens_first
 from twomamba_jax.ops.new_tokens import NewTokens
@@ -65,7 +65,7 @@ def init_decoding_cache(
     Raises:
       ValueError: `capacity` missing, below 1 or given for a finite score; `fold_size` below 1.
     """
-    fold_size = positive_integer("fold_size", fold_size)
+    fold_size = checked_integer("fold_size", fold_size)
     wide = accumulation_dtype(dtype)
     state = init_state(score, batch, num_kv_heads, head_dim, value_dim, capacity=capacity, dtype=dtype)
     start, length = jnp.zeros((2, batch), jnp.int32)

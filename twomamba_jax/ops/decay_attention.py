@@ -12,7 +12,7 @@ from twomamba_jax.ops.blockwise import blockwise
 from twomamba_jax.ops.chunked import chunked
 from twomamba_jax.ops.decay import clamp_log_decay
 from twomamba_jax.ops.feature_map import Score, num_features
-from twomamba_jax.ops.integers import positive_integer
+from twomamba_jax.ops.integers import checked_integer
 from twomamba_jax.ops.kernels import Implementation
 from twomamba_jax.ops.layout import heads_first, tokens_first
 from twomamba_jax.ops.numerics import Precision
@@ -108,7 +108,7 @@ def decay_attention(
     segment_ids, lengths = checks.as_rows(q.shape, segment_ids, lengths)
     initial_state = jax.tree.map(jnp.asarray, initial_state)
     checks.check_state(op, q, k, v, initial_state, lengths)
-    chunk_size = positive_integer("chunk_size", chunk_size, or_none=True)
+    chunk_size = checked_integer("chunk_size", chunk_size, or_none=True)
     checks.check_form(op, form, chunk_size)
     axis = sequence_axis(partition)
     unsupported = functools.partial(kernels.unsupported, op, q, k, v, initial_state, axis, chunk_size)

@@ -3,7 +3,7 @@
 import operator
 
 
-def positive_integer(name: str, value, or_none: bool = False, least: int = 1) -> int | None:
+def checked_integer(name: str, value, or_none: bool = False, least: int = 1) -> int | None:
     """`value` as Python's int, whether it is one of Python's, NumPy's or an array of one; `or_none` allows None.
 
     Raises ValueError for anything else (a bool, a float, a value traced by JAX), and for integers below `least`.
