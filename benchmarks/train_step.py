@@ -34,7 +34,7 @@ from train.data import training_batches
 from train.errors import UserError, one_line
 from train.loop import build
 from train.sharding import RULES, make_mesh
-from twomamba_jax.ops.kernels import IMPLEMENTATIONS
+from twomamba_jax.ops.dispatch import IMPLEMENTATIONS
 
 SHOWN_STEPS = (1, 10, 50, 100, 200)
 WARM_UP_STEPS = 10  # not in the median; half of a shorter run

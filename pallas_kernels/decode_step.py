@@ -7,7 +7,7 @@ with w_j the decay of token j: exp of the sum of the log decays of all tokens af
 
 The state is far larger than everything else that a step touches, so this is a question of bandwidth: one pass over S,
 tile by tile through shared memory, always with the next ones on their way. Features are formed from q where they are
-used: tile n of the squared ones is sqrt(2) q times q rotated by n (`feature_map`), and what the state ends with is the
+used: tile n of the squared ones is sqrt(2) q times q rotated by n (`ops.score`), and what the state ends with is the
 second half of tile 32, which repeats the first. The ring is read as it lies, slot by slot, with the new token in its
 own; a slot whose token is in the state, or not there yet, adds exactly 0, whatever it holds.
 

@@ -47,7 +47,7 @@ def fold(score: Literal["linear", "squared"], state, previous, keys, values, sta
     carried by a loop, are changed where they lie.
 
     Args:
-      score: whose features phi are, in the order of `twomamba_jax.ops.feature_map`: D is 64 or 2080.
+      score: whose features phi are, in the order of `twomamba_jax.ops.score`: D is 64 or 2080.
       state: the pair of kv [L, B, G, D, 64], float32 or bfloat16, and key_sum [L, B, G, D] float32.
       previous: such a pair, which takes the state as it was in the rows that are due; or None.
       keys: [L, B, G, N, 64] float32 or bfloat16.

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from twomamba_jax.config import MixerConfig, ModelConfig
-from twomamba_jax.ops.feature_map import num_features
+from twomamba_jax.ops.score import num_features
 
 # Dense bfloat16 products, operations a second of one device, by `device_kind` as JAX names it. MFU is against this
 # peak whatever `execution.dtype` is.

@@ -25,8 +25,8 @@ from twomamba_jax.interruption import Interruption
 from twomamba_jax.layers import LanguageModel, init_cache
 from twomamba_jax.layers.tokens import as_tokens
 from twomamba_jax.ops.cached_attention import FOLD_SIZE
-from twomamba_jax.ops.feature_map import FINITE_SCORES
-from twomamba_jax.ops.kernels import IMPLEMENTATIONS
+from twomamba_jax.ops.dispatch import IMPLEMENTATIONS
+from twomamba_jax.ops.score import FINITE_SCORES
 from twomamba_jax.ops.state import state_bytes
 from twomamba_jax.sampling import Sampling, check_sampling
 

@@ -6,8 +6,8 @@ import numbers
 from typing import Literal, get_args
 
 from twomamba_jax.ops.decay import Decay
-from twomamba_jax.ops.feature_map import Score
 from twomamba_jax.ops.integers import checked_integer
+from twomamba_jax.ops.score import Score
 
 Norm = Literal["softmax", "output"]
 Activation = Literal["none", "relu", "silu"]

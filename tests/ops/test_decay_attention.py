@@ -11,8 +11,8 @@ from cases import Case
 
 from twomamba_jax import decay_attention, decay_attention_step, init_state, state_bytes
 from twomamba_jax.ops import decay_attention as module
-from twomamba_jax.ops import kernels
-from twomamba_jax.ops.feature_map import features, num_features
+from twomamba_jax.ops import dispatch
+from twomamba_jax.ops.score import features, num_features
 
 
 def arrays(**settings):
@@ -140,7 +140,7 @@ real = {form: getattr(module, form) for form in ("parallel", "chunked", "blockwi
 
 
 def test_says_once_what_it_chose(caplog):
-    kernels._log_choice.cache_clear()
+    dispatch._log_choice.cache_clear()
     with caplog.at_level(logging.INFO, logger="twomamba_jax"):
         for _ in range(2):
             decay_attention(**arrays())

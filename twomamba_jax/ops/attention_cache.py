@@ -15,7 +15,7 @@ from twomamba_jax.ops import cache as key_values
 from twomamba_jax.ops.decay import suffix_log_decay
 from twomamba_jax.ops.new_tokens import NewTokens, write
 from twomamba_jax.ops.numerics import accumulation_dtype
-from twomamba_jax.ops.spread import spread_stack
+from twomamba_jax.ops.sharding import spread_stack
 from twomamba_jax.ops.state import KeyValueCache
 from twomamba_jax.shapes import Array, Float, Int
 

@@ -9,19 +9,19 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from twomamba_jax.ops import attention_cache, checks, kernels, recurrent_cache
+from twomamba_jax.ops import attention_cache, checks, dispatch, recurrent_cache
 from twomamba_jax.ops.attention_cache import AttentionCache
 from twomamba_jax.ops.cache import poison_overflow
 from twomamba_jax.ops.decay import clamp_log_decay
 from twomamba_jax.ops.decay_attention import Form, decay_attention
-from twomamba_jax.ops.feature_map import FINITE_SCORES, Score
+from twomamba_jax.ops.dispatch import Implementation
 from twomamba_jax.ops.integers import checked_integer
-from twomamba_jax.ops.kernels import Implementation
 from twomamba_jax.ops.layout import grouped_queries, heads_first, tokens_first
 from twomamba_jax.ops.new_tokens import NewTokens
 from twomamba_jax.ops.numerics import Precision, accumulation_dtype
 from twomamba_jax.ops.operation import make_operation
 from twomamba_jax.ops.recurrent_cache import SEGMENT_EDGE, LayerCache, RecurrentCache
+from twomamba_jax.ops.score import FINITE_SCORES, Score
 from twomamba_jax.ops.segments import extend_last_segment, segment_runs, valid_tokens
 from twomamba_jax.ops.state import init_state
 from twomamba_jax.shapes import Keys, Lengths, LogDecay, Outputs, Queries, SegmentIds, Values
@@ -156,9 +156,9 @@ def cached_attention(
     if op.is_finite:
         attend = functools.partial(recurrent_cache.attend, op, cache=alone)
         if size <= alone.fold_size:
-            unsupported = functools.partial(kernels.unsupported_in_cache, q, k, alone.state)
-            if kernels.choose(implementation, "cached", unsupported) == kernels.MOSAIC_GPU:
-                attend = functools.partial(kernels.attend_in_cache, op, cache=cache, partition=partition)
+            unsupported = functools.partial(dispatch.unsupported_in_cache, q, k, alone.state)
+            if dispatch.choose(implementation, "cached", unsupported) == dispatch.MOSAIC_GPU:
+                attend = functools.partial(dispatch.attend_in_cache, op, cache=cache, partition=partition)
         y, new = _attend_finite(op, whole, attend, q, k, v, log_decay, run, counts, alone, is_empty)
     else:
         y, new = _attend_exponential(op, whole, q, k, v, log_decay, run, counts, cache, is_empty)
@@ -193,13 +193,13 @@ def append(
     Raises:
       ValueError: an unknown implementation.
     """
-    kernels.check_name(implementation)
+    dispatch.check_name(implementation)
     if isinstance(cache, AttentionCache):
         return attention_cache.append(new, cache, partition)
     op = make_operation(cache.keys.shape[-1], score, True, None, precision)
     arrays = cache.state.kv, cache.keys, cache.values
-    has_kernel = implementation != "xla" and kernels.unsupported_fold(*arrays, cache.fold_size) is None
-    fold = functools.partial(kernels.fold, op) if has_kernel else None
+    has_kernel = implementation != "xla" and dispatch.unsupported_fold(*arrays, cache.fold_size) is None
+    fold = functools.partial(dispatch.fold, op) if has_kernel else None
     return recurrent_cache.append(op, new, cache, partition, fold)
 
 

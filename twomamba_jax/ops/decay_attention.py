@@ -7,20 +7,20 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from twomamba_jax.ops import cache, checks, kernels, recurrent
+from twomamba_jax.ops import cache, checks, dispatch, recurrent
 from twomamba_jax.ops.blockwise import blockwise
 from twomamba_jax.ops.chunked import chunked
 from twomamba_jax.ops.decay import clamp_log_decay
-from twomamba_jax.ops.feature_map import Score, num_features
+from twomamba_jax.ops.dispatch import Implementation
 from twomamba_jax.ops.integers import checked_integer
-from twomamba_jax.ops.kernels import Implementation
 from twomamba_jax.ops.layout import heads_first, tokens_first
 from twomamba_jax.ops.numerics import Precision
 from twomamba_jax.ops.operation import Operation, make_operation
 from twomamba_jax.ops.parallel import final_state, parallel
+from twomamba_jax.ops.score import Score, num_features
 from twomamba_jax.ops.segments import extend_last_segment, segment_runs, valid_tokens
 from twomamba_jax.ops.sequence import SequenceAxis
-from twomamba_jax.ops.spread import sequence_axis, spread
+from twomamba_jax.ops.sharding import sequence_axis, spread
 from twomamba_jax.ops.state import KeyValueCache, State, init_state
 from twomamba_jax.shapes import Array, Float, Keys, Lengths, LogDecay, Outputs, Queries, SegmentIds, Values
 
@@ -111,10 +111,10 @@ def decay_attention(
     chunk_size = checked_integer("chunk_size", chunk_size, or_none=True)
     checks.check_form(op, form, chunk_size)
     axis = sequence_axis(partition)
-    unsupported = functools.partial(kernels.unsupported, op, q, k, v, initial_state, axis, chunk_size)
+    unsupported = functools.partial(dispatch.unsupported, op, q, k, v, initial_state, axis, chunk_size)
     if form is None:
         form = "chunked" if chunk_size else _choose_form(op, q, v, axis, implementation, unsupported)
-    implementation = kernels.choose(implementation, form, unsupported)
+    implementation = dispatch.choose(implementation, form, unsupported)
 
     batch, size = q.shape[:2]
     segment_ids = extend_last_segment(segment_ids, lengths)
@@ -128,7 +128,7 @@ def decay_attention(
         log_decay = None if log_decay is None else jnp.where(valid[..., None], log_decay, 0)
 
     # XLA spreads what does not go along the tokens by itself; a kernel is not partitioned by the compiler.
-    attend = kernels.attend if implementation == kernels.MOSAIC_GPU else _attend
+    attend = dispatch.attend if implementation == dispatch.MOSAIC_GPU else _attend
     on_mesh = None if implementation == "xla" and axis is None else partition
     call = functools.partial(attend, op, form, chunk_size, return_final_state)
     y, final = spread(call, on_mesh, q, k, v, log_decay, segment_ids, initial_state)
@@ -175,8 +175,8 @@ def decay_attention_step(
     checks.check_arrays(q, k, v, log_decay)
     op = make_operation(q.shape[-1], score, normalize, scale, precision)
     checks.check_state(op, q, k, v, state, None)
-    unsupported = functools.partial(kernels.unsupported, op, q, k, v, state, None, None)
-    kernels.choose(implementation, "step", unsupported)
+    unsupported = functools.partial(dispatch.unsupported, op, q, k, v, state, None, None)
+    dispatch.choose(implementation, "step", unsupported)
     y, new_state = recurrent.step(op, *heads_first(q, k, v, clamp_log_decay(log_decay, q.dtype)), state)
     y = tokens_first(y)[:, 0].astype(q.dtype)
     if isinstance(state, KeyValueCache):
@@ -225,7 +225,7 @@ def _choose_form(op: Operation, q, v, axis: SequenceAxis | None, implementation,
     size = q.shape[1] if axis is None else q.shape[1] // axis.size
     if implementation != "xla":
         in_chunks, at_once = (unsupported(form) is None for form in ("chunked", "parallel"))
-        if at_once and size <= (kernels.crossover(op, q, v) if in_chunks else kernels.LONGEST[op.score]):
+        if at_once and size <= (dispatch.crossover(op, q, v) if in_chunks else dispatch.LONGEST[op.score]):
             return "parallel"
         if in_chunks:
             return "chunked"

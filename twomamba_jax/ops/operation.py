@@ -3,8 +3,8 @@
 import dataclasses
 import math
 
-from twomamba_jax.ops.feature_map import FINITE_SCORES, SCORES, Score
 from twomamba_jax.ops.numerics import SQUARED_SHIFT, ZERO_DENOMINATOR, Precision
+from twomamba_jax.ops.score import FINITE_SCORES, SCORES, Score
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,7 @@ import functools
 import jax.numpy as jnp
 import numpy as np
 
-from twomamba_jax.ops.feature_map import Score, num_features
+from twomamba_jax.ops.score import Score, num_features
 from twomamba_jax.ops.state import FiniteState
 
 

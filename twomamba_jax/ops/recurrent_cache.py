@@ -17,7 +17,7 @@ from twomamba_jax.ops.decay import suffix_log_decay
 from twomamba_jax.ops.new_tokens import NewTokens, write
 from twomamba_jax.ops.operation import Operation
 from twomamba_jax.ops.parallel import parallel
-from twomamba_jax.ops.spread import spread_stack
+from twomamba_jax.ops.sharding import spread_stack
 from twomamba_jax.ops.state import FiniteState
 from twomamba_jax.shapes import Array, Float, Int
 

@@ -16,9 +16,9 @@ import jax
 import jax.numpy as jnp
 
 from twomamba_jax.ops.decay import pairwise_decay, pairwise_log_decay, prefix_log_decay, suffix_log_decay
-from twomamba_jax.ops.feature_map import features
 from twomamba_jax.ops.numerics import accumulation_dtype, contract, divide, operand_dtype
 from twomamba_jax.ops.operation import Operation
+from twomamba_jax.ops.score import features
 from twomamba_jax.ops.segments import same_run
 from twomamba_jax.ops.state import FiniteState
 

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from twomamba_jax.ops.feature_map import FINITE_SCORES, Score, num_features
 from twomamba_jax.ops.numerics import accumulation_dtype
+from twomamba_jax.ops.score import FINITE_SCORES, Score, num_features
 from twomamba_jax.shapes import Array, Float, Int
 
 
