@@ -35,7 +35,7 @@ from twomamba_jax import (
     state_bytes,
 )
 from twomamba_jax.generation import Decoding, decode_loop, row_keys
-from twomamba_jax.ops.attention_cache import AttentionCache
+from twomamba_jax.ops.decoding.attention_cache import AttentionCache
 from twomamba_jax.ops.dispatch import IMPLEMENTATIONS
 from twomamba_jax.ops.state import FiniteState
 

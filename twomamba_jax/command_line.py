@@ -24,7 +24,7 @@ from twomamba_jax.generation import decode, fork, prefill, seed
 from twomamba_jax.interruption import Interruption
 from twomamba_jax.layers import LanguageModel, init_cache
 from twomamba_jax.layers.tokens import as_tokens
-from twomamba_jax.ops.cached_attention import FOLD_SIZE
+from twomamba_jax.ops.decoding.cached_attention import FOLD_SIZE
 from twomamba_jax.ops.dispatch import IMPLEMENTATIONS
 from twomamba_jax.ops.score import FINITE_SCORES
 from twomamba_jax.ops.state import state_bytes

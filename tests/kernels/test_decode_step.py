@@ -14,8 +14,8 @@ from models import config_of
 from pallas_kernels import decode_step as kernel
 from pallas_kernels.interpreter import interpreted
 from twomamba_jax import Execution, LanguageModel, init_cache
-from twomamba_jax.ops.cached_attention import append, cached_attention, init_decoding_cache, roll_back
-from twomamba_jax.ops.recurrent_cache import LayerCache, RecurrentCache, waiting_decays
+from twomamba_jax.ops.decoding.cached_attention import append, cached_attention, init_decoding_cache, roll_back
+from twomamba_jax.ops.decoding.recurrent_cache import LayerCache, RecurrentCache, waiting_decays
 from twomamba_jax.ops.score import num_features
 from twomamba_jax.ops.state import FiniteState
 

@@ -16,8 +16,8 @@ from pallas_kernels import fold as kernel
 from pallas_kernels.interpreter import interpreted
 from twomamba_jax import Execution, LanguageModel, Mixer, init_cache
 from twomamba_jax.layers.cache import init_mixer_cache
-from twomamba_jax.ops import cached_attention as ops
 from twomamba_jax.ops import dispatch
+from twomamba_jax.ops.decoding import cached_attention as ops
 from twomamba_jax.ops.state import FiniteState
 
 FEATURES = {"linear": 64, "squared": 2080}

@@ -12,8 +12,8 @@ from exhaustive import EXHAUSTIVE
 from ladder import LADDER, ladder_inputs, relative_rms
 
 from twomamba_jax import decay_attention, decay_attention_step, init_state
-from twomamba_jax.ops import stages
 from twomamba_jax.ops.decay import pairwise_decay, pairwise_log_decay
+from twomamba_jax.ops.forms import stages
 from twomamba_jax.ops.numerics import divide
 from twomamba_jax.ops.operation import Operation
 from twomamba_jax.ops.state import FiniteState

@@ -14,10 +14,10 @@ import numpy as np
 
 from twomamba_jax.config import MixerConfig, ModelConfig
 from twomamba_jax.layers.execution import Execution
-from twomamba_jax.ops import cached_attention
-from twomamba_jax.ops.cached_attention import FOLD_SIZE, DecodingCache, init_decoding_cache
+from twomamba_jax.ops.decoding import cached_attention
+from twomamba_jax.ops.decoding.cached_attention import FOLD_SIZE, DecodingCache, init_decoding_cache
+from twomamba_jax.ops.decoding.new_tokens import NewTokens
 from twomamba_jax.ops.integers import checked_integer
-from twomamba_jax.ops.new_tokens import NewTokens
 from twomamba_jax.ops.score import FINITE_SCORES
 from twomamba_jax.ops.sharding import check_multiple
 from twomamba_jax.ops.state import state_bytes

@@ -7,16 +7,17 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from twomamba_jax.ops import cache, checks, dispatch, recurrent
-from twomamba_jax.ops.blockwise import blockwise
-from twomamba_jax.ops.chunked import chunked
+from twomamba_jax.ops import checks, dispatch
 from twomamba_jax.ops.decay import clamp_log_decay
 from twomamba_jax.ops.dispatch import Implementation
+from twomamba_jax.ops.forms import key_values, recurrent
+from twomamba_jax.ops.forms.blockwise import blockwise
+from twomamba_jax.ops.forms.chunked import chunked
+from twomamba_jax.ops.forms.parallel import final_state, parallel
 from twomamba_jax.ops.integers import checked_integer
 from twomamba_jax.ops.layout import heads_first, tokens_first
 from twomamba_jax.ops.numerics import Precision
 from twomamba_jax.ops.operation import Operation, make_operation
-from twomamba_jax.ops.parallel import final_state, parallel
 from twomamba_jax.ops.score import Score, num_features
 from twomamba_jax.ops.segments import extend_last_segment, segment_runs, valid_tokens
 from twomamba_jax.ops.sequence import SequenceAxis
@@ -137,7 +138,7 @@ def decay_attention(
     if lengths is not None:
         y = jnp.where(valid[..., None, None], y, 0)
     if isinstance(initial_state, KeyValueCache):
-        y = cache.poison_overflow(y, initial_state, counts)
+        y = key_values.poison_overflow(y, initial_state, counts)
     return (y, final) if return_final_state else y
 
 
@@ -180,7 +181,7 @@ def decay_attention_step(
     y, new_state = recurrent.step(op, *heads_first(q, k, v, clamp_log_decay(log_decay, q.dtype)), state)
     y = tokens_first(y)[:, 0].astype(q.dtype)
     if isinstance(state, KeyValueCache):
-        y = cache.poison_overflow(y, state, jnp.ones((q.shape[0],), jnp.int32))
+        y = key_values.poison_overflow(y, state, jnp.ones((q.shape[0],), jnp.int32))
     return y, new_state
 
 
@@ -214,7 +215,7 @@ def _state_after(op, k, v, log_decay, segment_ids, counts, state):
         return final_state(op, k, v, log_decay, run, state)
     if state is None:
         state = init_state("exp", k.shape[0], k.shape[1], k.shape[3], v.shape[3], capacity=k.shape[2], dtype=k.dtype)
-    return cache.append(k, v, log_decay, run, counts, state)
+    return key_values.append(k, v, log_decay, run, counts, state)
 
 
 def _choose_form(op: Operation, q, v, axis: SequenceAxis | None, implementation, unsupported) -> Form:

@@ -11,13 +11,13 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from pallas_kernels.device import device_kind, unsupported_device
-from twomamba_jax.ops import recurrent_cache
+from twomamba_jax.ops.decoding import recurrent_cache
+from twomamba_jax.ops.decoding.recurrent_cache import LayerCache, RecurrentCache
+from twomamba_jax.ops.forms.stages import not_negative
 from twomamba_jax.ops.numerics import divide
 from twomamba_jax.ops.operation import Operation
 from twomamba_jax.ops.padded_heads import cut_state, pad_arrays, pad_state
-from twomamba_jax.ops.recurrent_cache import LayerCache, RecurrentCache
 from twomamba_jax.ops.sequence import SequenceAxis
-from twomamba_jax.ops.stages import not_negative
 from twomamba_jax.ops.state import FiniteState
 
 Implementation = Literal["xla", "mosaic_gpu"]

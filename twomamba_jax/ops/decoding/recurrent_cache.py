@@ -12,11 +12,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from twomamba_jax.ops import stages, steps
+from twomamba_jax.ops import steps
 from twomamba_jax.ops.decay import suffix_log_decay
-from twomamba_jax.ops.new_tokens import NewTokens, write
+from twomamba_jax.ops.decoding.new_tokens import NewTokens, write
+from twomamba_jax.ops.forms import stages
+from twomamba_jax.ops.forms.parallel import parallel
 from twomamba_jax.ops.operation import Operation
-from twomamba_jax.ops.parallel import parallel
 from twomamba_jax.ops.sharding import spread_stack
 from twomamba_jax.ops.state import FiniteState
 from twomamba_jax.shapes import Array, Float, Int

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec
 
-from twomamba_jax.ops import cache as key_values
 from twomamba_jax.ops.decay import suffix_log_decay
-from twomamba_jax.ops.new_tokens import NewTokens, write
+from twomamba_jax.ops.decoding.new_tokens import NewTokens, write
+from twomamba_jax.ops.forms import key_values as key_values
 from twomamba_jax.ops.numerics import accumulation_dtype
 from twomamba_jax.ops.sharding import spread_stack
 from twomamba_jax.ops.state import KeyValueCache

@@ -11,9 +11,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from twomamba_jax.ops import cache, stages
-from twomamba_jax.ops.chunked import join, split
 from twomamba_jax.ops.decay import prefix_log_decay, suffix_log_decay
+from twomamba_jax.ops.forms import key_values, stages
+from twomamba_jax.ops.forms.chunked import join, split
 from twomamba_jax.ops.numerics import accumulation_dtype, contract
 from twomamba_jax.ops.operation import Operation
 from twomamba_jax.ops.segments import same_run
@@ -98,8 +98,8 @@ def blockwise(
         (partial, passed), _ = jax.lax.scan(visit, carry, (jnp.arange(blocks.k.shape[0]), blocks), reverse=True)
         if state is not None:
             visible = None if run is None else own.run == 0
-            logits = cache.logits(op, q, prefix + passed[..., None], visible, state)
-            partial = _absorb(op, partial, logits, cache.values(state))
+            logits = key_values.logits(op, q, prefix + passed[..., None], visible, state)
+            partial = _absorb(op, partial, logits, key_values.values(state))
         return partial.sums.outputs(op)
 
     y = jax.lax.map(output, (queries, indices))

@@ -9,18 +9,19 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from twomamba_jax.ops import attention_cache, checks, dispatch, recurrent_cache
-from twomamba_jax.ops.attention_cache import AttentionCache
-from twomamba_jax.ops.cache import poison_overflow
+from twomamba_jax.ops import checks, dispatch
 from twomamba_jax.ops.decay import clamp_log_decay
 from twomamba_jax.ops.decay_attention import Form, decay_attention
+from twomamba_jax.ops.decoding import attention_cache, recurrent_cache
+from twomamba_jax.ops.decoding.attention_cache import AttentionCache
+from twomamba_jax.ops.decoding.new_tokens import NewTokens
+from twomamba_jax.ops.decoding.recurrent_cache import SEGMENT_EDGE, LayerCache, RecurrentCache
 from twomamba_jax.ops.dispatch import Implementation
+from twomamba_jax.ops.forms.key_values import poison_overflow
 from twomamba_jax.ops.integers import checked_integer
 from twomamba_jax.ops.layout import grouped_queries, heads_first, tokens_first
-from twomamba_jax.ops.new_tokens import NewTokens
 from twomamba_jax.ops.numerics import Precision, accumulation_dtype
 from twomamba_jax.ops.operation import make_operation
-from twomamba_jax.ops.recurrent_cache import SEGMENT_EDGE, LayerCache, RecurrentCache
 from twomamba_jax.ops.score import FINITE_SCORES, Score
 from twomamba_jax.ops.segments import extend_last_segment, segment_runs, valid_tokens
 from twomamba_jax.ops.state import init_state

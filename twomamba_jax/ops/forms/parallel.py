@@ -6,8 +6,9 @@ import operator
 import jax
 import jax.numpy as jnp
 
-from twomamba_jax.ops import cache, stages, steps
+from twomamba_jax.ops import steps
 from twomamba_jax.ops.decay import prefix_log_decay
+from twomamba_jax.ops.forms import key_values, stages
 from twomamba_jax.ops.operation import Operation
 from twomamba_jax.ops.state import FiniteState, State
 
@@ -27,7 +28,7 @@ def parallel(op: Operation, q, k, v, log_decay, run, state: State | None):
     parts = [(stages.exponential_logits(op, q, k, log_decay, run), v)]
     if state is not None:
         passed = None if log_decay is None else prefix_log_decay(log_decay)
-        parts.append((cache.logits(op, q, passed, seen, state), cache.values(state)))
+        parts.append((key_values.logits(op, q, passed, seen, state), key_values.values(state)))
     return softmax(op, *parts)
 
 

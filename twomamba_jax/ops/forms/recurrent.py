@@ -7,10 +7,10 @@ Folding it in first would cost a digit or two: its own weight would come from a 
 import jax
 import jax.numpy as jnp
 
-from twomamba_jax.ops import cache, stages
-from twomamba_jax.ops.chunked import scan
+from twomamba_jax.ops.forms import key_values, stages
+from twomamba_jax.ops.forms.chunked import scan
+from twomamba_jax.ops.forms.parallel import final_state, parallel, softmax
 from twomamba_jax.ops.operation import Operation
-from twomamba_jax.ops.parallel import final_state, parallel, softmax
 from twomamba_jax.ops.sequence import SequenceAxis
 from twomamba_jax.ops.state import FiniteState, State
 
@@ -20,9 +20,9 @@ def step(op: Operation, q, k, v, log_decay, state: State):
     if op.is_finite:
         return parallel(op, q, k, v, log_decay, None, state), final_state(op, k, v, log_decay, None, state)
     lengths = jnp.ones((k.shape[0],), jnp.int32)
-    state = cache.append(k, v, log_decay, None, lengths, state)
+    state = key_values.append(k, v, log_decay, None, lengths, state)
     # The new token is in the cache by now, with weight 1: nothing more decays.
-    return softmax(op, (cache.logits(op, q, None, None, state), cache.values(state))), state
+    return softmax(op, (key_values.logits(op, q, None, None, state), key_values.values(state))), state
 
 
 def recurrent(op: Operation, q, k, v, log_decay, run, state: FiniteState | None, axis: SequenceAxis | None = None):

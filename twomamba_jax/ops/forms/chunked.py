@@ -11,7 +11,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from twomamba_jax.ops import stages, steps
+from twomamba_jax.ops import steps
+from twomamba_jax.ops.forms import stages
 from twomamba_jax.ops.operation import Operation
 from twomamba_jax.ops.sequence import SequenceAxis
 from twomamba_jax.ops.state import FiniteState
