@@ -15,12 +15,12 @@ from rich.console import Console
 
 from configs import base
 from train.configuration import apply_overrides, validate
-from train.data import PACKINGS, held_out_batches
+from train.data.rows import PACKINGS, held_out_batches
+from train.data.tokenized import Split
 from train.evaluation import evaluate
 from train.loop import Run, run
 from train.metrics import read_metrics
 from train.step import TrainState
-from train.tokenized import Split
 from twomamba_jax import cache_bytes
 
 # What each corpus sets in a configuration, where it lies in directory ROOT.

@@ -18,7 +18,7 @@ from jax.stages import Compiled
 from ml_collections import ConfigDict
 
 from train.configuration import apply_overrides, load_config, validate
-from train.data import abstract_batch
+from train.data.rows import abstract_batch
 from train.errors import UserError
 from train.loop import build
 from train.sharding import RULES, make_mesh

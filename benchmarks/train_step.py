@@ -30,7 +30,7 @@ from ml_collections import ConfigDict
 from step_parts import traced
 
 from train.configuration import apply_overrides, load_config, validate
-from train.data import training_batches
+from train.data.rows import training_batches
 from train.errors import UserError, one_line
 from train.loop import build
 from train.sharding import RULES, make_mesh

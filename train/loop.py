@@ -20,7 +20,9 @@ from rich.console import Console
 
 from train.checkpoint import Checkpoints
 from train.configuration import build_model, build_schedule
-from train.data import Batch, abstract_batch, held_out_batches, training_batches
+from train.data.rows import Batch, abstract_batch, held_out_batches, training_batches
+from train.data.task import Task, make_task
+from train.data.tokenizers import keep_tokenizer
 from train.errors import UserError, one_line
 from train.evaluation import evaluate
 from train.flops import peak_flops, training_flops_per_token
@@ -35,8 +37,6 @@ from train.progress import ProgressDisplay, held_out_figures
 from train.sample import sample_text
 from train.sharding import RULES, batch_sharding, check_dimensions, make_mesh, rows_of_process
 from train.step import TrainState, make_eval_step, make_init, make_optimizer, make_train_step
-from train.task import Task, make_task
-from train.tokenizers import keep_tokenizer
 from train.trackers import check_trackers, open_trackers
 from train.workdir import claim, replace, writing
 from twomamba_jax.layers import LanguageModel

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from train.data.task import Task
 from train.sharding import ONE_ROW_RULES
-from train.task import Task
 from twomamba_jax.generation import generate
 from twomamba_jax.layers import LanguageModel
 

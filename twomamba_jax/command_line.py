@@ -80,8 +80,8 @@ def load(workdir: Path, which: str, implementation: str | None = None) -> tuple[
 
     from train.checkpoint import restore_params
     from train.configuration import build_model
+    from train.data.tokenizers import load_kept_tokenizer
     from train.errors import UserError
-    from train.tokenizers import load_kept_tokenizer
 
     try:
         config = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
@@ -111,7 +111,7 @@ def read_prompt(name: str) -> str:
 
     Raises ValueError where it cannot be read, and `train.errors.UserError` where it is no text.
     """
-    from train.contents import check_text, decode_text
+    from train.data.contents import check_text, decode_text
 
     try:
         content = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()

@@ -13,7 +13,7 @@ import sentencepiece
 import tokenizers
 
 import train
-from train.corpus import read_corpus
+from train.data.corpus import read_corpus
 from train.main import main
 from train.meter import COSTS
 from train.metrics import read_metrics

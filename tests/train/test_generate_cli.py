@@ -9,9 +9,9 @@ import signal
 import subprocess
 import sys
 
-from train.documents import find_inputs, read_documents
+from train.data.documents import find_inputs, read_documents
+from train.data.tokenizers import load_tokenizer
 from train.main import main as train
-from train.tokenizers import load_tokenizer
 from twomamba_jax import command_line
 from twomamba_jax.command_line import Stream, load, main
 from twomamba_jax.interruption import Interruption

@@ -17,7 +17,7 @@ from exhaustive import EXHAUSTIVE
 
 from train import loop
 from train.checkpoint import checkpoint_steps
-from train.data import training_batches
+from train.data.rows import training_batches
 from train.main import main
 from train.manifest import MANIFEST
 from train.metrics import MetricsWriter, read_metrics

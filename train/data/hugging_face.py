@@ -15,7 +15,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from train.documents import Input, digest_inputs, find_inputs, text_of
+from train.data.documents import Input, digest_inputs, find_inputs, text_of
 from train.errors import UserError, import_extra, one_line
 
 # Beside the data; those of two splits may be equal, and linked to one another to save room.

@@ -20,9 +20,9 @@ from typing import Literal
 
 import numpy as np
 
-from train.data import Batch
+from train.data.rows import Batch
+from train.data.synthetic import SplitName, row_generator, rows_digest
 from train.errors import UserError, nearest
-from train.synthetic import SplitName, row_generator, rows_digest
 
 
 def permutation_products(size: int) -> np.ndarray:

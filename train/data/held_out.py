@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Iterable, Iterator
 from itertools import chain, islice
 
-from train.contents import encode_name
+from train.data.contents import encode_name
 
 
 def is_held_out(name: str, percent: int) -> bool:

@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from train import recall, text
-from train.data import PACKINGS, Rows
+from train.data import recall, text
+from train.data.rows import PACKINGS, Rows
+from train.data.stream import StreamedRows
+from train.data.tokenizers import Tokenizer, load_tokenizer
 from train.errors import UserError, nearest
-from train.stream import StreamedRows
-from train.tokenizers import Tokenizer, load_tokenizer
 
 # Keys that name data, and the one source that reads each.
 SOURCE_OF = {"paths": "files", "held_out_paths": "files", "dataset": "huggingface", "held_out_split": "huggingface"}

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import numpy as np
 
-from train.contents import check_text, encode_name
-from train.documents import input_of, without_twins
+from train.data.contents import check_text, encode_name
+from train.data.documents import input_of, without_twins
+from train.data.held_out import is_held_out
 from train.errors import UserError
-from train.held_out import is_held_out
 
 EXCLUDED_DIRECTORIES = frozenset(
     {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "node_modules", ".git"}

@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 import grain
 import numpy as np
 
-from train.data import Batch, make_row
+from train.data.hugging_face import read_stream
+from train.data.rows import Batch, make_row
+from train.data.tokenizers import Tokenizer
 from train.errors import UserError
-from train.hugging_face import read_stream
-from train.tokenizers import Tokenizer
 
 
 class Source(NamedTuple):

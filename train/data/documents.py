@@ -2,7 +2,7 @@
 
 A plain file is one document; a line or row of the others is one, the text under `text_key`. What is damaged is named
 with its file and line, and what is no text with its file. The name of a document is its file's and its line's, so a
-split by a hash of names, as in train/held_out.py, leaves it where it is whatever comes or goes around it.
+split by a hash of names, as in train/data/held_out.py, leaves it where it is whatever comes or goes around it.
 """
 
 import codecs
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from train.contents import DAMAGE, check_text, decode_text, encode_name, open_decompressed, without_compression
+from train.data.contents import DAMAGE, check_text, decode_text, encode_name, open_decompressed, without_compression
 from train.errors import UserError, import_extra, one_line
 
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")

@@ -19,8 +19,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from train.data.tokenizers import Tokenizer
 from train.errors import UserError
-from train.tokenizers import Tokenizer
 
 # Texts that are tokenised at a time: enough to keep all cores at work, a few MB of text.
 TEXTS_AT_A_TIME = 512

@@ -18,9 +18,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from train.data import Batch, make_row
+from train.data.rows import Batch, make_row
+from train.data.synthetic import SplitName, row_generator, rows_digest
 from train.errors import UserError
-from train.synthetic import SplitName, row_generator, rows_digest
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Literal
 
 import numpy as np
 
-from train.data import Rows
+from train.data.rows import Rows
 
 SPLITS = {"train": 0, "held_out": 1}
 SplitName = Literal["train", "held_out"]

@@ -11,7 +11,7 @@ import grain
 import jax
 import numpy as np
 
-from train.tokenized import Split
+from train.data.tokenized import Split
 
 Batch = dict[str, np.ndarray]
 

@@ -9,15 +9,15 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from train import hugging_face
-from train.contents import decode_text
-from train.corpus import read_corpus
-from train.documents import digest_inputs, find_inputs, read_documents, without_twins
+from train.data import hugging_face
+from train.data.contents import decode_text
+from train.data.corpus import read_corpus
+from train.data.documents import digest_inputs, find_inputs, read_documents, without_twins
+from train.data.held_out import hold_out
+from train.data.stream import Source, StreamedRows
+from train.data.tokenized import Split, open_cache, tokenize_in_memory
+from train.data.tokenizers import Tokenizer
 from train.errors import UserError
-from train.held_out import hold_out
-from train.stream import Source, StreamedRows
-from train.tokenized import Split, open_cache, tokenize_in_memory
-from train.tokenizers import Tokenizer
 
 Splits = tuple[Split | StreamedRows, Split, dict[str, Any]]
 Reader = Callable[[ConfigDict, Tokenizer, Callable[[str], None]], Splits]
