@@ -19,7 +19,7 @@ from train.data.rows import PACKINGS, held_out_batches
 from train.data.tokenized import Split
 from train.evaluation import evaluate
 from train.loop import Run, run
-from train.metrics import read_metrics
+from train.observe.metrics import read_metrics
 from train.step import TrainState
 from twomamba_jax import cache_bytes
 

@@ -10,7 +10,7 @@ from exhaustive import EXHAUSTIVE
 
 from train.data.tokenizers import load_kept_tokenizer
 from train.main import main
-from train.metrics import read_metrics
+from train.observe.metrics import read_metrics
 
 TEXTS = [f"def f{number}(x):\n    return x + {number}\n" * (number % 4 + 1) for number in range(60)]
 

@@ -1,4 +1,4 @@
-"""Loss curves of runs over each other as a PNG: `python -m train.plot RUN... [--out PNG]`."""
+"""Loss curves of runs over each other as a PNG: `python -m train.observe.plot RUN... [--out PNG]`."""
 
 import argparse
 import sys
@@ -13,7 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from train.errors import UserError
-from train.metrics import read_metrics
+from train.observe.metrics import read_metrics
 
 
 def plot_runs(runs: Mapping[str, Sequence[dict[str, Any]]], path: Path) -> None:
@@ -69,7 +69,7 @@ def short_names(paths: Sequence[Path]) -> list[str]:
 
 def main(arguments: Sequence[str]) -> int:
     """Runs the command line; returns the exit status: 0, or 2 for a mistake of the user."""
-    parser = argparse.ArgumentParser("python -m train.plot", description=__doc__)
+    parser = argparse.ArgumentParser("python -m train.observe.plot", description=__doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="the workdir of a run")
     parser.add_argument("--out", type=Path, default=Path("runs.png"), metavar="PNG", help="default: runs.png")
     options = parser.parse_args(arguments)

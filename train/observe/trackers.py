@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from ml_collections import ConfigDict
 
 from train.errors import UserError, import_extra, one_line
-from train.metrics import MetricsWriter
+from train.observe.metrics import MetricsWriter
 from train.workdir import replace, writing
 
 Record = dict[str, Any]
