@@ -1,7 +1,9 @@
-"""The command line of generation: a run's model continues a prompt, and the text shows as it comes.
+"""A run's model continues a prompt, and the text shows as it comes: `python -m train.generate --workdir DIR ...`."""
 
-Runs, tokenizers and checkpoints are the training program's (`pip install "twomamba-jax[train]"`).
-"""
+from train.keyboard import INTERRUPTED, InterruptRequest, take_interrupts
+
+if __name__ == "__main__":
+    take_interrupts()  # before the imports below, which take seconds
 
 import argparse
 import dataclasses
@@ -18,10 +20,15 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
 
-from twomamba_jax.compilation_cache import keep_programs
+from train.checkpoint import restore_params
+from train.compilation_cache import keep_programs
+from train.configuration import build_model
+from train.data.contents import check_text, decode_text
+from train.data.tokenizers import load_kept_tokenizer
+from train.errors import UserError
 from twomamba_jax.generation import decode, fork, prefill, seed
-from twomamba_jax.interruption import Interruption
 from twomamba_jax.layers import LanguageModel, init_cache
 from twomamba_jax.layers.tokens import as_tokens
 from twomamba_jax.ops.decoding.cached_attention import FOLD_SIZE
@@ -49,7 +56,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
             """Raises ValueError."""
             raise ValueError(f"{message}; see --help")
 
-    parser = Parser("python -m twomamba_jax.generate", description=DESCRIPTION, allow_abbrev=False)
+    parser = Parser("python -m train.generate", description=DESCRIPTION, allow_abbrev=False)
     add = parser.add_argument
     home = os.path.expanduser  # a shell leaves the ~ of --workdir=~/run as it is
     add("--workdir", type=lambda text: Path(home(text)), required=True, metavar="DIR", help="of a run of train.main")
@@ -76,11 +83,7 @@ def load(workdir: Path, which: str, implementation: str | None = None) -> tuple[
     An `implementation` of None is the run's where it is XLA, and otherwise chosen call by call: the kernels that a run
     was trained with may not run here, and do not have all calls of a generation.
     """
-    from ml_collections import ConfigDict
 
-    from train.checkpoint import restore_params
-    from train.configuration import build_model
-    from train.data.tokenizers import load_kept_tokenizer
     from train.errors import UserError
 
     try:
@@ -111,8 +114,6 @@ def read_prompt(name: str) -> str:
 
     Raises ValueError where it cannot be read, and `train.errors.UserError` where it is no text.
     """
-    from train.data.contents import check_text, decode_text
-
     try:
         content = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
     except OSError as error:
@@ -183,7 +184,7 @@ class Stream:
         self._shown = max(self._shown, len(text))
 
 
-def run(options: argparse.Namespace, interruption: Interruption) -> int:
+def run(options: argparse.Namespace, interruption: InterruptRequest) -> int:
     """Generates and prints; returns the exit status."""
     keep_programs(warn)
     model, params, tokenizer = load(options.workdir, options.checkpoint, options.implementation)
@@ -212,7 +213,7 @@ def run(options: argparse.Namespace, interruption: Interruption) -> int:
     else:
         speed = "too few tokens for a speed"
     print(f"{sum(counts)} tokens, {speed}; cache {size / MIB:,.2f} MiB", file=sys.stderr)
-    return 130 if interruption.requested else 0
+    return INTERRUPTED if interruption.requested else 0
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -224,16 +225,9 @@ def main(arguments: Sequence[str]) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")  # what its encoding lacks shows as an escape
     try:
         options = parse(arguments)
-        try:
-            from train.errors import UserError
-        except ImportError as error:
-            raise ValueError(f'{error}; install what reads runs: pip install "twomamba-jax[train]"') from error
-        try:
-            with Interruption() as interruption:
-                return run(options, interruption)
-        except UserError as error:
-            raise ValueError(str(error)) from error
-    except ValueError as error:
+        with InterruptRequest() as interruption:
+            return run(options, interruption)
+    except (UserError, ValueError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except OSError as error:
@@ -245,7 +239,7 @@ def main(arguments: Sequence[str]) -> int:
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        return 130
+        return INTERRUPTED
 
 
 def close_output() -> None:
@@ -253,3 +247,7 @@ def close_output() -> None:
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, sys.stdout.fileno())
     os.close(nowhere)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
