@@ -11,7 +11,7 @@ from hopper import on_hopper, on_two_devices
 from jax.sharding import AxisType, PartitionSpec
 from models import config_of
 
-from pallas_kernels import decode_step as kernel
+from pallas_kernels.decoding import step as kernel
 from pallas_kernels.interpreter import interpreted
 from twomamba_jax import Execution, LanguageModel, init_cache
 from twomamba_jax.ops.decoding.cached_attention import append, cached_attention, init_decoding_cache, roll_back

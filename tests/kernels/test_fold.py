@@ -12,7 +12,7 @@ from hopper import on_hopper
 from jax.sharding import AxisType, PartitionSpec
 from models import config_of
 
-from pallas_kernels import fold as kernel
+from pallas_kernels.decoding import fold as kernel
 from pallas_kernels.interpreter import interpreted
 from twomamba_jax import Execution, LanguageModel, Mixer, init_cache
 from twomamba_jax.layers.cache import init_mixer_cache

@@ -16,7 +16,7 @@ from exhaustive import EXHAUSTIVE
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from pallas_kernels.chunked.programs import programs as chunked_programs
-from pallas_kernels.decoding_programs import programs as decoding_programs
+from pallas_kernels.decoding.programs import programs as decoding_programs
 from pallas_kernels.quadratic.programs import programs
 from twomamba_jax import decay_attention
 from twomamba_jax.layers.execution import DEAR

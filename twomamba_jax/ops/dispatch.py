@@ -154,7 +154,7 @@ def unsupported_in_cache(q, k, state: FiniteState, form) -> str | None:
         return reason
     if q.shape[1] > 1:
         return f"it attends to a cache for one token at a time, and these are {q.shape[1]}"
-    from pallas_kernels.decode_step import unsupported as unsupported_step
+    from pallas_kernels.decoding.step import unsupported as unsupported_step
 
     return unsupported_step(q, state.kv, q.shape[2] // k.shape[2])
 
@@ -165,7 +165,7 @@ def attend_in_cache(op: Operation, q, k, v, log_decay, cache: RecurrentCache | L
     New keys and values are rounded to the cache's dtype before they are attended to.
     """
     cache = _in_stack(cache)
-    from pallas_kernels.decode_step import DecodeStep, decode_step, padded
+    from pallas_kernels.decoding.step import DecodeStep, decode_step, padded
 
     spec, stack = DecodeStep(op.score, op.normalize, op.query_scale), cache.stack
     decays = recurrent_cache.waiting_decays(log_decay, cache.take(), padded(stack.keys.shape[3]))
@@ -205,13 +205,13 @@ def unsupported_fold(kv, keys, values, size: int) -> str | None:
     """Why the kernel cannot fold `size` tokens of these rings into these states here, or None if it can."""
     if reason := unsupported_device():
         return reason
-    from pallas_kernels.fold import unsupported as unsupported_tokens
+    from pallas_kernels.decoding.fold import unsupported as unsupported_tokens
 
     return unsupported_tokens(kv, keys, values, size)
 
 
 def fold(op: Operation, *arguments):
-    """(state, previous) of a stack of layers after the tokens; the arguments are those of `pallas_kernels.fold`."""
-    from pallas_kernels.fold import fold as fold_tokens
+    """(state, previous) of a stack of layers after the tokens; arguments as in `pallas_kernels.decoding.fold`."""
+    from pallas_kernels.decoding.fold import fold as fold_tokens
 
     return fold_tokens(op.score, *arguments)

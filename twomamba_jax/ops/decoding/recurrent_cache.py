@@ -157,8 +157,8 @@ def roll_back(counts, cache: RecurrentCache) -> RecurrentCache:
 def _fold(op: Operation, fold: Callable | None, stack: RecurrentCache) -> RecurrentCache:
     """Folds what is due in a stack of layers [L, B, ...] that have seen the same tokens; in place.
 
-    `fold(state, previous, keys, values, start, log_weights, log_carry, due)` is as in `pallas_kernels.fold`; None
-    folds by XLA.
+    `fold(state, previous, keys, values, start, log_weights, log_carry, due)` is as in `pallas_kernels.decoding.fold`;
+    None folds by XLA.
     """
     due = (stack.length - stack.folded >= stack.fold_size)[0]
     if fold is None:

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.decode_step import SIZE, DecodeStep, decode_step, padded
-from pallas_kernels.fold import fold
+from pallas_kernels.decoding.fold import fold
+from pallas_kernels.decoding.step import SIZE, DecodeStep, decode_step, padded
 from pallas_kernels.quadratic.programs import Program
 
 LAYERS, BATCH, GROUPS = 20, 64, 16  # squared states of more than 2^31 numbers
