@@ -22,7 +22,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from twomamba_jax import decay_attention, init_state, state_bytes
-from twomamba_jax.ops.checks import FORMS
+from twomamba_jax.ops.dispatch import FORMS
 from twomamba_jax.ops.score import FINITE_SCORES, SCORES
 
 FORWARD, BOTH = "forward", "forward+backward"

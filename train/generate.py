@@ -33,7 +33,7 @@ from twomamba_jax.layers import LanguageModel, init_cache
 from twomamba_jax.layers.tokens import as_tokens
 from twomamba_jax.ops.decoding.cached_attention import FOLD_SIZE
 from twomamba_jax.ops.dispatch import IMPLEMENTATIONS
-from twomamba_jax.ops.score import FINITE_SCORES
+from twomamba_jax.ops.score import SCORES
 from twomamba_jax.ops.state import state_bytes
 from twomamba_jax.sampling import Sampling, check_sampling
 
@@ -143,7 +143,7 @@ def blocks(model: LanguageModel, params, tokens, options, stop_tokens) -> Iterat
     tokens, _, _ = as_tokens(tokens[None], model.config.vocab_size)
     needed = tokens.shape[1] + options.max_new_tokens
     capacity = needed if options.max_length is None else options.max_length
-    if capacity < needed and any(mixer.score not in FINITE_SCORES for mixer in model.config.mixers):
+    if capacity < needed and any(SCORES[mixer.score].finite is None for mixer in model.config.mixers):
         raise ValueError(
             f"the prompt's {tokens.shape[1]} tokens and --max_new_tokens={options.max_new_tokens} do not fit into "
             f"key/value caches of --max_length={capacity}: raise it, or omit it"

@@ -86,7 +86,7 @@ def test_refuses_heads_of_128_in_chunks_of_the_squared_score():
 def test_refuses_a_step():
     state = init_state("squared", 1, 1, 64, 64)
     token = (CALL.q[:, 0], CALL.k[:, 0], CALL.v[:, 0], None, state)
-    with interpreted(), pytest.raises(ValueError, match="the parallel and the chunked form, and this is form='step'"):
+    with interpreted(), pytest.raises(ValueError, match="it has no form for a single token"):
         decay_attention_step(*token, score="squared", normalize=True, implementation="mosaic_gpu")
 
 
@@ -202,9 +202,10 @@ def test_the_table_is_read_by_device_and_bucket(monkeypatch, kind, tokens, stage
 def test_warns_of_a_jax_whose_kernels_spill(monkeypatch, caplog, first, warns):
     """Where they are chosen on a GPU."""
     monkeypatch.setattr(dispatch.jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(dispatch, "unsupported_device", lambda: None)
     monkeypatch.setattr(dispatch, "SPILLING_JAX", first)
     dispatch._log_choice.cache_clear()
     with caplog.at_level("WARNING", logger="twomamba_jax"):
-        assert dispatch.choose(None, "parallel", lambda form: None) == "mosaic_gpu"
+        assert dispatch.choose_implementation(None, "parallel", lambda kernels: None) == "mosaic_gpu"
     dispatch._log_choice.cache_clear()
     assert ("compiles the kernels with spilled registers: take JAX 0.11.2" in caplog.text) == warns

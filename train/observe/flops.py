@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from twomamba_jax.config import MixerConfig, ModelConfig
-from twomamba_jax.ops.score import num_features
+from twomamba_jax.ops.score import SCORES, num_features
 
 # Dense bfloat16 products, operations a second of one device, by `device_kind` as JAX names it. MFU is against this
 # peak whatever `execution.dtype` is.
@@ -39,7 +39,7 @@ def mixing_flops(mixer: MixerConfig, head_dim: int, length: int) -> float:
     """
     qk_dim = mixer.qk_dim or head_dim
     quadratic = length * (qk_dim + head_dim)
-    if mixer.score == "exp":
+    if SCORES[mixer.score].finite is None:
         return quadratic
     return min(quadratic, 4 * num_features(mixer.score, qk_dim) * head_dim)
 

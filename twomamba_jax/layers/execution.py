@@ -9,8 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import residuals
-from twomamba_jax.ops.checks import FORMS
-from twomamba_jax.ops.dispatch import IMPLEMENTATIONS
+from twomamba_jax.ops.dispatch import FORMS, IMPLEMENTATIONS
 from twomamba_jax.ops.integers import checked_integer
 
 # What is dear to compute and linear in T: products without a batch dimension, which are the projections, and what the

@@ -9,20 +9,21 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from twomamba_jax.ops import checks, dispatch
+from twomamba_jax.ops import dispatch
+from twomamba_jax.ops.checks import Call, check_call
 from twomamba_jax.ops.decay import clamp_log_decay
-from twomamba_jax.ops.decay_attention import Form, decay_attention
+from twomamba_jax.ops.decay_attention import attend
 from twomamba_jax.ops.decoding import attention_cache, recurrent_cache
 from twomamba_jax.ops.decoding.attention_cache import AttentionCache
 from twomamba_jax.ops.decoding.new_tokens import NewTokens
 from twomamba_jax.ops.decoding.recurrent_cache import SEGMENT_EDGE, LayerCache, RecurrentCache
-from twomamba_jax.ops.dispatch import Implementation
+from twomamba_jax.ops.dispatch import Form, Implementation
 from twomamba_jax.ops.forms.key_values import poison_overflow
 from twomamba_jax.ops.integers import checked_integer
 from twomamba_jax.ops.layout import grouped_queries, heads_first, tokens_first
 from twomamba_jax.ops.numerics import Precision, accumulation_dtype
 from twomamba_jax.ops.operation import make_operation
-from twomamba_jax.ops.score import FINITE_SCORES, Score
+from twomamba_jax.ops.score import Score, score_spec
 from twomamba_jax.ops.segments import extend_last_segment, segment_runs, valid_tokens
 from twomamba_jax.ops.state import init_state
 from twomamba_jax.shapes import Keys, Lengths, LogDecay, Outputs, Queries, SegmentIds, Values
@@ -70,7 +71,7 @@ def init_decoding_cache(
     wide = accumulation_dtype(dtype)
     state = init_state(score, batch, num_kv_heads, head_dim, value_dim, capacity=capacity, dtype=dtype)
     start, length = jnp.zeros((2, batch), jnp.int32)
-    if score not in FINITE_SCORES:
+    if not score_spec(score).finite:
         keys, values = (jnp.moveaxis(x, 1, 2) for x in (state.keys, state.values))
         return AttentionCache(keys, values, jnp.zeros(keys.shape[:3], wide) if decay else None, start, length)
     state = state._replace(kv=state.kv.astype(state_dtype if wide == jnp.float32 else wide))
@@ -128,43 +129,34 @@ def cached_attention(
       ValueError: as `decay_attention` does; a cache of another score. A full `AttentionCache` raises outside `jax.jit`,
         and gives NaN inside.
     """
-    checks.check_arrays(q, k, v, log_decay)
-    op = make_operation(q.shape[-1], score, normalize, scale, precision)
-    segment_ids, lengths = checks.as_rows(q.shape, segment_ids, lengths)
-    kind = RecurrentCache if op.is_finite else AttentionCache
+    kind = RecurrentCache if score_spec(score).finite else AttentionCache
     alone = cache.take() if isinstance(cache, LayerCache) else cache
     if not isinstance(alone, kind):
         raise ValueError(f"score={score!r} continues a {kind.__name__}, got {type(alone).__name__}")
+    state = attention_cache.as_state(alone) if kind is AttentionCache else None
+    options = {"score": score, "normalize": normalize, "scale": scale, "precision": precision}
+    call = check_call(q, k, v, log_decay, segment_ids=segment_ids, lengths=lengths, state=state, **options)
     batch, size = q.shape[:2]
-    counts = jnp.full((batch,), size, jnp.int32) if lengths is None else lengths
-    run = None if segment_ids is None else segment_runs(extend_last_segment(segment_ids, lengths))
-    whole = functools.partial(
-        decay_attention,
-        q,
-        k,
-        v,
-        log_decay,
-        score=score,
-        normalize=normalize,
-        scale=scale,
-        segment_ids=segment_ids,
-        form=form,
-        chunk_size=chunk_size,
-        implementation=implementation,
-        precision=precision,
-        partition=partition,
-    )
-    if op.is_finite:
-        attend = functools.partial(recurrent_cache.attend, op, cache=alone)
+    counts = jnp.full((batch,), size, jnp.int32) if call.lengths is None else call.lengths
+    segment_ids = extend_last_segment(call.segment_ids, call.lengths)
+    run = None if segment_ids is None else segment_runs(segment_ids)
+    options = {"form": form, "chunk_size": chunk_size, "implementation": implementation, "partition": partition}
+    whole = functools.partial(attend, **options)
+    if kind is RecurrentCache:
+        few = functools.partial(recurrent_cache.attend, call.op, cache=alone)
         if size <= alone.fold_size:
-            unsupported = functools.partial(dispatch.unsupported_in_cache, q, k, alone.state)
-            if dispatch.choose(implementation, "cached", unsupported) == dispatch.MOSAIC_GPU:
-                attend = functools.partial(dispatch.attend_in_cache, op, cache=cache, partition=partition)
-        y, new = _attend_finite(op, whole, attend, q, k, v, log_decay, run, counts, alone, is_empty)
+
+            def ask(kernels):
+                return kernels.unsupported_in_cache(q, k, alone.state)
+
+            if dispatch.choose_implementation(implementation, "cached", ask) == dispatch.MOSAIC_GPU:
+                in_kernel = dispatch.load(dispatch.MOSAIC_GPU).attend_in_cache
+                few = functools.partial(in_kernel, call.op, cache=cache, partition=partition)
+        y, new = _attend_finite(call, whole, few, run, counts, alone, is_empty)
     else:
-        y, new = _attend_exponential(op, whole, q, k, v, log_decay, run, counts, cache, is_empty)
+        y, new = _attend_exponential(call, whole, run, counts, alone, is_empty)
     if lengths is not None:
-        y = jnp.where(valid_tokens(lengths, size)[..., None, None], y, 0)
+        y = jnp.where(valid_tokens(counts, size)[..., None, None], y, 0)
     return y, new
 
 
@@ -199,8 +191,9 @@ def append(
         return attention_cache.append(new, cache, partition)
     op = make_operation(cache.keys.shape[-1], score, True, None, precision)
     arrays = cache.state.kv, cache.keys, cache.values
-    has_kernel = implementation != "xla" and dispatch.unsupported_fold(*arrays, cache.fold_size) is None
-    fold = functools.partial(dispatch.fold, op) if has_kernel else None
+    fold = None
+    if implementation != "xla" and dispatch.refusal(lambda x: x.unsupported_fold(*arrays, cache.fold_size)) is None:
+        fold = functools.partial(dispatch.load(dispatch.MOSAIC_GPU).fold, op)
     return recurrent_cache.append(op, new, cache, partition, fold)
 
 
@@ -218,7 +211,9 @@ def roll_back(cache: DecodingCache, counts, partition: PartitionSpec | None = No
     return recurrent_cache.roll_back(counts, cache)
 
 
-def _attend_finite(op, whole, attend, q, k, v, log_decay, run, counts, cache: RecurrentCache, is_empty):
+def _attend_finite(call: Call, whole, few, run, counts, cache: RecurrentCache, is_empty: bool):
+    """y and the new tokens; `whole(call)` attends to any number of them, `few(*arrays)` to at most r."""
+    op, q, k, v, log_decay, *_ = call
     wide = cache.log_decay.dtype
     decays = jnp.zeros(k.shape[:3], wide) if log_decay is None else clamp_log_decay(log_decay, q.dtype)
     if run is not None:
@@ -230,27 +225,29 @@ def _attend_finite(op, whole, attend, q, k, v, log_decay, run, counts, cache: Re
     arrays = heads_first(q, keys, values, jnp.where(valid[..., None], decays, 0).astype(wide))
 
     if q.shape[1] <= cache.fold_size:
-        y = attend(*arrays)
+        y = few(*arrays)
         new = NewTokens(*arrays[1:], jnp.zeros_like(counts), counts)
     else:
 
         def attend_all(lengths, state):
-            y, state = whole(lengths=lengths, initial_state=None if is_empty else state, return_final_state=True)
+            part = call._replace(lengths=lengths, state=None if is_empty else state)
+            y, state = whole(part, return_final_state=True)
             return grouped_queries(y, k.shape[2]), state
 
         y, new = recurrent_cache.prefill(op, attend_all, *arrays, counts, cache)
     return tokens_first(y).astype(q.dtype), new
 
 
-def _attend_exponential(op, whole, q, k, v, log_decay, run, counts, cache: AttentionCache, is_empty):
+def _attend_exponential(call: Call, whole, run, counts, cache: AttentionCache, is_empty: bool):
+    """y and the new tokens; `whole(call)` attends to them and to a state."""
+    _, q, k, v, log_decay, *_ = call
     if (cache.log_decay is None) != (log_decay is None):
         raise ValueError(
             f"the cache is of a mixer {'without' if cache.log_decay is None else 'with'} a decay, and log_decay is "
             f"{'None' if log_decay is None else 'given'}"
         )
-    state = attention_cache.as_state(cache)
-    checks.check_state(op, q, k, v, state, counts)
-    y = poison_overflow(whole(lengths=counts, initial_state=None if is_empty else state), state, counts)
+    part = call._replace(lengths=counts, state=None if is_empty else call.state)
+    y = poison_overflow(whole(part, return_final_state=False)[0], call.state, counts)
     _, *arrays = heads_first(q, k, v, clamp_log_decay(log_decay, q.dtype))
     start = attention_cache.segment_start(run, cache)
     return y, NewTokens(*arrays, jnp.zeros_like(counts), counts, start=start)

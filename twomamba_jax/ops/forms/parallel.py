@@ -20,7 +20,7 @@ def parallel(op: Operation, q, k, v, log_decay, run, state: State | None):
       y [B, G, R, T, V] in the accumulation dtype.
     """
     seen = None if run is None else run == 0  # the tokens that see the initial state
-    if op.is_finite:
+    if op.finite:
         sums = stages.intra(op, q, k, v, log_decay, run)
         if state is not None:
             sums = sums + stages.query(op, q, log_decay, seen, state)

@@ -17,7 +17,7 @@ from twomamba_jax.ops.state import FiniteState, State
 
 def step(op: Operation, q, k, v, log_decay, state: State):
     """One token, T = 1; heads-first arrays as in `stages`. Returns y [B, G, R, 1, V] and the next state."""
-    if op.is_finite:
+    if op.finite:
         return parallel(op, q, k, v, log_decay, None, state), final_state(op, k, v, log_decay, None, state)
     lengths = jnp.ones((k.shape[0],), jnp.int32)
     state = key_values.append(k, v, log_decay, None, lengths, state)

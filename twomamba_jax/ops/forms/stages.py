@@ -57,7 +57,7 @@ def intra(op: Operation, q, k, v, log_decay, run) -> Sums:
     Where q has fewer tokens than k, they are the chunk's last.
     """
     x = contract("bgrik,bgjk->bgrij", q, k, op.precision) * op.query_scale
-    weights = x * x if op.score == "squared" else x
+    weights = op.finite.weight(x)
     rows = slice(k.shape[2] - q.shape[3], None)
     if log_decay is not None:
         one = q.shape[3] == 1
