@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+import clone  # noqa: F401
 import lxml.html
 import tokenizers
 from tokenizers.models import BPE

@@ -16,6 +16,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import clone  # noqa: F401
 import tokenizers
 
 from train.configuration import apply_overrides, load_config

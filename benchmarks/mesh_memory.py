@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import clone  # noqa: F401
 import flax.linen as nn
 import jax
 from jax.stages import Compiled

@@ -17,6 +17,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import clone  # noqa: F401
 import numpy as np
 from kept_rows import current_commit, kept_row
 from recall_members import NUM_LAYERS

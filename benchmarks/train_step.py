@@ -23,6 +23,7 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
+import clone  # noqa: F401
 import cudnn_softmax
 import flax.linen as nn
 import jax

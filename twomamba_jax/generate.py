@@ -6,6 +6,7 @@ if __name__ == "__main__":
     try:
         from train.generate import main
     except ImportError as error:
-        needed = 'a clone of the repository, with what trains: pip install -e ".[train]"'
-        sys.exit(f"error: {error}; generating from a run needs {needed}")
+        needed = 'run this in a clone of the repository, after pip install -e ".[train]"'
+        print(f"error: {error}: {needed}", file=sys.stderr)
+        sys.exit(2)
     sys.exit(main(sys.argv[1:]))
