@@ -48,6 +48,7 @@ PLANS = {
             "2mamba-dt",
             "2mamba-long",
             "2mamba-dt-long",
+            "2mamba-dt-long-norm",
             "softmax,2mamba-dt-long*,softmax",
             "2mamba-e",
             "2mamba-e-long",
