@@ -20,6 +20,7 @@ from train.configuration import load_config
 from train.convert import authors
 from train.convert.command import main
 from train.convert.tensors import Layers
+from train.data.tokenizers import load_tokenizer
 from train.errors import UserError
 from train.main import main as train
 from train.workdir import claim
@@ -358,6 +359,23 @@ def test_tokenizer_with_more_tokens_is_refused(checkpoint, capsys):
     assert "'bytes' has 257 tokens, expected at most vocab_size=80" in refused(
         checkpoint(), capsys, "--tokenizer", "bytes"
     )
+
+
+def test_numbers_are_tokens():
+    tokenizer = load_tokenizer("ids:20", "2", "1")
+    assert tokenizer.encode(" 5 17\n3").tolist() == [5, 17, 3]
+    assert tokenizer.decode([1, 5, 17, 2]) == "5 17"
+    assert (load_tokenizer("ids:20").eos_id, load_tokenizer("ids:20").bos_id) == (19, None)
+    for make, message in (
+        (
+            lambda: tokenizer.encode("5 20"),
+            "a document's token is '20': data.tokenizer='ids:20' takes numbers from 0 to 19",
+        ),
+        (lambda: load_tokenizer("ids:x"), "data.tokenizer='ids:x' must be 'ids:N', N the number of tokens"),
+        (lambda: load_tokenizer("ids:9", "</s>"), "data.eos_token is '</s>': data.tokenizer='ids:9' takes numbers"),
+    ):
+        with pytest.raises(UserError, match=re.escape(message)):
+            make()
 
 
 def test_wrong_command_line_is_one_line(capsys):

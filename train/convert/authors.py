@@ -13,7 +13,7 @@ import numpy as np
 from train.convert.tensors import Layers, Tensor, linear, same, vector
 from train.errors import UserError, nearest
 from twomamba_jax.config import MixerConfig, ModelConfig
-from twomamba_jax.variants import VARIANTS
+from twomamba_jax.variants import VARIANTS, parse_pattern
 
 # Their `attention_type`, and the variant that it is here.
 ATTENTION_TYPES = {
@@ -103,7 +103,7 @@ def read_model(config: Mapping[str, Any], source: str) -> tuple[str, ModelConfig
     variant = ATTENTION_TYPES[name]
     try:
         model = ModelConfig(
-            mixers=VARIANTS[variant].mixer,
+            mixers=parse_pattern(variant, values["num_layers"]),
             head_dim=config.get("head_dim") or values["d_model"] // heads,
             rope_theta=config.get("rope_theta", 10000.0),
             norm_eps=config.get("rms_norm_eps", 1e-6),
