@@ -21,14 +21,17 @@ from train.data.task import Task, make_task
 from train.data.tokenizers import has_file, kept_path, load_kept_tokenizer
 from train.errors import UserError, one_line
 from train.evaluation import ContextLosses, evaluate, token_losses
+from train.harness import run_tasks
 from train.output import lenient_output
 from train.paths import expand_user
 from train.restore import build_anywhere, restore_on_one_device
+from train.scoring import Scorer
 
 DESCRIPTION = """\
 Evaluates the model of a working directory: loss in nats a token, perplexity, accuracy and, of text, bits a byte, then
 the loss by the length of the context. The data is the run's; --config.data.KEY=VALUE names other data, and
---config.length another length of the rows. Mistakes are one line on stderr and exit status 2."""
+--config.length another length of the rows; --tasks runs tasks of lm-evaluation-harness instead. Mistakes are one line
+on stderr and exit status 2."""
 
 OVERRIDE = "--config."
 OVERRIDABLE = ("data.", "length", "batch_size")
@@ -50,6 +53,10 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[tuple[str,
     parser.add_argument("--rows", type=int, metavar="N", help="spread evenly over the split; default: all of it")
     parser.add_argument("--checkpoint", choices=("best", "latest"), default="best", help="by held-out loss, or by step")
     parser.add_argument("--json", action="store_true", help="prints one JSON object")
+    parser.add_argument("--tasks", metavar="A,B", help="of lm-evaluation-harness, in place of the run's own data")
+    parser.add_argument("--include_path", metavar="DIR", help="of task files besides the harness's own")
+    parser.add_argument("--num_fewshot", type=int, metavar="N", help="of tasks")
+    parser.add_argument("--limit", type=int, metavar="N", help="of tasks: their first N documents")
     overrides = []
     for argument in arguments:
         if argument.startswith(OVERRIDE):
@@ -63,6 +70,8 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[tuple[str,
     if options.rows is not None and options.rows < 1:
         raise UserError(f"--rows={options.rows} must be at least 1; leave it out for all of the split")
     options.workdir = Path(expand_user("--workdir", options.workdir))
+    if options.include_path is not None:
+        options.include_path = Path(expand_user("--include_path", options.include_path))
     return options, overrides
 
 
@@ -115,6 +124,21 @@ def evaluate_run(options: argparse.Namespace, overrides: list[tuple[str, str]]) 
     return {"step": step, "split": options.split, "rows": count} | figures | {"by_context": by_context.table()}
 
 
+def evaluate_tasks(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> dict[str, Any]:
+    """The figures of `options.tasks` by lm-evaluation-harness: `step` and `tasks`. Raises UserError."""
+    config = read_config(options.workdir)
+    apply_overrides(config, overrides)
+    tokenizer = load_kept_tokenizer(config.data, options.workdir)
+    model = build_anywhere(config)
+    params, step = restore_on_one_device(options.workdir, model, options.checkpoint, warn)
+    scorer = Scorer(model, params, tokenizer, config.batch_size, config.length)
+    names = [name for name in options.tasks.split(",") if name]
+    return {
+        "step": step,
+        "tasks": run_tasks(scorer, names, options.include_path, options.num_fewshot, options.limit),
+    }
+
+
 def _split(task: Task, name: str) -> tuple[Any, float | None]:
     """The rows of a split, and its targets over its bytes."""
     if name == "held_out":
@@ -132,6 +156,13 @@ def warn(text: str) -> None:
 
 def show(figures: dict[str, Any]) -> None:
     """Prints the figures as two tables."""
+    if "tasks" in figures:
+        for task, values in figures["tasks"].items():
+            shown = (
+                f"{key.removesuffix(',none')} {value:.5f}" for key, value in values.items() if type(value) is float
+            )
+            print(f"{task}: {', '.join(shown)}")
+        return
     print(f"step {figures['step']}, {figures['rows']:,} rows of the {figures['split']} split")
     for key, value in figures.items():
         if key.startswith("eval/"):
@@ -148,14 +179,14 @@ def main(arguments: Sequence[str]) -> int:
     try:
         options, overrides = parse(arguments)
         keep_programs(warn)
-        figures = evaluate_run(options, overrides)
+        figures = (evaluate_tasks if options.tasks else evaluate_run)(options, overrides)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    print(json.dumps(figures)) if options.json else show(figures)
+    print(json.dumps(figures, default=str)) if options.json else show(figures)
     return 0
 
 
