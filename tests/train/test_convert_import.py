@@ -139,7 +139,7 @@ def test_training_goes_on_from_it(imported, tmp_path, capsys):
     (tmp_path / "text.txt").write_text("".join(f"{n % 80} {n * n % 80}\n" for n in range(2000)))
     values = {
         "data.source": "files", "data.paths": tmp_path / "text.txt", "data.cache_dir": tmp_path / "tokens",
-        "sample.prompt": "5 6", "sample.tokens": 4, "optimizer.learning_rate": "1e-3", "optimizer.warmup_steps": 1,
+        "sample.tokens": 4, "optimizer.learning_rate": "1e-3", "optimizer.warmup_steps": 1,
         "optimizer.decay_steps": 10, "optimizer.schedule": "linear", "length": 32, "batch_size": 4, "eval_rows": 4,
         "eval_every": 2, "checkpoint_every": 1, "log_every": 1, "execution.remat": "none",
     }  # fmt: skip

@@ -18,7 +18,7 @@ from train.convert.parameters import check_tensors, read_parameters
 from train.convert.reading import PickleFiles, SafetensorsFiles, open_tensors, read_json
 from train.convert.tensors import parameter_shapes
 from train.convert.tokenizer import check_tokenizer, find_tokenizer
-from train.data.tokenizers import has_file, keep_tokenizer, kept_path
+from train.data.tokenizers import IDS, has_file, keep_tokenizer, kept_path
 from train.errors import UserError
 from train.workdir import replace, writing
 from twomamba_jax.config import ModelConfig
@@ -101,7 +101,7 @@ def import_checkpoint(directory: Path, workdir: Path, tokenizer: str | None, rep
     dtypes = sorted({files.entries[key].dtype for key in tensors})
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     report(f"{variant}: {count:,} parameters, {', '.join(dtypes)} there and float32 here, in {workdir}")
-    if data["tokenizer"].startswith("ids:"):
+    if data["tokenizer"].startswith(IDS):
         report(
             f"{directory} has no tokenizer: a text is its tokens' numbers, '5 17 3' say, unless --tokenizer names one"
         )
@@ -125,6 +125,8 @@ def make_config(name: str, variant: str, model: ModelConfig, length: int, data: 
         (config[group] if group else config)[last] = value
     for key, value in data.items():
         config.data[key] = value
+    if data["tokenizer"].startswith(IDS):
+        config.sample.prompt = "0"  # a token, whatever it means
     validate(config)
     return config
 
@@ -132,7 +134,15 @@ def make_config(name: str, variant: str, model: ModelConfig, length: int, data: 
 def config_file(config: ConfigDict, workdir: Path) -> str:
     """The configuration file of `make_config`, as Python, to be kept in `workdir`."""
     spec = config.data.tokenizer
-    keys = [*FINE_TUNING, "execution.dtype", "data.source", "data.eos_token", "data.bos_token", "length"]
+    keys = [
+        *FINE_TUNING,
+        "execution.dtype",
+        "data.source",
+        "data.eos_token",
+        "data.bos_token",
+        "length",
+        "sample.prompt",
+    ]
     run = {}
     for key in keys:
         group, _, last = key.rpartition(".")
