@@ -350,6 +350,28 @@ def test_pickle_without_torch_is_refused(checkpoint, capsys, monkeypatch):
     assert "is a pickle, which only PyTorch reads (" in refused(directory, capsys)
 
 
+def test_pickle_is_read_as_weights_alone(imported, checkpoint, tmp_path, capsys):
+    torch = pytest.importorskip("torch")
+    directory = checkpoint()
+    tensors = safetensors.load_file(directory / "model.safetensors")
+    (directory / "model.safetensors").unlink()
+    path = directory / "pytorch_model.bin"
+    torch.save({key: torch.from_numpy(value) for key, value in tensors.items()}, path)
+    assert main(["import", str(directory), "--workdir", str(tmp_path / "run")]) == 0
+    whole, pickled = (generate.load(workdir, "best")[1] for workdir in (imported, tmp_path / "run"))
+    assert jax.tree.all(jax.tree.map(np.array_equal, whole, pickled))
+
+    class Code:
+        def __reduce__(self):
+            return print, ("it ran",)
+
+    torch.save({"lm_head.weight": Code()}, path)
+    assert "cannot be read as weights alone (UnpicklingError): expected tensors by name and" in refused(
+        directory, capsys
+    )
+    assert "it ran" not in capsys.readouterr().out
+
+
 def test_workdir_that_is_not_empty_is_refused(checkpoint, capsys, tmp_path):
     assert main(["import", str(checkpoint()), "--workdir", str(tmp_path)]) == 2
     assert "is not empty: choose another, or remove it" in capsys.readouterr().err

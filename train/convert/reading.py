@@ -105,7 +105,8 @@ class PickleFiles:
                 tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
             except Exception as error:  # A file of somebody else's: the package raises what its many readers raise.
                 raise UserError(
-                    f"{path} cannot be read as weights alone ({one_line(error)}): fetch it again"
+                    f"{path} cannot be read as weights alone ({type(error).__name__}): expected tensors by name and "
+                    "nothing else; fetch it again, or save the model as safetensors"
                 ) from error
             if not isinstance(tensors, Mapping):
                 raise UserError(f"{path} holds a {type(tensors).__name__}, expected tensors by name: save a state_dict")
