@@ -406,3 +406,17 @@ def test_wrong_command_line_is_one_line(capsys):
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith("error: ")
         assert line.endswith("; see --help")
+
+
+def test_run_of_before_the_output_norms_epsilon_resumes(tmp_path):
+    """A key that config.json does not have is None; any other value is another run."""
+    workdir, config = tmp_path / "run", load_config(str(Path(__file__).parents[2] / "configs" / "2mamba.py"))
+    claim(workdir, config, {"digest": "x"})
+    saved = json.loads((workdir / "config.json").read_text())
+    del saved["model"]["output_norm_eps"]
+    (workdir / "config.json").write_text(json.dumps(saved))
+    claim(workdir, config, {"digest": "x"})
+    (workdir / "config.json").write_text(json.dumps(saved))
+    config.model.output_norm_eps = 1e-6
+    with pytest.raises(UserError, match="model.output_norm_eps is 'absent' there and 1e-06 here"):
+        claim(workdir, config, {"digest": "x"})
