@@ -418,5 +418,5 @@ def test_run_of_before_the_output_norms_epsilon_resumes(tmp_path):
     claim(workdir, config, {"digest": "x"})
     (workdir / "config.json").write_text(json.dumps(saved))
     config.model.output_norm_eps = 1e-6
-    with pytest.raises(UserError, match="model.output_norm_eps is 'absent' there and 1e-06 here"):
+    with pytest.raises(UserError, match=r"model.output_norm_eps is 'absent' there and 1e-06 here"):
         claim(workdir, config, {"digest": "x"})
