@@ -25,6 +25,7 @@ from train.errors import UserError, one_line
 from train.evaluation import evaluate
 from train.flops import peak_flops, training_flops_per_token
 from train.interruption import Interruption
+from train.layer_loop import choose_layer_loop, compiler_options
 from train.lock import WorkdirLock
 from train.meter import Meter
 from train.metrics import only_finite, read_metrics
@@ -149,7 +150,9 @@ def build(config: ConfigDict, workdir: Path, mesh: Mesh, report: Callable[[str],
     except ValueError as error:
         # Tracing is where the library says that a form or an implementation cannot run this model.
         raise UserError(one_line(error)) from error
-    train_step = make_train_step(model, optimizer, schedule, abstract, mesh, **passes)
+    trained = choose_layer_loop(model, mesh)
+    options = compiler_options(trained, mesh)
+    train_step = make_train_step(trained, optimizer, schedule, abstract, mesh, **passes, compiler_options=options)
     return Run(config, workdir, task, model, abstract, init, train_step, eval_step, sharding, rows)
 
 

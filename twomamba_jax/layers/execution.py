@@ -40,8 +40,8 @@ class Execution:
       remat: what of each block is computed again in the backward pass instead of being kept: "none", "dots" (all but
         the results of projections and attention kernels), or "full" (all).
       scan_layers: whether layers run in a loop over their parameters, so that compilation time does not grow with
-        depth, or one after the other, as `decode` has them on a GPU by None: there that is faster, but takes a copy of
-        the layers' parameters.
+        depth, or one after the other, which is faster on a GPU. None: a loop, but for `decode` and training steps
+        (train/layer_loop.py) on GPUs. `decode` takes a copy of the layers' parameters for it.
       form: as in `decay_attention`.
       chunk_size: as in `decay_attention`.
       implementation: as in `decay_attention`.
