@@ -2,11 +2,10 @@
 
 import dataclasses
 import importlib.util
+import itertools
 import json
 import math
-import os
 import sys
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import jax
@@ -32,6 +31,35 @@ def script():
     del sys.modules[spec.name]
 
 
+class InThisProcess:
+    """A row's program without a process."""
+
+    def __init__(self, script, row, task):
+        self.rows = script.step_row.train(row, task)
+        next(self.rows)
+
+    def turn(self):
+        return json.loads(json.dumps(dataclasses.asdict(next(self.rows))))
+
+    def close(self):
+        self.rows.close()
+
+
+@pytest.fixture
+def in_this_process(script, monkeypatch):
+    monkeypatch.setattr(script, "program_of", lambda row, task: InThisProcess(script, row, task))
+
+
+def train(script, row, options):
+    """The row after its last turn."""
+    task = script.task_of(options)
+    return list(itertools.islice(script.step_row.train(row, task), 2 + len(task.turns)))[-1]
+
+
+def config_of(script, row, options):
+    return script.step_row.config_of(row, script.task_of(options))
+
+
 @pytest.fixture
 def arguments(tmp_path):
     """Of two steps of a tiny model on a corpus of a few lines."""
@@ -48,11 +76,11 @@ def test_trains_as_configured(script, arguments):
     options = script.parse([*arguments, "--variants", "softmax"])
     xla, kernels = script.rows_of(options)
     assert (xla.variant, xla.implementation, kernels.implementation) == ("softmax", "xla", "mosaic_gpu")
-    config = script.config_of(xla, options)
+    config = config_of(script, xla, options)
     assert (config.variant, config.steps, config.batch_size, config.length) == ("softmax", 2, 2, 32)
     assert (config.execution.implementation, config.execution.form) == ("xla", None)
     assert config.model.d_model == 16
-    config = script.config_of(kernels, options)
+    config = config_of(script, kernels, options)
     assert (config.execution.implementation, config.execution.form) == ("mosaic_gpu", None)
     *_, perturbed = script.rows_of(script.parse([*arguments, "--variants", "softmax", "--perturbations", "1e-6"]))
     assert (perturbed.implementation, perturbed.perturbation) == ("xla", 1e-6)
@@ -65,7 +93,7 @@ def test_cudnn_stands_in_for_softmax(script, arguments, monkeypatch):
     _, softmax, row = rows = script.rows_of(options)
     pairs = [("2mamba", "xla"), ("softmax", "xla"), ("softmax", "cudnn")]
     assert [(row.variant, row.implementation) for row in rows] == pairs
-    assert script.config_of(row, options).execution.implementation is None
+    assert config_of(script, row, options).execution.implementation is None
 
     calls, by_jax = [], jax.nn.dot_product_attention
 
@@ -74,17 +102,17 @@ def test_cudnn_stands_in_for_softmax(script, arguments, monkeypatch):
         return by_jax(*arrays, **how)
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", attention)
-    trained, peer = script.train(row, options), script.train(softmax, options)
+    trained, peer = train(script, row, options), train(script, softmax, options)
     assert set(calls) == {("cudnn", True)}
     assert trained.losses == pytest.approx(peer.losses, rel=0.01)
-    assert "without a decay" in script.train(dataclasses.replace(row, variant="2mamba"), options).note
+    assert "without a decay" in train(script, dataclasses.replace(row, variant="2mamba"), options).note
     assert script.cudnn_softmax.dear(fused_attention_stablehlo._dot_product_attention_fwd_p_wrapper)
 
 
 def test_recomputes_where_asked_and_where_the_configuration_does(script, arguments):
     def remat(*more):
         options = script.parse([*arguments, "--remat", *more])
-        return [script.config_of(row, options).execution.remat for row in script.rows_of(options)[:2]]
+        return [config_of(script, row, options).execution.remat for row in script.rows_of(options)[:2]]
 
     assert remat() == ["full", "full"]  # as nano's own
     assert remat("--override", "execution.remat=none") == ["none", "none"]
@@ -92,9 +120,9 @@ def test_recomputes_where_asked_and_where_the_configuration_does(script, argumen
     assert remat("xla", *small) == ["full", "dots"]
 
 
-def test_prints_a_table_and_writes_the_losses(script, arguments, monkeypatch, capsys):
+@pytest.mark.usefixtures("in_this_process")
+def test_prints_a_table_and_writes_the_losses(script, arguments, capsys):
     """A run that cannot be made has its reason in the table, and the exit status is 1."""
-    monkeypatch.setattr(script, "in_own_process", lambda function, *given: function(*given))
     chosen = ["--variants", "2mamba", "3mamba", "--implementations", "xla", "--perturbations", "1e-3"]
     assert script.main([*arguments, *chosen, "--parts", "2"]) == 1
 
@@ -133,29 +161,136 @@ def test_prints_a_table_and_writes_the_losses(script, arguments, monkeypatch, ca
     assert len({line.count(" | ") for line in (lines[-6], *lines[-4:])}) == 1
 
 
-def test_compares_with_xla(script):
-    def row(implementation, losses, tokens_per_second):
-        return script.Row("2mamba", implementation, 2, 32, losses=losses, tokens_per_second=tokens_per_second)
+def row_of(script, implementation, losses, tokens_per_second, variant="2mamba", **more):
+    """Of 2 x 32 tokens."""
+    times = (2 * 32 / tokens_per_second * 1e3,)
+    more = {"flops_per_token": 1e6, "compile_seconds": 3.0, "device": "NVIDIA H200"} | more
+    return script.Row(variant, implementation, 2, 32, losses=losses, milliseconds_by_turn=times, **more)
 
-    rows = [row("mosaic_gpu", (3.0, 2.5), 300.0), row("xla", (3.0, 2.75), 100.0), script.Row("softmax", "xla", 2, 32)]
-    kernels, _, untrained = script.records_of(rows)
-    assert (kernels["speed_over_xla"], kernels["largest_loss_difference"]) == (3, 0.25)
+
+def test_compares_with_xla_and_with_the_better_peer(script):
+    rows = [
+        row_of(script, "mosaic_gpu", (3.0, 2.5), 300.0),
+        row_of(script, "xla", (3.0, 2.75), 100.0),
+        script.Row("softmax", "xla", 2, 32),
+        row_of(script, "torch", (9.0, 8.0), 200.0, "transformer", setting="default"),
+        row_of(script, "torch", (9.0, 8.0), 250.0, "transformer", setting="max-autotune-no-cudagraphs"),
+    ]
+    kernels, _, untrained, _, peer = records = script.records_of(rows)
+    assert kernels["speed_over_xla"] == pytest.approx(3)
+    assert kernels["largest_loss_difference"] == 0.25
+    assert kernels["speed_over_torch"] == pytest.approx(1.2)
+    assert kernels["tflops"] == pytest.approx(300e6 / 1e12)
+    assert kernels["mfu"] == pytest.approx(300e6 / 989e12)
+    assert (peer["speed_over_torch"], "speed_over_xla" in peer) == (1, False)
     assert "speed_over_xla" not in untrained
+    untrained["note"] = "why"
+    header, _, *lines = script.table(records, 2).splitlines()
+    assert "| over PyTorch | TFLOP/s | MFU |" in header
+    assert {line.count(" | ") for line in lines} == {header.count(" | ")}
+    cells = lines[-1].split(" | ")
+    assert cells[:7] == ["| transformer", "torch, max-autotune-no-cudagraphs", "", "2", "32", "", ""]
 
 
-def test_a_process_of_its_own(script):
-    assert script.in_own_process(os.getpid) != os.getpid()
-    with pytest.raises(BrokenProcessPool):
-        script.in_own_process(os._exit, 3)
+def test_turns_and_settings_are_rows(script, arguments):
+    """Every run with every setting; what is the compiler's does not go into the configuration, nor does the code."""
+    settings = [
+        "--setting",
+        "loop",
+        "execution.scan_layers=True",
+        "--setting",
+        "no graphs",
+        "xla_some_flag=",
+        "xla_n=0",
+    ]
+    settings += ["--setting", "before", "code=/else", "loss_chunk_size=64"]
+    chosen = ["--variants", "2mamba", "softmax", "--implementations", "xla", "--steps", "8", "--turns", "3"]
+    options = script.parse([*arguments, *chosen, *settings])
+    task = script.task_of(options)
+    assert task.turns == (3, 3, 2)
+    rows = script.rows_of(options)
+    assert [(row.variant, row.setting) for row in rows] == list(
+        itertools.product(("2mamba", "softmax"), ("loop", "no graphs", "before"))
+    )
+    loop, no_graphs, before = rows[:3]
+    assert script.step_row.config_of(loop, task).execution.scan_layers is True
+    assert script.step_row.compiler_options(loop) is None
+    assert script.step_row.compiler_options(no_graphs) == {"xla_some_flag": "", "xla_n": 0}
+    assert script.step_row.config_of(no_graphs, task).execution.scan_layers is None
+    assert (before.code, script.step_row.config_of(before, task).loss_chunk_size) == ("/else", 64)
+    assert script.step_row.config_of(before, task).steps == 8
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_runs_take_turns(script, arguments, capsys):
+    chosen = ["--variants", "2mamba", "softmax", "--implementations", "xla", "--steps", "3", "--turns", "3"]
+    assert script.main([*arguments, *chosen]) == 0
+    told = [line.split(":")[0] for line in capsys.readouterr().err.splitlines()]
+    assert told == ["2mamba xla 2 x 32", "softmax xla 2 x 32"] * 4
+    report = json.loads(Path(script.parse(arguments).out.as_posix() + ".json").read_text())
+    for row in report["rows"]:
+        assert len(row["losses"]) == len(row["milliseconds_by_turn"]) == 3
+        assert row["milliseconds"] == sorted(row["milliseconds_by_turn"])[1]
+        assert row["compile_seconds"] > 0
+
+
+def test_a_row_has_a_process_of_its_own(script, arguments, capsys):
+    """Its first step is that of this process, and what it prints besides goes to standard error."""
+    chosen = ["--variants", "softmax", "--implementations", "xla"]
+    assert script.main([*arguments, *chosen]) == 0
+    report = json.loads(Path(script.parse(arguments).out.as_posix() + ".json").read_text())
+    options = script.parse([*arguments, *chosen])
+    expected = train(script, script.rows_of(options)[0], options)
+    assert report["rows"][0]["losses"] == pytest.approx(list(expected.losses), rel=1e-6)
+    assert "| softmax | xla | full | 2 | 32 |" in capsys.readouterr().out
 
 
 def test_reports_a_process_that_died(script, arguments, monkeypatch, capsys):
-    def die(function, *given):
-        raise BrokenProcessPool
-
-    monkeypatch.setattr(script, "in_own_process", die)
+    command = [sys.executable, "-c", "import os; os._exit(3)"]
+    monkeypatch.setattr(script, "program_of", lambda row, task: script.Program(command, {}))
     assert script.main([*arguments, "--variants", "2mamba", "--implementations", "xla"]) == 1
     assert "| its process died |" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_a_peer_needs_pytorch(script, arguments, monkeypatch, capsys):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "torch" else find_spec(name))
+    with pytest.raises(SystemExit) as exit_:
+        script.parse([*arguments, "--peers", "torch"])
+    assert exit_.value.code == 2
+    assert "--peers torch: PyTorch is not installed here" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_peer_is_told_the_sizes(script, arguments, monkeypatch):
+    """A row for each mode, whose process gets the sizes of the configuration and none of ours."""
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: script if name == "torch" else find_spec(name))
+    commands = []
+    monkeypatch.setattr(script, "Program", lambda command, environment: commands.append((command, environment)))
+    peers = ["--peers", "torch", "--torch-modes", *script.TORCH_MODES, "--turns", "2", "--variants", "2mamba"]
+    options = script.parse([*arguments, *peers])
+    *_, first, second = script.rows_of(options)
+    assert [(row.variant, row.implementation) for row in (first, second)] == [("transformer", "torch")] * 2
+    script.program_of(second, script.task_of(options))
+    ((command, environment),) = commands
+    assert command[1].endswith("benchmarks/torch_peer.py")
+    assert environment == {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    row, model, optimizer, turns = json.loads(command[2])
+    assert (row["setting"], row["batch"], row["length"]) == ("max-autotune-no-cudagraphs", 2, 32)
+    assert (model["d_model"], model["num_heads"], model["vocab_size"]) == (16, 2, 512)
+    assert optimizer["learning_rate"] == 3e-3
+    assert turns == [1, 1]
+
+
+def test_a_peer_trains(script, arguments):
+    """Where PyTorch is installed: a table with its row, whose operations are ours of a softmax model."""
+    pytest.importorskip("torch", reason="PyTorch is no dependency")
+    chosen = ["--variants", "softmax", "--implementations", "xla", "--peers", "torch"]
+    assert script.main([*arguments, *chosen]) == 0
+    report = json.loads(Path(script.parse(arguments).out.as_posix() + ".json").read_text())
+    ours, peer = report["rows"]
+    assert peer["losses"][-1] < peer["losses"][0]
+    assert peer["flops_per_token"] == pytest.approx(ours["flops_per_token"], rel=0.01)
 
 
 def test_says_what_is_wrong(script, arguments, capsys):
@@ -163,6 +298,9 @@ def test_says_what_is_wrong(script, arguments, capsys):
         (["--override", "steps"], "--override steps: expected KEY=VALUE"),
         (["--implementations", "cuda"], "--implementations"),
         (["--out", "/dev/null/steps"], "--out /dev/null/steps: "),
+        (["--setting", "a", "steps"], "--setting steps: expected KEY=VALUE"),
+        (["--turns", "3"], "--turns 3: expected from 1 to --steps 2"),
+        (["--torch-modes", "fast"], "--torch-modes"),
     ):
         with pytest.raises(SystemExit) as exit_:
             script.parse([*arguments, *wrong])
@@ -170,4 +308,4 @@ def test_says_what_is_wrong(script, arguments, capsys):
         assert message in capsys.readouterr().err.splitlines()[-1]
     options = script.parse([*arguments, "--steps", "0"])
     with pytest.raises(UserError, match="steps=0 must be at least 1"):
-        script.config_of(script.rows_of(options)[0], options)
+        config_of(script, script.rows_of(options)[0], options)
