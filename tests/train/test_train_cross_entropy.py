@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from models import model_of
 
+from train import cross_entropy as module
 from train.cross_entropy import cross_entropy, num_chunks
 from train.step import weighted_sums
 
@@ -43,6 +44,14 @@ def differentiate(function, *arguments):
     return *sums, *gradients
 
 
+@pytest.fixture(params=["of a CPU", "of a GPU"])
+def rows(request, monkeypatch):
+    """What the loss takes of each row of logits, in the passes of a CPU and in the one of a GPU."""
+    if request.param == "of a GPU":
+        monkeypatch.setattr(module, "_rows", module._rows_in_one_pass)
+
+
+@pytest.mark.usefixtures("rows")
 @pytest.mark.parametrize(("dtype", "tolerance"), [(np.float64, 1e-14), (np.float32, 1e-6)], ids=["float64", "float32"])
 def test_equals_the_plain_one(dtype, tolerance):
     """One chunk and several, the last of them not full, of the whole batch and of the shares of a mesh."""
@@ -71,6 +80,7 @@ def test_bfloat16_operands_are_summed_in_float32():
         np.testing.assert_allclose(gradient.astype(jnp.float32), wanted, rtol=0, atol=2**-7 * np.abs(wanted).max())
 
 
+@pytest.mark.usefixtures("rows")
 def test_a_target_that_is_nearly_certain_keeps_its_loss():
     """Logits of 8192 and 9 less: log(1 + e^-9) = 1.2e-4, where float32 has steps of 1e-3 at 8192."""
     arguments = jnp.full((1, 1, 1), 8192.0), jnp.array([[1, 1 - 9 / 8192]]), jnp.array([[0]]), jnp.ones((1, 1))
@@ -79,9 +89,25 @@ def test_a_target_that_is_nearly_certain_keeps_its_loss():
     np.testing.assert_allclose(gradient[0], np.array([-8192, 8192]) / (1 + np.exp(9)), rtol=1e-2)
 
 
+@pytest.mark.usefixtures("rows")
 def test_a_hit_is_the_first_of_the_largest_logits():
     x, kernel = jnp.ones((1, 3, 1)), jnp.array([[0.0, 2.0, 2.0, 1.0]])
     assert float(cross_entropy(x, kernel, jnp.array([[1, 2, 3]]), jnp.ones((1, 3))).correct) == 1
+
+
+def test_one_pass_over_rows_is_several():
+    """Logits of any size, ties and a row of NaN: what is not summed is the same, bit for bit."""
+    logits = jax.random.normal(jax.random.key(0), (3, 7, 300)) * jnp.array([1, 1e3, 1e38])[:, None, None]
+    logits = logits.at[0, 0].set(2.0).at[0, 1, 5:9].set(9.0).at[0, 2].set(-3e38).at[0, 3, 4].set(jnp.nan)
+    targets = jax.random.randint(jax.random.key(1), (3, 7), 0, 300)
+    several, one = jax.jit(module._rows)(logits, targets), jax.jit(module._rows_in_one_pass)(logits, targets)
+    assert np.isnan(one.total[0, 3])
+    assert np.isnan(several.total[0, 3])
+    numbers = np.ones((3, 7), bool)
+    numbers[0, 3] = False
+    for found, wanted, tolerance in zip(one, several, (0, 2e-6, 0, 0)):
+        np.testing.assert_allclose(found[numbers], wanted[numbers], rtol=tolerance)
+    assert tuple(one.first_largest[0, :2]) == (0, 5)
 
 
 def test_chunks():
