@@ -19,7 +19,7 @@ from pallas_kernels.chunked.programs import programs as chunked_programs
 from pallas_kernels.decoding_programs import programs as decoding_programs
 from pallas_kernels.quadratic.programs import programs
 from twomamba_jax import decay_attention
-from twomamba_jax.layers.execution import DEAR
+from twomamba_jax.layers.execution import DEAR, REMATS
 from twomamba_jax.ops import kernels
 
 FORWARD, QUERIES, KEYS = (f"squared_{kernel}" for kernel in ("forward", "backward_queries", "backward_keys"))
@@ -152,11 +152,13 @@ def test_the_policy_of_models_keeps_what_the_kernels_need():
         split = functools.partial(loss, partition=PartitionSpec("data"))
         assert names(gradients(keep(split)), Q, KV, KV, DECAY) == [FORWARD, QUERIES, KEYS]
 
-    def queries(wrap):
-        program = jax.make_jaxpr(gradients(wrap(functools.partial(loss, form="chunked"))))(Q, KV, KV, DECAY)
-        return len(re.findall(r"name=query\b", str(program)))
+    def counts(wrap):
+        program = str(jax.make_jaxpr(gradients(wrap(functools.partial(loss, form="chunked"))))(Q, KV, KV, DECAY))
+        return [len(re.findall(rf"name={name}\b", program)) for name in ("query", "update")]
 
-    assert [queries(wrap) for wrap in (lambda f: f, keep, jax.checkpoint)] == [2, 2, 3]  # for y and dv, and y again
+    # `query` for y and dv, and y again; `update` for the states and their gradients, and the states again.
+    wraps = (lambda f: f), functools.partial(keep, policy=REMATS["states"].keywords["policy"]), keep, jax.checkpoint
+    assert [counts(wrap) for wrap in wraps] == [[2, 2], [2, 2], [2, 3], [3, 3]]
 
 
 @pytest.mark.parametrize("remat", [False, True])

@@ -231,7 +231,7 @@ def test_bad_tokens_are_refused(tokens):
 
 def test_execution_refuses_what_it_does_not_know():
     for wrong, message in (
-        ({"remat": True}, "remat=True is unknown: expected one of none, dots, full"),
+        ({"remat": True}, "remat=True is unknown: expected one of none, states, dots, full"),
         ({"scan_layers": 0}, "scan_layers=0 must be None, True or False"),
         ({"form": "fast"}, "form='fast' is unknown: expected None or one of parallel, chunked, recurrent"),
         ({"implementation": "triton"}, "implementation='triton' is unknown"),

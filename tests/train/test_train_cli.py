@@ -84,7 +84,7 @@ def test_debug_shows_where_a_mistake_was_noticed(capsys):
         ({"sample.tokens": 0}, ["sample.tokens=0"]),
         ({"variant": "2mambo"}, ["2mambo", "2mamba"]),
         ({"variant": "softmax,softmax"}, ["softmax"]),
-        ({"execution.remat": True}, ["remat='True' is unknown: expected one of none, dots, full"]),
+        ({"execution.remat": True}, ["remat='True' is unknown: expected one of none, states, dots, full"]),
         ({"execution.form": "diagonal"}, ["diagonal"]),
         ({"execution.form": "recurrent", "execution.chunk_size": 4}, ["chunk_size=4", "recurrent"]),
         ({"execution.implementation": "mosaic_gpu"}, ["mosaic_gpu"]),
