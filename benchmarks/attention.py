@@ -31,7 +31,7 @@ from attention_check import error_over_bound, same_bits
 from attention_report import GIB, crossovers_of, merged, plot, records_of, table, tables_of_kernels
 from attention_rows import ATTENTIONS, CUDNN, LONGEST_BOTH, Row, function_of, make_inputs, rows_of
 
-from twomamba_jax.ops.feature_map import SCORES
+from twomamba_jax.ops.score import SCORES
 
 SHORT_TOKENS = dict.fromkeys(ATTENTIONS, 1000) | {"chunked": 2500}  # where ours are checked beforehand, in every row
 SHORT_BATCH = 2

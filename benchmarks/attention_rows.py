@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from twomamba_jax import decay_attention
-from twomamba_jax.ops.feature_map import FINITE_SCORES, SCORES
+from twomamba_jax.ops.score import FINITE_SCORES, SCORES
 
 FORWARD, BOTH = "forward", "forward+backward"
 LONGEST_BOTH = 131072  # above it, forward only

@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+import clone  # noqa: F401
 import lxml.html
 import tokenizers
 from tokenizers.models import BPE
@@ -23,9 +24,9 @@ from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 
 from configs import base
-from train.documents import find_inputs, read_documents
+from train.data.documents import find_inputs, read_documents
+from train.data.held_out import is_held_out
 from train.errors import UserError
-from train.held_out import is_held_out
 
 PACKAGES = {"prose": "linux-doc-6.12", "c": "linux-source-6.12"}
 TEXT, VOCABULARY, END = "text.jsonl.gz", 8192, "</s>"
@@ -103,7 +104,7 @@ def write_text(documents: Iterable[str], path: Path, most_bytes: int | None) -> 
 
 
 def train_tokenizer(path: Path, held_out_percent: int) -> tokenizers.Tokenizer:
-    """A byte-level BPE of the documents of a file that `train.text` does not hold out."""
+    """A byte-level BPE of the documents of a file that `train.data.text` does not hold out."""
     tokenizer = tokenizers.Tokenizer(BPE())
     tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Sequence
 
+import clone  # noqa: F401
 import jax
 import jax.numpy as jnp
 import optax

@@ -16,12 +16,13 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import clone  # noqa: F401
 import tokenizers
 
 from train.configuration import apply_overrides, load_config
-from train.corpus import read_corpus
-from train.data import training_batches
-from train.task import make_task
+from train.data.corpus import read_corpus
+from train.data.rows import training_batches
+from train.data.task import make_task
 
 COLUMNS = (
     "tokenizer", "packing", "text, MB", "tokens", "tokenise and pack, s", "MB/s", "open again, s", "batches, tokens/s",

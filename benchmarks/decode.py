@@ -35,8 +35,8 @@ from twomamba_jax import (
     state_bytes,
 )
 from twomamba_jax.generation import Decoding, decode_loop, row_keys
-from twomamba_jax.ops.attention_cache import AttentionCache
-from twomamba_jax.ops.kernels import IMPLEMENTATIONS
+from twomamba_jax.ops.decoding.attention_cache import AttentionCache
+from twomamba_jax.ops.dispatch import IMPLEMENTATIONS
 from twomamba_jax.ops.state import FiniteState
 
 SIZES = {

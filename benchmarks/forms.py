@@ -22,8 +22,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from twomamba_jax import decay_attention, init_state, state_bytes
-from twomamba_jax.ops.checks import FORMS
-from twomamba_jax.ops.feature_map import FINITE_SCORES, SCORES
+from twomamba_jax.ops.dispatch import FORMS
+from twomamba_jax.ops.score import FINITE_SCORES, SCORES
 
 FORWARD, BOTH = "forward", "forward+backward"
 GIB, MIB = 2**30, 2**20

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
+import clone  # noqa: F401
 from kept_rows import current_commit
 from ladder_report import best_rate, read_rows, report
 from ladder_row import CORPORA, Place, Row, train_row
@@ -47,6 +48,7 @@ PLANS = {
             "2mamba-dt",
             "2mamba-long",
             "2mamba-dt-long",
+            "2mamba-dt-long-norm",
             "softmax,2mamba-dt-long*,softmax",
             "2mamba-e",
             "2mamba-e-long",

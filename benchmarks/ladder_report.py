@@ -120,8 +120,11 @@ def origin(results: Results) -> str:
 def draw_curves(best: dict[str, list[dict[str, Any]]], path: Path) -> None:
     """Held-out loss against tokens, of the first seed."""
     figure, axes = _canvas("tokens", "held-out loss, nats a token")
-    for variant, rows in best.items():
-        axes.plot(*zip(*rows[0]["curve"]), marker="o", markersize=3, label=f"{variant} ({rows[0]['learning_rate']:g})")
+    # There are ten colours: the eleventh curve has the first one's, dashed.
+    for number, (variant, rows) in enumerate(best.items()):
+        look = {"color": f"C{number % 10}", "linestyle": ("-", "--", ":")[number // 10 % 3], "marker": "o"}
+        label = f"{variant} ({rows[0]['learning_rate']:g})"
+        axes.plot(*zip(*rows[0]["curve"]), markersize=3, label=label, **look)
     axes.legend(fontsize=8)
     figure.savefig(path, dpi=120)
 

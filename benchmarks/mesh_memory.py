@@ -12,13 +12,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import clone  # noqa: F401
 import flax.linen as nn
 import jax
 from jax.stages import Compiled
 from ml_collections import ConfigDict
 
 from train.configuration import apply_overrides, load_config, validate
-from train.data import abstract_batch
+from train.data.rows import abstract_batch
 from train.errors import UserError
 from train.loop import build
 from train.sharding import RULES, make_mesh

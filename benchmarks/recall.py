@@ -1,7 +1,7 @@
 """Recall and state tracking by variant: `python benchmarks/recall.py --task mqar --out runs/recall`.
 
 Trains two layers of each variant, without MLPs, on a synthetic task: `mqar` (zoology, arXiv 2312.04927), `copying`
-(arXiv 2402.01032), `parity` and `s5` (arXiv 2411.12537, 2404.08819); see train/mqar.py, copying.py, state_tracking.py.
+(arXiv 2402.01032), `parity` and `s5` (arXiv 2411.12537, 2404.08819); see them in `train/data/`.
 All learning rates are trained at once with seed 0, then the other seeds at once at the best of them. A row ends where
 its best member (of the seeds: its worst) reaches 99 % of the test, and after --epochs otherwise.
 
@@ -17,6 +17,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import clone  # noqa: F401
 import numpy as np
 from kept_rows import current_commit, kept_row
 from recall_members import NUM_LAYERS

@@ -15,7 +15,7 @@ import numpy as np
 import optax
 
 from train.cross_entropy import cross_entropy
-from train.data import Rows
+from train.data.rows import Rows
 from train.schedules import make_schedule
 from train.step import make_optimizer
 from twomamba_jax import Execution, LanguageModel, ModelConfig, parse_pattern

@@ -3,10 +3,10 @@
 import dataclasses
 from typing import Any
 
-from train.copying import CopyingRows
+from train.data.copying import CopyingRows
+from train.data.mqar import MQARRows
+from train.data.state_tracking import StateTrackingRows
 from train.errors import UserError
-from train.mqar import MQARRows
-from train.state_tracking import StateTrackingRows
 
 Rows = MQARRows | CopyingRows | StateTrackingRows
 Range = tuple[int, int]

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import clone  # noqa: F401
 import cudnn_softmax
 import flax.linen as nn
 import jax
@@ -18,10 +19,10 @@ from step_parts import traced
 from turns import serve
 
 from train.configuration import apply_overrides, load_config, validate
-from train.data import abstract_batch, training_batches
+from train.data.rows import abstract_batch, training_batches
 from train.errors import UserError, one_line
-from train.flops import training_flops_per_token
 from train.loop import build
+from train.observe.flops import training_flops_per_token
 from train.sharding import RULES, make_mesh
 
 XLA = "xla_"  # how the names of the compiler's options begin

@@ -81,7 +81,7 @@ class Transformer(nn.Module):
 
 
 def flops_per_token(model: dict[str, Any], counted: int, length: int) -> float:
-    """As `train.flops.training_flops_per_token` has it of softmax attention; `counted`: parameters in products."""
+    """As train/observe/flops.py has it of a model with softmax attention; `counted` are the parameters in products."""
     return 6 * counted + 3 * model["num_layers"] * model["num_heads"] * length * 2 * model["head_dim"]
 
 
@@ -108,7 +108,7 @@ def turns(row: dict[str, Any], model: dict[str, Any], optimizer: dict[str, Any],
             loss.backward()
             adamw.step()
             adamw.zero_grad(set_to_none=True)
-            return float(loss)  # waits for the device
+            return loss.detach().item()  # waits for the device
 
         start = time.perf_counter()
         losses = [advance() for _ in range(WARM_UP_STEPS)]

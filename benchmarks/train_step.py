@@ -10,7 +10,7 @@ more; with XLA_FLAGS=--xla_gpu_enable_command_buffer= every kernel has a name.
 With `--turns 3` the runs make a third of their steps each in turn, three times: all are on the device together, which
 must have room for them, and a run's time is the median of its turns'. `--setting NAME KEY=VALUE ...`, given again and
 again, has every run with each of them set: keys of the configuration, options of XLA (xla_...), and `code`, another
-checkout of this repository. MFU is by the formula of train/flops.py.
+checkout of this repository. MFU is by the formula of train/observe/flops.py.
 """
 
 import argparse
@@ -23,14 +23,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import clone  # noqa: F401
 import cudnn_softmax
 import step_row
 from step_row import Row, Task
 from turns import DiedError, Program
 
 from train.errors import UserError, one_line
-from train.flops import PEAK_FLOPS
-from twomamba_jax.ops.kernels import IMPLEMENTATIONS
+from train.observe.flops import PEAK_FLOPS
+from twomamba_jax.ops.dispatch import IMPLEMENTATIONS
 
 SHOWN_STEPS = (1, 10, 50, 100, 200)
 GIB = 2**30

@@ -79,10 +79,11 @@ class Case:
         return (np.einsum("bgtd,bgtv->bgdv", phi, values).astype(dtype), phi.sum(2).astype(dtype))
 
 
-def pairwise(settings: dict[str, list]) -> list[dict]:
-    """A small list of choices in which every pair of values of two settings occurs, chosen greedily."""
+def pairwise(settings: dict[str, list], possible=lambda choice: True) -> list[dict]:
+    """A small list of possible choices in which every pair of values of two settings occurs, chosen greedily."""
     names = list(settings)
     everything = [dict(zip(names, values)) for values in itertools.product(*settings.values())]
+    everything = list(filter(possible, everything))
 
     def pairs(choice):
         return set(itertools.combinations(choice.items(), 2))

@@ -7,9 +7,9 @@ import tarfile
 import pytest
 
 from benchmarks import corpora
+from train.data.held_out import is_held_out
+from train.data.tokenizers import load_tokenizer
 from train.errors import UserError
-from train.held_out import is_held_out
-from train.tokenizers import load_tokenizer
 
 PAGE = """<html><head><title>no</title></head><body><div class="sphinxsidebar">no</div><div role="main">
 <h1>Locks<a class="headerlink" href="#locks">¶</a></h1>

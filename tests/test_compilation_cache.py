@@ -5,7 +5,7 @@ import importlib.util
 import jax
 import pytest
 
-from twomamba_jax.compilation_cache import MOST_BYTES, keep_programs
+from train.compilation_cache import MOST_BYTES, keep_programs
 
 KEYS = ("jax_enable_compilation_cache", "jax_compilation_cache_dir", "jax_compilation_cache_max_size")
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from train.cross_entropy import Sums
-from train.data import Batch
+from train.data.rows import Batch
 from train.errors import UserError
 
 

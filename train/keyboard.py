@@ -2,8 +2,8 @@
 
 While modules are imported, and when the work is done, there is nothing to clean up: SIGINT ends the program at once.
 While it works, SIGINT raises KeyboardInterrupt, so that what is half done is taken back; while it waits for the other
-processes, SIGINT kills it. During the steps it is a request (train/interruption.py). This module imports nothing that
-takes time.
+processes, SIGINT kills it. During the steps (train/interruption.py) and while text is generated it is a request: an
+exception from a signal may land where Python prints and drops it. This module imports nothing that takes time.
 """
 
 import os
@@ -12,6 +12,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from types import FrameType
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
@@ -66,3 +67,31 @@ def interrupts_kill() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+class InterruptRequest:
+    """While it is entered, in the main thread, SIGINT ends the process as `end_at_once` does.
+
+    Where there is something to keep (`keeps`), the first one only sets `requested`.
+    """
+
+    def __init__(self) -> None:
+        """Nothing is kept, and nothing requested."""
+        self.keeps = self.requested = False
+        self._before = signal.SIG_IGN
+
+    def __enter__(self) -> "InterruptRequest":
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        if in_main_thread and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+            self._before = signal.signal(signal.SIGINT, self._request)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._before is not signal.SIG_IGN:
+            signal.signal(signal.SIGINT, self._before)
+
+    def _request(self, number: int, frame: FrameType | None) -> None:
+        if self.keeps and not self.requested:
+            self.requested = True
+            return
+        end_at_once()

@@ -20,25 +20,25 @@ from rich.console import Console
 
 from train.checkpoint import Checkpoints
 from train.configuration import build_model, build_schedule
-from train.data import Batch, abstract_batch, held_out_batches, training_batches
+from train.data.rows import Batch, abstract_batch, held_out_batches, training_batches
+from train.data.task import Task, make_task
+from train.data.tokenizers import keep_tokenizer
 from train.errors import UserError, one_line
 from train.evaluation import evaluate
-from train.flops import peak_flops, training_flops_per_token
 from train.interruption import Interruption
 from train.layer_loop import choose_layer_loop, compiler_options
 from train.lock import WorkdirLock
-from train.meter import Meter
-from train.metrics import only_finite, read_metrics
-from train.plot import plot_runs
+from train.observe.flops import peak_flops, training_flops_per_token
+from train.observe.meter import Meter
+from train.observe.metrics import only_finite, read_metrics
+from train.observe.plot import plot_runs
+from train.observe.profiler import ProfilerWindow
+from train.observe.progress import ProgressDisplay, held_out_figures
+from train.observe.sample import sample_text
+from train.observe.trackers import check_trackers, open_trackers
 from train.processes import first_before_others, on_first
-from train.profiler import ProfilerWindow
-from train.progress import ProgressDisplay, held_out_figures
-from train.sample import sample_text
 from train.sharding import RULES, batch_sharding, check_dimensions, make_mesh, rows_of_process
 from train.step import TrainState, make_eval_step, make_init, make_optimizer, make_train_step
-from train.task import Task, make_task
-from train.tokenizers import keep_tokenizer
-from train.trackers import check_trackers, open_trackers
 from train.workdir import claim, replace, writing
 from twomamba_jax.layers import LanguageModel
 

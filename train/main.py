@@ -18,6 +18,7 @@ import jax
 from ml_collections import ConfigDict
 from rich.console import Console
 
+from train.compilation_cache import keep_programs
 from train.configuration import apply_overrides, flatten, load_config, validate
 from train.errors import UserError, one_line
 from train.loop import run
@@ -25,7 +26,6 @@ from train.output import lenient_output
 from train.paths import expand_user
 from train.processes import join, leave, process_name
 from train.workdir import default_workdir, free_on_resume
-from twomamba_jax.compilation_cache import keep_programs
 
 DESCRIPTION = """\
 Trains a language model. Giving the same command again resumes the run from its latest checkpoint. Every key of the

@@ -42,7 +42,7 @@ def make_optimizer(
 def weighted_sums(
     model: nn.Module, params: Any, batch: Batch, chunk_size: int | None = None, shards: tuple[int, int] = (1, 1)
 ) -> Sums:
-    """Runs the model on `batch` (see train/data.py) and sums over the targets by their weights.
+    """Runs the model on `batch` (see train/data/rows.py) and sums over the targets by their weights.
 
     `chunk_size` and `shards` are those of `cross_entropy`.
     """

@@ -6,8 +6,8 @@ import numbers
 from typing import Literal, get_args
 
 from twomamba_jax.ops.decay import Decay
-from twomamba_jax.ops.feature_map import Score
 from twomamba_jax.ops.integers import checked_integer
+from twomamba_jax.ops.score import SCORES, Score
 
 Norm = Literal["softmax", "output"]
 Activation = Literal["none", "relu", "silu"]
@@ -82,13 +82,15 @@ class MixerConfig:
             raise ValueError(f"qk_dim={self.qk_dim} must be even: rotary embeddings turn pairs")
         if self.half_lives is not None:
             self._check_half_lives()
-        if self.score == "exp" and self.norm == "output":
+        finite = SCORES[self.score].finite
+        if finite is None and self.norm == "output":
             raise ValueError(
-                "score='exp' with norm='output' is undefined: e^x overflows unnormalised; use norm='softmax'"
+                f"score={self.score!r} with norm='output' is undefined: its weights overflow unnormalised; use "
+                "norm='softmax'"
             )
-        if self.score == "linear" and self.norm == "softmax" and (self.activation != "relu" or self.rope):
+        if finite and finite.has_sign and self.norm == "softmax" and (self.activation != "relu" or self.rope):
             raise ValueError(
-                "score='linear' with norm='softmax' divides by a sum of scores, which must not be negative: use "
+                f"score={self.score!r} with norm='softmax' divides by a sum of scores, which must not be negative: use "
                 "activation='relu' and rope=False, or norm='output'"
             )
         if self.activation_on == "qkv" and self.activation == "none":

@@ -1,8 +1,12 @@
-"""`python -m twomamba_jax.generate --workdir DIR --prompt TEXT`: the command line of `twomamba_jax.command_line`."""
+"""`python -m twomamba_jax.generate`: another name of `python -m train.generate`, which stands above this package."""
 
 import sys
 
-from twomamba_jax.command_line import main
-
 if __name__ == "__main__":
+    try:
+        from train.generate import main
+    except ImportError as error:
+        needed = 'run this in a clone of the repository, after pip install -e ".[train]"'
+        print(f"error: {error}: {needed}", file=sys.stderr)
+        sys.exit(2)
     sys.exit(main(sys.argv[1:]))

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from twomamba_jax.layers import Cache, LanguageModel, init_cache
 from twomamba_jax.layers.layer_parameters import stack_layers, unstack_layers
 from twomamba_jax.layers.tokens import as_tokens
-from twomamba_jax.ops.cached_attention import FOLD_SIZE
+from twomamba_jax.ops.decoding.cached_attention import FOLD_SIZE
 from twomamba_jax.ops.integers import checked_integer
 from twomamba_jax.ops.known import known
 from twomamba_jax.sampling import GREEDY, Sampling, check_sampling, sample

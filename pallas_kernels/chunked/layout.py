@@ -5,7 +5,7 @@ once: 2560 rows instead of 4096, as 40 tiles of 64 rows, of three kinds. A row o
 of its kind, a band of rows has one a, `feature + i step`, and the b from `first` to 63.
 
 The state that leaves the operation has K (K + 1) / 2 = 2080 rows, in the order and with the weights of
-`twomamba_jax.ops.feature_map`.
+`twomamba_jax.ops.score`.
 """
 
 import dataclasses

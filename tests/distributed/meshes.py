@@ -16,7 +16,7 @@ import optax
 from jax.sharding import AxisType
 
 from train.configuration import apply_overrides, build_model, load_config
-from train.data import make_row
+from train.data.rows import make_row
 from train.sharding import MESH_AXES, RULES, batch_sharding, check_dimensions, make_mesh
 from train.step import make_init, make_train_step
 

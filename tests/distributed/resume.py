@@ -15,7 +15,7 @@ from jax.sharding import AxisType
 
 from train.checkpoint import Checkpoints
 from train.configuration import apply_overrides, load_config
-from train.data import training_batches
+from train.data.rows import training_batches
 from train.loop import build, make_workdir
 from train.sharding import MESH_AXES, RULES, mesh_shape
 

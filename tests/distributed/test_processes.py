@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 import train
 from train import processes
 from train.errors import UserError
-from train.metrics import read_metrics
+from train.observe.metrics import read_metrics
 from train.processes import join
 
 ROOT = Path(train.__file__).parents[1]

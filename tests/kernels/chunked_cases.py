@@ -8,7 +8,7 @@ import numpy as np
 import oracle
 
 from twomamba_jax import decay_attention
-from twomamba_jax.ops.feature_map import features, num_features
+from twomamba_jax.ops.score import features, num_features
 from twomamba_jax.ops.state import FiniteState
 
 

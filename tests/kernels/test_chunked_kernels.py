@@ -17,7 +17,7 @@ from pallas_kernels.chunked.query import query
 from pallas_kernels.chunked.scan import scan
 from pallas_kernels.chunked.update import update
 from pallas_kernels.interpreter import interpreted
-from twomamba_jax.ops.feature_map import symmetric_features
+from twomamba_jax.ops.score import symmetric_features
 
 BATCH, TOKENS, HEADS, GROUPS, CHUNK = 1, 256, 2, 1, 128
 CHUNKS = TOKENS // CHUNK

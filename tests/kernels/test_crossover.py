@@ -7,7 +7,7 @@ import pytest
 from pallas_kernels.chunked import table
 from pallas_kernels.chunked.table import Crossover, crossover
 from twomamba_jax import decay_attention
-from twomamba_jax.ops import kernels
+from twomamba_jax.ops import dispatch, mosaic_gpu
 
 ROWS = (
     Crossover("a GPU", "squared", 64, "forward", sequences=8, tokens=5000),
@@ -47,15 +47,15 @@ def test_no_form_is_what_the_table_says(monkeypatch, score, implementation, cros
 def forms(monkeypatch, score, implementation, lengths) -> list[str]:
     """Those that the kernels are asked for."""
     monkeypatch.setattr(table, "TABLE", ROWS)
-    monkeypatch.setattr(kernels, "unsupported_device", lambda: None)
-    monkeypatch.setattr(kernels, "device_kind", lambda: "a GPU")
+    monkeypatch.setattr(dispatch, "unsupported_device", lambda: None)
+    monkeypatch.setattr(mosaic_gpu, "device_kind", lambda: "a GPU")
     taken = []
 
     def attend(op, form, chunk_size, return_final_state, q, *rest):
         taken.append(form)
         return q, None
 
-    monkeypatch.setattr(kernels, "attend", attend)
+    monkeypatch.setattr(mosaic_gpu, "attend", attend)
     for tokens in lengths:
         q = jax.ShapeDtypeStruct((4, tokens, 32, 64), jnp.bfloat16)
         jax.eval_shape(lambda q: decay_attention(q, q, q, None, score=score, implementation=implementation), q)

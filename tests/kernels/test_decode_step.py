@@ -11,12 +11,12 @@ from hopper import on_hopper, on_two_devices
 from jax.sharding import AxisType, PartitionSpec
 from models import config_of
 
-from pallas_kernels import decode_step as kernel
+from pallas_kernels.decoding import step as kernel
 from pallas_kernels.interpreter import interpreted
 from twomamba_jax import Execution, LanguageModel, init_cache
-from twomamba_jax.ops.cached_attention import append, cached_attention, init_decoding_cache, roll_back
-from twomamba_jax.ops.feature_map import num_features
-from twomamba_jax.ops.recurrent_cache import LayerCache, RecurrentCache, waiting_decays
+from twomamba_jax.ops.decoding.cached_attention import append, cached_attention, init_decoding_cache, roll_back
+from twomamba_jax.ops.decoding.recurrent_cache import LayerCache, RecurrentCache, waiting_decays
+from twomamba_jax.ops.score import num_features
 from twomamba_jax.ops.state import FiniteState
 
 
@@ -25,7 +25,7 @@ def normal(seed, *shape, dtype=jnp.float32):
 
 
 def phi(score, x):
-    """The features of x [..., 64] in float64, by the definition in `feature_map`."""
+    """The features of x [..., 64] in float64, by the definition in `ops.score`."""
     if score == "linear":
         return x
     blocks = [np.sqrt(2) * x * np.roll(x, -offset, axis=-1) for offset in range(1, 33)]

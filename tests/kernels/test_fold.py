@@ -12,12 +12,12 @@ from hopper import on_hopper
 from jax.sharding import AxisType, PartitionSpec
 from models import config_of
 
-from pallas_kernels import fold as kernel
+from pallas_kernels.decoding import fold as kernel
 from pallas_kernels.interpreter import interpreted
 from twomamba_jax import Execution, LanguageModel, Mixer, init_cache
 from twomamba_jax.layers.cache import init_mixer_cache
-from twomamba_jax.ops import cached_attention as ops
-from twomamba_jax.ops import kernels
+from twomamba_jax.ops import dispatch
+from twomamba_jax.ops.decoding import cached_attention as ops
 from twomamba_jax.ops.state import FiniteState
 
 FEATURES = {"linear": 64, "squared": 2080}
@@ -200,7 +200,7 @@ def test_rolls_back_to_the_bit():
 
 @pytest.mark.parametrize(("implementation", "folds"), [("mosaic_gpu", 1), ("xla", 0)])
 def test_a_mixer_folds_by_its_implementation(implementation, folds, monkeypatch):
-    monkeypatch.setattr(kernels, "unsupported_device", lambda: None)
+    monkeypatch.setattr(dispatch, "unsupported_device", lambda: None)
     config = config_of("mamba2", num_heads=1, num_kv_heads=1, head_dim=64)
     mixer = Mixer(config.mixers[0], 1, 64, execution=Execution(implementation=implementation))
     x = normal(0, 2, 1, config.d_model)
@@ -215,7 +215,7 @@ def test_a_mixer_folds_by_its_implementation(implementation, folds, monkeypatch)
 @pytest.mark.parametrize(("implementation", "aliases"), [("mosaic_gpu", 2), ("xla", 0)])
 def test_a_model_folds_all_layers_at_once(implementation, aliases, monkeypatch):
     """One kernel that works in place, on a kv and a key_sum: three layers, lowered without a GPU."""
-    monkeypatch.setattr(kernels, "unsupported_device", lambda: None)
+    monkeypatch.setattr(dispatch, "unsupported_device", lambda: None)
     config = config_of("2mamba", 3, num_heads=1, num_kv_heads=1, head_dim=64)
     model, tokens = LanguageModel(config, Execution(implementation=implementation)), jnp.ones((2, 1), jnp.int32)
 

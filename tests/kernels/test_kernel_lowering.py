@@ -16,11 +16,11 @@ from exhaustive import EXHAUSTIVE
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from pallas_kernels.chunked.programs import programs as chunked_programs
-from pallas_kernels.decoding_programs import programs as decoding_programs
+from pallas_kernels.decoding.programs import programs as decoding_programs
 from pallas_kernels.quadratic.programs import programs
 from twomamba_jax import decay_attention
 from twomamba_jax.layers.execution import DEAR, REMATS
-from twomamba_jax.ops import kernels
+from twomamba_jax.ops import dispatch
 
 FORWARD, QUERIES, KEYS = (f"squared_{kernel}" for kernel in ("forward", "backward_queries", "backward_keys"))
 # Of every entry of the table one with everything, and in an exhaustive run all.
@@ -104,7 +104,7 @@ def test_every_program_of_decoding_lowers(program):
 
 @pytest.fixture(autouse=True)
 def pretend_hopper(monkeypatch):
-    monkeypatch.setattr(kernels, "unsupported_device", lambda: None)
+    monkeypatch.setattr(dispatch, "unsupported_device", lambda: None)
 
 
 B, T, H, G, K = 2, 256, 4, 2, 64

@@ -16,7 +16,7 @@ from pallas_kernels.interpreter import interpreted
 from pallas_kernels.quadratic import tuning as tuning_module
 from pallas_kernels.quadratic.tuning import Tiles, tuning
 from twomamba_jax import decay_attention, decay_attention_step, init_state
-from twomamba_jax.ops import kernels
+from twomamba_jax.ops import dispatch
 
 CALL = Case(tokens=9).call()  # a head dim of 64, two query heads to one of keys
 
@@ -86,7 +86,7 @@ def test_refuses_heads_of_128_in_chunks_of_the_squared_score():
 def test_refuses_a_step():
     state = init_state("squared", 1, 1, 64, 64)
     token = (CALL.q[:, 0], CALL.k[:, 0], CALL.v[:, 0], None, state)
-    with interpreted(), pytest.raises(ValueError, match="the parallel and the chunked form, and this is form='step'"):
+    with interpreted(), pytest.raises(ValueError, match="it has no form for a single token"):
         decay_attention_step(*token, score="squared", normalize=True, implementation="mosaic_gpu")
 
 
@@ -127,7 +127,7 @@ def test_needs_a_hopper_gpu(monkeypatch, backend, capability, reason):
 
 
 def test_none_takes_the_kernels_where_it_can_and_says_so_once(caplog):
-    kernels._log_choice.cache_clear()
+    dispatch._log_choice.cache_clear()
     with interpreted(), caplog.at_level(logging.INFO, logger="twomamba_jax"):
         chosen = [decay_attention(*narrow()) for _ in range(2)]
         decay_attention(*narrow(), score="exp", form="chunked")
@@ -201,10 +201,11 @@ def test_the_table_is_read_by_device_and_bucket(monkeypatch, kind, tokens, stage
 @pytest.mark.parametrize(("first", "warns"), [(jax.__version_info__, True), ((99,), False)])
 def test_warns_of_a_jax_whose_kernels_spill(monkeypatch, caplog, first, warns):
     """Where they are chosen on a GPU."""
-    monkeypatch.setattr(kernels.jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(kernels, "SPILLING_JAX", first)
-    kernels._log_choice.cache_clear()
+    monkeypatch.setattr(dispatch.jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(dispatch, "unsupported_device", lambda: None)
+    monkeypatch.setattr(dispatch, "SPILLING_JAX", first)
+    dispatch._log_choice.cache_clear()
     with caplog.at_level("WARNING", logger="twomamba_jax"):
-        assert kernels.choose(None, "parallel", lambda form: None) == "mosaic_gpu"
-    kernels._log_choice.cache_clear()
+        assert dispatch.choose_implementation(None, "parallel", lambda kernels: None) == "mosaic_gpu"
+    dispatch._log_choice.cache_clear()
     assert ("compiles the kernels with spilled registers: take JAX 0.11.2" in caplog.text) == warns

@@ -18,7 +18,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from kernel_cases import INPUTS, Case, U, assert_close
 
 from twomamba_jax import decay_attention
-from twomamba_jax.ops import kernels
+from twomamba_jax.ops import dispatch
 
 pytestmark = HOPPER
 
@@ -134,7 +134,7 @@ def test_a_call_without_gradients_has_the_bits_of_one_with():
 
 
 def test_none_takes_the_kernels(caplog):
-    kernels._log_choice.cache_clear()
+    dispatch._log_choice.cache_clear()
     call = Case(tokens=4097).call()
     with caplog.at_level(logging.INFO, logger="twomamba_jax"):
         chosen = decay_attention(*call.inputs)

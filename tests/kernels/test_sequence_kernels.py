@@ -14,8 +14,8 @@ from pallas_kernels.chunked.problem import Problem, Tiles
 from pallas_kernels.interpreter import interpreted
 from pallas_kernels.quadratic.attention import Attention
 from twomamba_jax import decay_attention
-from twomamba_jax.ops import kernels, steps
-from twomamba_jax.ops.feature_map import features
+from twomamba_jax.ops import dispatch, steps
+from twomamba_jax.ops.score import features
 
 TOKENS, CHUNK = 256, 128
 TILES = Tiles(tokens=64, states=8, halves=1, programs=3)
@@ -67,7 +67,7 @@ def test_a_segment_that_begins_with_a_device_sees_no_state():
 
 def test_devices_pass_on_states_and_gather_nothing(monkeypatch):
     """Forward and backward on a mesh that tracing needs no devices for."""
-    monkeypatch.setattr(kernels, "unsupported_device", lambda: None)
+    monkeypatch.setattr(dispatch, "unsupported_device", lambda: None)
     mesh = AbstractMesh((2, 4), ("data", "sequence"), axis_types=(AxisType.Auto,) * 2)
     array = jax.ShapeDtypeStruct((2, 1024, 1, 64), jnp.bfloat16)
     ids = jax.ShapeDtypeStruct((2, 1024), jnp.int32)

@@ -20,8 +20,8 @@ from twomamba_jax import (
     roll_back,
 )
 from twomamba_jax.layers.cache import init_mixer_cache
-from twomamba_jax.ops.attention_cache import AttentionCache
-from twomamba_jax.ops.recurrent_cache import RecurrentCache
+from twomamba_jax.ops.decoding.attention_cache import AttentionCache
+from twomamba_jax.ops.decoding.recurrent_cache import RecurrentCache
 from twomamba_jax.ops.state import FiniteState
 
 TOKENS = jax.random.randint(jax.random.key(0), (3, 11), 0, 23)

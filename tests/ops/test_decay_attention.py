@@ -10,9 +10,8 @@ import pytest
 from cases import Case
 
 from twomamba_jax import decay_attention, decay_attention_step, init_state, state_bytes
-from twomamba_jax.ops import decay_attention as module
-from twomamba_jax.ops import kernels
-from twomamba_jax.ops.feature_map import features, num_features
+from twomamba_jax.ops import dispatch, xla
+from twomamba_jax.ops.score import features, num_features
 
 
 def arrays(**settings):
@@ -123,7 +122,7 @@ def test_chooses_the_cheaper_form(score, monkeypatch):
     """By the flops of each: short sequences in one piece, long ones in chunks."""
     chosen = []
     for form in ("parallel", "chunked", "blockwise"):
-        monkeypatch.setattr(module, form, lambda *args, form=form: chosen.append(form) or real[form](*args))
+        monkeypatch.setattr(xla, form, lambda *args, form=form: chosen.append(form) or real[form](*args))
     for tokens in (128, 8192):
         q = jax.ShapeDtypeStruct((1, tokens, 1, 64), jnp.float32)
         jax.eval_shape(lambda q: decay_attention(q, q, q, score=score), q)
@@ -136,11 +135,11 @@ def test_chooses_the_cheaper_form(score, monkeypatch):
     assert chosen[-1] == chunked
 
 
-real = {form: getattr(module, form) for form in ("parallel", "chunked", "blockwise")}
+real = {form: getattr(xla, form) for form in ("parallel", "chunked", "blockwise")}
 
 
 def test_says_once_what_it_chose(caplog):
-    kernels._log_choice.cache_clear()
+    dispatch._log_choice.cache_clear()
     with caplog.at_level(logging.INFO, logger="twomamba_jax"):
         for _ in range(2):
             decay_attention(**arrays())

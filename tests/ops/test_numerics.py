@@ -1,6 +1,7 @@
 """Each point of the numerics contract (docs/numerics.md)."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +13,8 @@ from exhaustive import EXHAUSTIVE
 from ladder import LADDER, ladder_inputs, relative_rms
 
 from twomamba_jax import decay_attention, decay_attention_step, init_state
-from twomamba_jax.ops import stages
 from twomamba_jax.ops.decay import pairwise_decay, pairwise_log_decay
+from twomamba_jax.ops.forms import stages
 from twomamba_jax.ops.numerics import divide
 from twomamba_jax.ops.operation import Operation
 from twomamba_jax.ops.state import FiniteState
@@ -22,12 +23,29 @@ FORMS = ["parallel", "chunked", "recurrent"]
 EPS = np.finfo(np.float32).eps
 
 
-@functools.partial(jax.jit, static_argnames=("form", "score", "scale"))
-def attend(form, q, k, v, log_decay=None, *, score="squared", scale=None, segment_ids=None):
-    chunk_size = 16 if form == "chunked" else None
+@functools.partial(jax.jit, static_argnames=("form", "score", "scale", "chunk_size", "precision"))
+def attend(
+    form, q, k, v, log_decay=None, *, score="squared", scale=None, segment_ids=None, chunk_size=16, precision=None
+):
     return decay_attention(
-        q, k, v, log_decay, score=score, scale=scale, segment_ids=segment_ids, form=form, chunk_size=chunk_size
+        *(q, k, v, log_decay),
+        score=score,
+        scale=scale,
+        segment_ids=segment_ids,
+        form=form,
+        chunk_size=chunk_size if form == "chunked" else None,
+        precision=precision,
     )
+
+
+@functools.partial(jax.jit, static_argnames=("form", "score", "scale"))
+def attend_and_pull(form, dy, inputs, segment_ids=None, *, score, scale=None):
+    """y, and the gradients of <dy, y> by q, k, v and log_decay. Tests with inputs of one shape share a program."""
+    y, pull = jax.vjp(lambda *x: attend(form, *x, score=score, scale=scale, segment_ids=segment_ids), *inputs)
+    return y, pull(dy)
+
+
+SHARED = {"tokens": 40, "head_dim": 5}  # the shape of what most tests of gradients below give to `attend_and_pull`
 
 
 # Point 1: dtypes.
@@ -40,7 +58,8 @@ def test_outputs_have_the_dtype_of_q_and_states_are_float32_or_wider(score, dtyp
         arrays = Case(score=score, tokens=9).arrays()
         inputs = [jnp.asarray(arrays[name], dtype) for name in ("q", "k", "v")]
         log_decay = jnp.asarray(arrays["log_decay"], jnp.float32)
-        y, state = decay_attention(*inputs, log_decay, score=score, return_final_state=True)
+        call = functools.partial(decay_attention, score=score, return_final_state=True)
+        y, state = jax.eval_shape(call, *inputs, log_decay)
         assert y.dtype == dtype
         wide = jnp.promote_types(dtype, jnp.float32)
         expected = [dtype, dtype, wide, jnp.int32] if score == "exp" else [wide, wide]
@@ -66,7 +85,7 @@ def test_decays_stay_exact_over_131072_tokens():
     rng = np.random.default_rng(0)
     k, v = (rng.normal(size=(1, tokens, 1, 2)).astype(np.float32) for _ in range(2))
     log_decay = np.full((1, tokens, 1), -decay, np.float32)
-    y = decay_attention(k, k, v, log_decay, form="chunked", chunk_size=1024)
+    y = attend("chunked", k, k, v, log_decay, chunk_size=1024)
     # exp(-0.7 * 400) is 1e-122: the last 400 tokens are all that the last one sees.
     tail = slice(-400, None)
     want, _ = oracle.forward(k[:, tail], k[:, tail], v[:, tail], log_decay[:, tail], score="squared", normalize=True)
@@ -84,7 +103,7 @@ def test_pairwise_decays_equal_their_sums(size):
     got = np.tril(np.asarray(pairwise_log_decay(jnp.asarray(a)), np.float64))
     wide = a.astype(np.float64)
     later = np.tril(np.ones((size, size)), -1)  # [t, j]: t > j
-    want = np.stack([(wide[: i + 1, None] * later[: i + 1]).sum(0) for i in range(size)])
+    want = (wide[:, None] * later).cumsum(0)  # [i, j]: the sum over j < t <= i
     assert (np.abs(got - want) <= 16 * EPS * np.abs(want)).all()
     decay = np.asarray(pairwise_decay(jnp.asarray(a)), np.float64)
     assert (decay == np.tril(decay)).all()
@@ -94,23 +113,21 @@ def test_pairwise_decays_equal_their_sums(size):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_strong_decays_act_as_128_and_spoil_nothing_after_them(form):
-    case = Case(tokens=63, head_dim=5, segments=True)
-    arrays = case.arrays(np.float32)
+    arrays = Case(**SHARED, segments=True).arrays(np.float32)
     strong = np.random.default_rng(1).random(arrays["log_decay"].shape) < 0.1
     inputs = [arrays[name] for name in ("q", "k", "v")]
-    rows = {"segment_ids": jnp.asarray(arrays["segment_ids"])}
+    segment_ids = jnp.asarray(arrays["segment_ids"])
     limit = np.where(strong, np.float32(-128), arrays["log_decay"])
+    ones = np.ones((*inputs[0].shape[:3], inputs[2].shape[-1]), np.float32)
 
-    @jax.jit
-    @functools.partial(jax.grad, has_aux=True)
-    def gradient_and_outputs(log_decay):
-        y = attend(form, *inputs, log_decay, **rows)
-        return y.sum(), y
+    def outputs_and_gradient(log_decay):
+        y, gradients = attend_and_pull(form, ones, (*inputs, log_decay), segment_ids, score="squared")
+        return y, gradients[3]
 
-    _, y = gradient_and_outputs(limit)
+    y, _ = outputs_and_gradient(limit)
     for stronger in (-1e4, -1e30, -np.inf):
         beyond = np.where(strong, np.float32(stronger), arrays["log_decay"])
-        gradient, same = gradient_and_outputs(beyond)
+        same, gradient = outputs_and_gradient(beyond)
         np.testing.assert_array_equal(same, y)
         assert np.isfinite(gradient).all()
         assert (np.asarray(gradient)[strong] == 0).all()
@@ -126,27 +143,21 @@ def test_nothing_crosses_a_boundary(score, form):
     """No output and no gradient, exactly: tokens of one segment see bitwise nothing of the others."""
     if score == "exp" and form == "recurrent":
         pytest.skip("exp has no recurrent form")
-    case = Case(score=score, tokens=40, head_dim=5)
-    arrays = case.arrays(np.float32)
-    inputs = [jnp.asarray(arrays[name]) for name in ("q", "k", "v", "log_decay")]
+    arrays = Case(score=score, **SHARED).arrays(np.float32)
+    inputs = tuple(arrays[name] for name in ("q", "k", "v", "log_decay"))
     segment_ids = jnp.asarray(np.repeat([[4, 9, 4]], 3, 0)[:, np.repeat([0, 1, 2], [13, 20, 7])])
     middle = slice(13, 33)
-
-    @jax.jit
-    @functools.partial(jax.grad, argnums=(0, 1, 2, 3), has_aux=True)
-    def gradients_and_outputs(*inputs):
-        y = attend(form, *inputs, score=score, segment_ids=segment_ids)
-        return (y[:, middle] ** 2).sum(), y
-
-    gradients, clean = gradients_and_outputs(*inputs)
+    dy = np.zeros((*inputs[0].shape[:3], inputs[2].shape[-1]), np.float32)
+    dy[:, middle] = np.random.default_rng(0).normal(size=dy[:, middle].shape)
+    clean, gradients = attend_and_pull(form, dy, inputs, segment_ids, score=score)
     for gradient in gradients:
         outside = np.delete(np.asarray(gradient), np.arange(13, 33), axis=1)
         assert (outside == 0).all()
         assert np.abs(gradient[:, middle]).max() > 0
-    poisoned = [np.array(x) for x in inputs]
+    poisoned = tuple(np.array(x) for x in inputs)
     for x in poisoned:
         x[:, :13] = -3e3 if x.ndim == 3 else 3e3
-    _, dirty = gradients_and_outputs(*poisoned)
+    dirty, _ = attend_and_pull(form, dy, poisoned, segment_ids, score=score)
     np.testing.assert_array_equal(dirty[:, 13:], clean[:, 13:])
 
 
@@ -156,18 +167,16 @@ def test_nothing_crosses_a_boundary(score, form):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("score", ["linear", "squared"])
 def test_rows_without_weight_are_zero_with_zero_gradients(score, form):
-    arrays = Case(score=score, tokens=40, head_dim=5).arrays(np.float32)
-    q, k, v, log_decay = (jnp.asarray(arrays[name]) for name in ("q", "k", "v", "log_decay"))
-    q = q.at[:, [0, 17, 39]].set(0)
-
-    @jax.jit
-    @functools.partial(jax.grad, argnums=(0, 1, 2, 3), has_aux=True)
-    def gradients_and_outputs(q, k, v, log_decay):
-        y = attend(form, q, k, v, log_decay, score=score)
-        return (y[:, jnp.array([0, 17, 39])] * 3).sum(), y
-
-    gradients, y = gradients_and_outputs(q, k, v, log_decay)
-    assert (np.asarray(y)[:, [0, 17, 39]] == 0).all()
+    arrays = Case(score=score, **SHARED).arrays(np.float32)
+    q, k, v, log_decay = (arrays[name] for name in ("q", "k", "v", "log_decay"))
+    rows = [0, 17, 39]
+    q[:, rows] = 0
+    dy = np.zeros((*q.shape[:3], v.shape[-1]), np.float32)
+    dy[:, rows] = 3
+    one_segment = jnp.zeros(q.shape[:2], int)
+    y, gradients = attend_and_pull(form, dy, (q, k, v, log_decay), one_segment, score=score)
+    assert (np.asarray(y)[:, rows] == 0).all()
+    assert (np.abs(np.delete(y, rows, axis=1)).max(-1) > 0).all()
     assert all((np.asarray(gradient) == 0).all() for gradient in gradients)
 
 
@@ -175,13 +184,26 @@ def test_rows_without_weight_are_zero_with_zero_gradients(score, form):
 def test_denominators_below_two_to_the_minus_100_count_as_zero(exponent):
     q, k, v = jnp.ones((1, 1, 1, 1)), jnp.ones((1, 1, 1, 1)), jnp.full((1, 1, 1, 1), 3.0)
     for score, scale in (("squared", 2.0 ** (exponent / 2)), ("linear", 2.0**exponent)):
-        y = decay_attention(q, k, v, score=score, scale=scale)
+        y = attend("parallel", q, k, v, score=score, scale=scale)
         np.testing.assert_allclose(y, 0 if exponent < -100 else 3, rtol=1e-6)
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize(("dtype", "exponent"), [(jnp.float32, -40), (jnp.float32, 60), (jnp.bfloat16, 60)])
-@pytest.mark.parametrize("score", ["linear", "squared"])
+# Every pair of a score, a form and a dtype; and squared scores in chunks, which sum up the largest numbers, in both.
+RANGES = [
+    ("squared", "parallel", jnp.float32),
+    ("linear", "parallel", jnp.bfloat16),
+    ("squared", "chunked", jnp.float32),
+    ("squared", "chunked", jnp.bfloat16),
+    ("linear", "chunked", jnp.float32),
+    ("squared", "recurrent", jnp.float32),
+    ("linear", "recurrent", jnp.bfloat16),
+]
+if EXHAUSTIVE:
+    RANGES = list(itertools.product(["linear", "squared"], FORMS, [jnp.float32, jnp.bfloat16]))
+
+
+@pytest.mark.parametrize("exponent", [-40, 60])
+@pytest.mark.parametrize(("score", "form", "dtype"), RANGES)
 def test_scores_from_two_to_minus_40_to_60_stay_finite(score, exponent, dtype, form):
     """Outputs and gradients, with 600 tokens of equal score: 600 * 2^120 is past float32."""
     tokens = 600 if form != "recurrent" else 60
@@ -192,13 +214,8 @@ def test_scores_from_two_to_minus_40_to_60_stay_finite(score, exponent, dtype, f
     v = jnp.asarray(rng.normal(size=(1, tokens, 1, 2)), dtype)
     log_decay = jnp.asarray(-rng.random((1, tokens, 1)) * 0.01, jnp.float32)
 
-    @jax.jit
-    @functools.partial(jax.grad, argnums=(0, 1, 2, 3), has_aux=True)
-    def gradients_and_outputs(q, k, v, log_decay):
-        y = attend(form, q, k, v, log_decay, score=score, scale=1.0)
-        return y.astype(jnp.float32).sum(), y
-
-    gradients, y = gradients_and_outputs(q, k, v, log_decay)
+    ones = jnp.ones((1, tokens, 1, 2), dtype)
+    y, gradients = attend_and_pull(form, ones, (q, k, v, log_decay), score=score, scale=1.0)
     assert all(np.isfinite(np.asarray(x, np.float32)).all() for x in (y, *gradients))
     want, _ = oracle.forward(q, k, v, log_decay, score=score, normalize=True, scale=1.0)
     tolerance = {jnp.float32: 1e-5, jnp.bfloat16: 2e-2}[dtype]
@@ -206,9 +223,10 @@ def test_scores_from_two_to_minus_40_to_60_stay_finite(score, exponent, dtype, f
 
 
 def test_division_keeps_its_derivative_where_the_square_of_a_denominator_leaves_float32():
+    gradients = jax.jit(jax.grad(lambda n, d: divide(n, d, 2.0**-100).sum(), argnums=(0, 1)))
     for exponent in (-90, 100):
         numerator, denominator = jnp.full((1, 2), 3.0 * 2.0**exponent), jnp.full((1,), 2.0**exponent)
-        dn, dd = jax.grad(lambda n, d: divide(n, d, 2.0**-100).sum(), argnums=(0, 1))(numerator, denominator)
+        dn, dd = gradients(numerator, denominator)
         np.testing.assert_allclose(dn, 2.0**-exponent)
         np.testing.assert_allclose(dd, -6 * 2.0**-exponent)
 
@@ -229,9 +247,8 @@ def test_conditioning_ladder_in_bfloat16(share, allowed):
     q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in ladder_inputs(share))
     want, _ = oracle.forward(q, k, v, score="squared", normalize=True)
     # Only the second half of the rows leans on the state.
-    chunk = {"form": "chunked", "chunk_size": 64}
-    default = relative_rms(decay_attention(q, k, v, **chunk)[:, 256:], want[:, 256:])
-    highest = relative_rms(decay_attention(q, k, v, precision="highest", **chunk)[:, 256:], want[:, 256:])
+    default = relative_rms(attend("chunked", q, k, v, chunk_size=64)[:, 256:], want[:, 256:])
+    highest = relative_rms(attend("chunked", q, k, v, chunk_size=64, precision="highest")[:, 256:], want[:, 256:])
     assert default < allowed
     assert highest < 2.5e-3  # the rounding of the output to bf16: 1.7e-3 at every rung
 
@@ -258,7 +275,8 @@ def test_the_current_token_is_attended_directly():
     k -= (q * k).sum() / (q * q).sum() * q * (1 - 1e-3)
     v = rng.normal(size=(1, 1, 8)).astype(np.float32)
     state = init_state("squared", 1, 1, 64, 8)
-    y, _ = decay_attention_step(q, k, v, None, state, score="squared", normalize=True)
+    step = jax.jit(functools.partial(decay_attention_step, score="squared", normalize=True))
+    y, _ = step(q, k, v, None, state)
     np.testing.assert_allclose(y, v, rtol=4 * EPS)
 
 

@@ -13,10 +13,10 @@ import sentencepiece
 import tokenizers
 
 import train
-from train.corpus import read_corpus
+from train.data.corpus import read_corpus
 from train.main import main
-from train.meter import COSTS
-from train.metrics import read_metrics
+from train.observe.meter import COSTS
+from train.observe.metrics import read_metrics
 
 # Where `python -m train.main` works: the directory that holds the package under test.
 ROOT = Path(train.__file__).parents[1]

@@ -1,4 +1,4 @@
-"""`python -m twomamba_jax.generate` on a run that has just been trained: text, figures, mistakes, interrupts."""
+"""`python -m train.generate` on a run that has just been trained: text, figures, mistakes, interrupts."""
 
 import io
 import json
@@ -9,12 +9,14 @@ import signal
 import subprocess
 import sys
 
-from train.documents import find_inputs, read_documents
+import pytest
+
+from train import generate as program
+from train.data.documents import find_inputs, read_documents
+from train.data.tokenizers import load_tokenizer
+from train.generate import Stream, load, main
+from train.keyboard import InterruptRequest
 from train.main import main as train
-from train.tokenizers import load_tokenizer
-from twomamba_jax import command_line
-from twomamba_jax.command_line import Stream, load, main
-from twomamba_jax.interruption import Interruption
 
 
 def generate(capsys, workdir, *options, status=0):
@@ -47,8 +49,8 @@ def test_what_a_prompt_begins_with(sentencepiece_model):
         ("bytes", "x", lambda one: [ord("x")]),
     ):
         tokenizer = load_tokenizer(spec)
-        options = command_line.parse(["--workdir", "run", "--prompt", text])
-        assert command_line.prompt_tokens(options, tokenizer).tolist() == expected(tokenizer)
+        options = program.parse(["--workdir", "run", "--prompt", text])
+        assert program.prompt_tokens(options, tokenizer).tolist() == expected(tokenizer)
 
 
 def test_a_prompt_file_has_the_tokens_that_training_sees(tmp_path, monkeypatch):
@@ -59,8 +61,8 @@ def test_a_prompt_file_has_the_tokens_that_training_sees(tmp_path, monkeypatch):
     tokenizer = load_tokenizer("bytes")
     for name in (str(path), "-"):
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
-        options = command_line.parse(["--workdir", "run", "--prompt_file", name])
-        tokens = command_line.prompt_tokens(options, tokenizer).tolist()
+        options = program.parse(["--workdir", "run", "--prompt_file", name])
+        tokens = program.prompt_tokens(options, tokenizer).tolist()
         assert bytes(tokens) == content[3:]
         assert tokens == tokenizer.encode(text).tolist()
 
@@ -103,7 +105,7 @@ def test_a_prompt_longer_than_a_key_value_cache(capsys, tiny, tmp_path):
 def test_an_interrupt_keeps_what_is_there(capsys, finished, monkeypatch):
     """The block under way too: an exception could land where Python drops it."""
     whole = generate(capsys, finished, "--prompt", "def f", "--max_new_tokens", "64").out
-    decode, calls = command_line.decode, []
+    decode, calls = program.decode, []
 
     def interrupted(*args, **options):
         calls.append(args)
@@ -111,7 +113,7 @@ def test_an_interrupt_keeps_what_is_there(capsys, finished, monkeypatch):
             signal.raise_signal(signal.SIGINT)
         return decode(*args, **options)
 
-    monkeypatch.setattr(command_line, "decode", interrupted)
+    monkeypatch.setattr(program, "decode", interrupted)
     got = generate(capsys, finished, "--prompt", "def f", "--max_new_tokens", "64", status=130)
     assert len(got.out) > 1
     assert whole.startswith(got.out[:-1].rstrip("\N{REPLACEMENT CHARACTER}"))
@@ -122,7 +124,7 @@ def test_an_interrupt_keeps_what_is_there(capsys, finished, monkeypatch):
 def test_an_interrupt_with_nothing_to_keep_ends_at_once(capfd, monkeypatch):
     statuses = []
     monkeypatch.setattr(os, "_exit", statuses.append)
-    with Interruption() as interruption:
+    with InterruptRequest() as interruption:
         signal.raise_signal(signal.SIGINT)
         assert (statuses, interruption.requested) == ([130], False)
         interruption.keeps = True
@@ -170,7 +172,7 @@ def test_a_character_that_stdout_lacks_is_an_escape(capsys, finished, monkeypatc
 
 def test_a_tilde_is_the_home_directory(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
-    options = command_line.parse(["--workdir=~/run", "--prompt_file=~/prompt"])
+    options = program.parse(["--workdir=~/run", "--prompt_file=~/prompt"])
     assert (str(options.workdir), options.prompt_file) == ("/home/me/run", "/home/me/prompt")
 
 
@@ -187,8 +189,9 @@ def test_half_a_character_waits_for_the_other():
     assert out.getvalue() == "x\N{EURO SIGN}\N{REPLACEMENT CHARACTER}\n"
 
 
-def test_the_module_runs(finished):
-    command = [sys.executable, "-m", "twomamba_jax.generate", "--workdir", str(finished), "--prompt", "a"]
+@pytest.mark.parametrize("module", ["train.generate", "twomamba_jax.generate"])
+def test_the_module_runs(finished, module):
+    command = [sys.executable, "-m", module, "--workdir", str(finished), "--prompt", "a"]
     done = subprocess.run([*command, "--max_new_tokens", "2"], capture_output=True, text=True, check=True)
     assert "2 tokens, too few tokens for a speed; cache" in done.stderr
     assert "Warning" not in done.stderr

@@ -6,8 +6,8 @@ import lzma
 
 import pytest
 
-from train.corpus import read_corpus
-from train.documents import find_inputs, read_documents
+from train.data.corpus import read_corpus
+from train.data.documents import find_inputs, read_documents
 from train.errors import UserError
 
 TEXT = "a\r\nb é\n"

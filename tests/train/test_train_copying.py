@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from train.copying import CopyingRows
+from train.data.copying import CopyingRows
 from train.errors import UserError
 
 

@@ -6,9 +6,9 @@ import os
 import numpy as np
 import pytest
 
-from train.corpus import find_files, read_corpus
+from train.data.corpus import find_files, read_corpus
+from train.data.held_out import is_held_out
 from train.errors import UserError
-from train.held_out import is_held_out
 
 
 def write(root, files):

@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from train.data import DocumentRows, PackedRows, held_out_batches, training_batches
-from train.tokenized import Split
+from train.data.rows import DocumentRows, PackedRows, held_out_batches, training_batches
+from train.data.tokenized import Split
 
 END = 256
 

@@ -11,7 +11,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from train.documents import digest_inputs, find_inputs, read_documents, without_twins
+from train.data.documents import digest_inputs, find_inputs, read_documents, without_twins
 from train.errors import UserError
 
 TEXTS = ["first\r\n", "second é", "third\n\nwith lines"]

@@ -17,11 +17,11 @@ from exhaustive import EXHAUSTIVE
 
 from train import loop
 from train.checkpoint import checkpoint_steps
-from train.data import training_batches
+from train.data.rows import training_batches
 from train.main import main
 from train.manifest import MANIFEST
-from train.metrics import MetricsWriter, read_metrics
-from train.progress import ProgressDisplay
+from train.observe.metrics import MetricsWriter, read_metrics
+from train.observe.progress import ProgressDisplay
 from train.workdir import writing
 
 # A failed save of Orbax closes its event loop, and writes of TensorStore that fail a little later find it closed.

@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from train.held_out import find_cut, hold_out, is_held_out
+from train.data.held_out import find_cut, hold_out, is_held_out
 
 
 def test_a_name_is_held_out_by_its_hash_whatever_its_bytes():

@@ -6,8 +6,8 @@ import datasets
 import pytest
 from ml_collections import ConfigDict
 
+from train.data.hugging_face import identify, load_stream, read_stream
 from train.errors import UserError
-from train.hugging_face import identify, load_stream, read_stream
 
 TEXTS = [f"text {number}" for number in range(12)]
 

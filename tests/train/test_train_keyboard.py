@@ -44,8 +44,9 @@ def test_an_interrupt_ends_the_program_at_once(moment):
     assert (process.returncode, errors) == (130, "interrupted\n")
 
 
-def test_an_interrupt_during_the_imports_is_one_line():
-    with interpreter("-X", "importtime", "-m", "train.main", "--config", "configs/2mamba.py") as process:
+@pytest.mark.parametrize("module", ["train.main", "train.generate"])
+def test_an_interrupt_during_the_imports_is_one_line(module):
+    with interpreter("-X", "importtime", "-m", module, "--help") as process:
         lines = iter(process.stderr.readline, "")
         while not next(lines).rstrip().endswith("jax.version"):  # one of the first of JAX's
             pass

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from models import model_of, params_of
 
-from train.data import abstract_batch
+from train.data.rows import abstract_batch
 from train.layer_loop import LOOPED, UNROLLED, choose_layer_loop, compiler_options
 from train.main import main
-from train.metrics import read_metrics
+from train.observe.metrics import read_metrics
 from train.sharding import make_mesh
 from train.step import make_init, make_optimizer, make_train_step, weighted_sums
 

@@ -15,7 +15,7 @@ import train
 from train.checkpoint import checkpoint_steps
 from train.main import main
 from train.manifest import MANIFEST
-from train.metrics import read_metrics
+from train.observe.metrics import read_metrics
 
 ROOT = Path(train.__file__).parents[1]
 

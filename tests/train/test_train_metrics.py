@@ -7,10 +7,10 @@ import pytest
 from rich.console import Console
 
 from train.errors import UserError
-from train.metrics import MetricsWriter, only_finite, read_metrics
-from train.plot import main as plot_main
-from train.plot import plot_runs, points_of
-from train.progress import ProgressDisplay, duration
+from train.observe.metrics import MetricsWriter, only_finite, read_metrics
+from train.observe.plot import main as plot_main
+from train.observe.plot import plot_runs, points_of
+from train.observe.progress import ProgressDisplay, duration
 
 RECORD = {
     "step": 10, "train/loss": 2.5, "train/skipped": 0,
@@ -131,7 +131,7 @@ def test_a_skipped_step_and_an_unknown_peak_are_said():
 
 def test_the_command_draws_runs_over_each_other(tmp_path, capsys, monkeypatch):
     drawn = {}
-    monkeypatch.setattr("train.plot.plot_runs", lambda runs, path: drawn.update(runs=runs, path=path))
+    monkeypatch.setattr("train.observe.plot.plot_runs", lambda runs, path: drawn.update(runs=runs, path=path))
     for name in ("a/run", "b/run"):
         (tmp_path / name).mkdir(parents=True)
         MetricsWriter(tmp_path / name / "metrics.jsonl", 0).close()

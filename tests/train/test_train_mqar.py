@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
+from train.data.mqar import MQARRows
 from train.errors import UserError
-from train.mqar import MQARRows
 
 SIZES = {"length": 24, "num_rows": 1000, "pairs": (3,), "vocab_size": 40}
 

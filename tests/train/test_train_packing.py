@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from exhaustive import EXHAUSTIVE
 
-from train.data import DocumentRows, PackedRows
+from train.data.rows import DocumentRows, PackedRows
+from train.data.tokenized import Split
 from train.step import weighted_sums
-from train.tokenized import Split
 from twomamba_jax import Execution, LanguageModel, ModelConfig, parse_pattern
 
 # Four documents in one row. Each has input tokens that the others lack; END is an input of none.

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from train.data import training_batches
+from train.data.recall import RecallRows
+from train.data.rows import training_batches
 from train.errors import UserError
-from train.recall import RecallRows
 
 SIZES = {"length": 40, "num_rows": 1000, "symbols": 20, "repeat": 10, "fillers": 5, "gap": (3, 9), "graded": False}
 

@@ -11,12 +11,12 @@ import pytest
 
 from train.configuration import build_model, load_config
 from train.errors import UserError
-from train.flops import PEAK_FLOPS, mixing_flops, peak_flops, training_flops_per_token
 from train.main import main
-from train.meter import COSTS, Meter, Stopwatch
-from train.metrics import read_metrics
-from train.profiler import ProfilerWindow
-from train.trackers import WeightsAndBiases
+from train.observe.flops import PEAK_FLOPS, mixing_flops, peak_flops, training_flops_per_token
+from train.observe.meter import COSTS, Meter, Stopwatch
+from train.observe.metrics import read_metrics
+from train.observe.profiler import ProfilerWindow
+from train.observe.trackers import WeightsAndBiases
 from twomamba_jax import VARIANTS
 
 

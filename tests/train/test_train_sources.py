@@ -8,9 +8,9 @@ import datasets
 import pytest
 from exhaustive import EXHAUSTIVE
 
+from train.data.tokenizers import load_kept_tokenizer
 from train.main import main
-from train.metrics import read_metrics
-from train.tokenizers import load_kept_tokenizer
+from train.observe.metrics import read_metrics
 
 TEXTS = [f"def f{number}(x):\n    return x + {number}\n" * (number % 4 + 1) for number in range(60)]
 

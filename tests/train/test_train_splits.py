@@ -9,8 +9,8 @@ import pytest
 
 import train
 from train.configuration import apply_overrides, load_config
+from train.data.task import make_task
 from train.errors import UserError
-from train.task import make_task
 from train.workdir import claim, default_workdir
 
 CONFIG = str(Path(train.__file__).parents[1] / "configs/2mamba.py")

@@ -5,8 +5,8 @@ import itertools
 import numpy as np
 import pytest
 
+from train.data.state_tracking import StateTrackingRows, permutation_products
 from train.errors import UserError
-from train.state_tracking import StateTrackingRows, permutation_products
 
 PERMUTATIONS = sorted(itertools.permutations(range(5)))
 

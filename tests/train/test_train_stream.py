@@ -7,11 +7,11 @@ import datasets
 import numpy as np
 import pytest
 
-from train.data import PACKINGS, training_batches
+from train.data.rows import PACKINGS, training_batches
+from train.data.stream import Source, StreamedRows
+from train.data.tokenized import tokenize_in_memory
+from train.data.tokenizers import ByteTokenizer, load_tokenizer
 from train.errors import UserError
-from train.stream import Source, StreamedRows
-from train.tokenized import tokenize_in_memory
-from train.tokenizers import ByteTokenizer, load_tokenizer
 
 TEXTS = [f"{number}:" + "x" * (number * 7 % 40) for number in range(40)] + [""]
 LENGTH = 16

@@ -5,10 +5,10 @@ import resource
 import numpy as np
 import pytest
 
-from train.data import PackedRows
+from train.data.rows import PackedRows
+from train.data.tokenized import open_cache, tokenize_in_memory
+from train.data.tokenizers import load_tokenizer
 from train.errors import UserError
-from train.tokenized import open_cache, tokenize_in_memory
-from train.tokenizers import load_tokenizer
 
 DOCUMENTS = [(number % 4 == 3, f"document {number} é " * (number % 5 + 1)) for number in range(1100)]
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import tokenizers
 
+from train.data.tokenizers import keep_tokenizer, load_kept_tokenizer, load_tokenizer
 from train.errors import UserError, import_extra
-from train.tokenizers import keep_tokenizer, load_kept_tokenizer, load_tokenizer
 
 TEXT = "def f(x):\n    return 'é ☃ \t' # </s> <|endoftext|> <s>\n\n"
 

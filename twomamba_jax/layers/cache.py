@@ -14,12 +14,12 @@ import numpy as np
 
 from twomamba_jax.config import MixerConfig, ModelConfig
 from twomamba_jax.layers.execution import Execution
-from twomamba_jax.ops import cached_attention
-from twomamba_jax.ops.cached_attention import FOLD_SIZE, DecodingCache, init_decoding_cache
-from twomamba_jax.ops.feature_map import FINITE_SCORES
+from twomamba_jax.ops.decoding import cached_attention
+from twomamba_jax.ops.decoding.cached_attention import FOLD_SIZE, DecodingCache, init_decoding_cache
+from twomamba_jax.ops.decoding.new_tokens import NewTokens
 from twomamba_jax.ops.integers import checked_integer
-from twomamba_jax.ops.new_tokens import NewTokens
-from twomamba_jax.ops.spread import check_multiple
+from twomamba_jax.ops.score import SCORES
+from twomamba_jax.ops.sharding import check_multiple
 from twomamba_jax.ops.state import state_bytes
 from twomamba_jax.shapes import Array, Float, Int
 
@@ -158,7 +158,7 @@ def init_mixer_cache(
         kv_heads,
         qk_dim,
         config.head_dim,
-        capacity=None if mixer.score in FINITE_SCORES else max_length,
+        capacity=None if SCORES[mixer.score].finite else max_length,
         fold_size=fold_size,
         rollback=rollback,
         decay=mixer.decay != "none",

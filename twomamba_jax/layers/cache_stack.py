@@ -4,8 +4,8 @@ What goes into that loop layer by layer may be copied. So finite scores' caches 
 """
 
 from twomamba_jax.layers.cache import MixerCache
-from twomamba_jax.ops.attention_cache import AttentionCache
-from twomamba_jax.ops.recurrent_cache import LayerCache, RecurrentCache
+from twomamba_jax.ops.decoding.attention_cache import AttentionCache
+from twomamba_jax.ops.decoding.recurrent_cache import LayerCache, RecurrentCache
 
 
 def detach(cache: MixerCache) -> tuple[MixerCache, RecurrentCache | None]:

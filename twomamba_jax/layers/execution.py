@@ -9,9 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import residuals
-from twomamba_jax.ops.checks import FORMS
+from twomamba_jax.ops.dispatch import FORMS, IMPLEMENTATIONS
 from twomamba_jax.ops.integers import checked_integer
-from twomamba_jax.ops.kernels import IMPLEMENTATIONS
 
 # What is dear to compute and linear in T: products without a batch dimension, which are the projections, and what the
 # attention kernels need again; and what is small (`ops.kept`). Products with one are the scores and weighted values of

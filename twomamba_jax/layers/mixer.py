@@ -12,11 +12,11 @@ from twomamba_jax.layers.cache import ConvolutionInputs, MixerCache, MixerTokens
 from twomamba_jax.layers.execution import Execution
 from twomamba_jax.layers.norm import RMSNorm, divide_by_rms
 from twomamba_jax.layers.projection import Projection, uniform
-from twomamba_jax.ops.cached_attention import cached_attention
 from twomamba_jax.ops.checks import as_arrays, as_rows
 from twomamba_jax.ops.convolution import causal_convolution
 from twomamba_jax.ops.decay import STRONGEST_LOG_DECAY, discretized_decay, softplus_decay, step_size
 from twomamba_jax.ops.decay_attention import decay_attention
+from twomamba_jax.ops.decoding.cached_attention import cached_attention
 from twomamba_jax.ops.numerics import accumulation_dtype, broadcast_parameter
 from twomamba_jax.ops.rope import apply_rope
 from twomamba_jax.ops.segments import valid_tokens

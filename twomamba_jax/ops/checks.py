@@ -1,27 +1,40 @@
 """Argument checks of the operation: what was wrong, what was expected, what to do."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from twomamba_jax.ops.known import known
-from twomamba_jax.ops.operation import Operation
-from twomamba_jax.ops.state import FiniteState, KeyValueCache, init_state
-
-FORMS = ("parallel", "chunked", "recurrent")
+from twomamba_jax.ops.operation import Operation, make_operation
+from twomamba_jax.ops.state import FiniteState, KeyValueCache, State, init_state
 
 
-def check_form(op: Operation, form, chunk_size) -> None:
-    """The form exists, can compute the score, and takes a chunk size if one is given."""
-    if form is not None and form not in FORMS:
-        raise ValueError(f"form={form!r} is unknown: expected None or one of {', '.join(FORMS)}")
-    if form == "recurrent" and not op.is_finite:
-        raise ValueError(
-            "form='recurrent' needs a finite state, and score='exp' has none: use form='chunked' or 'parallel', or "
-            "decay_attention_step with a key/value cache"
-        )
-    if chunk_size is not None and form in ("parallel", "recurrent"):
-        raise ValueError(f"chunk_size={chunk_size} given for form={form!r}, which has no chunks: omit it")
+class Call(NamedTuple):
+    """A call of the operation whose arguments fit each other: what it computes, and its arrays, JAX's or None."""
+
+    op: Operation
+    q: jax.Array
+    k: jax.Array
+    v: jax.Array
+    log_decay: jax.Array | None
+    segment_ids: jax.Array | None
+    lengths: jax.Array | None
+    state: State | None
+
+
+def check_call(
+    q, k, v, log_decay, *, score, normalize, scale, precision, segment_ids=None, lengths=None, state=None
+) -> Call:
+    """All checks of a call's arguments, which are those of `decay_attention`. Raises ValueError."""
+    q, k, v, log_decay = as_arrays(q, k, v, log_decay)
+    check_arrays(q, k, v, log_decay)
+    op = make_operation(q.shape[-1], score, normalize, scale, precision)
+    segment_ids, lengths = as_rows(q.shape, segment_ids, lengths)
+    state = jax.tree.map(jnp.asarray, state)
+    check_state(op, q, k, v, state, lengths)
+    return Call(op, q, k, v, log_decay, segment_ids, lengths, state)
 
 
 def check_arrays(q, k, v, log_decay) -> None:
@@ -83,17 +96,17 @@ def check_state(op: Operation, q, k, v, state, lengths) -> None:
     """The state is of the score's kind, has the right shapes, and room for the new tokens where that is known."""
     if state is None:
         return
-    kind = FiniteState if op.is_finite else KeyValueCache
+    kind = FiniteState if op.finite else KeyValueCache
     if not isinstance(state, kind):
         raise ValueError(f"score={op.score!r} continues a {kind.__name__}, got {type(state).__name__}")
-    capacity = None if op.is_finite else state.keys.shape[1]
+    capacity = None if op.finite else state.keys.shape[1]
     expected = jax.eval_shape(
         lambda: init_state(op.score, q.shape[0], k.shape[2], k.shape[3], v.shape[3], capacity=capacity)
     )
     for name, want, got in zip(kind._fields, expected, state):
         if got.shape != want.shape:
             raise ValueError(f"the state's {name} must have shape {want.shape} for these q, k and v, got {got.shape}")
-    if not op.is_finite and known(state.length, lengths):
+    if not op.finite and known(state.length, lengths):
         counts = q.shape[1] if lengths is None else np.asarray(lengths)
         longest = int(np.max(np.asarray(state.length) + counts, initial=0))
         if longest > capacity:

@@ -1,34 +1,24 @@
-"""The public operation: argument checks, choice of form and implementation, head layout."""
+"""The public operation, and its single step."""
 
 import functools
-from typing import Literal
 
-import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from twomamba_jax.ops import cache, checks, kernels, recurrent
-from twomamba_jax.ops.blockwise import blockwise
-from twomamba_jax.ops.chunked import chunked
+from twomamba_jax.ops import dispatch
+from twomamba_jax.ops.checks import Call, as_arrays, check_call
 from twomamba_jax.ops.decay import clamp_log_decay
-from twomamba_jax.ops.feature_map import Score, num_features
+from twomamba_jax.ops.dispatch import Form, Implementation
+from twomamba_jax.ops.forms import key_values, recurrent
+from twomamba_jax.ops.forms.parallel import final_state
 from twomamba_jax.ops.integers import checked_integer
-from twomamba_jax.ops.kernels import Implementation
 from twomamba_jax.ops.layout import heads_first, tokens_first
 from twomamba_jax.ops.numerics import Precision
-from twomamba_jax.ops.operation import Operation, make_operation
-from twomamba_jax.ops.parallel import final_state, parallel
+from twomamba_jax.ops.score import Score
 from twomamba_jax.ops.segments import extend_last_segment, segment_runs, valid_tokens
-from twomamba_jax.ops.sequence import SequenceAxis
-from twomamba_jax.ops.spread import sequence_axis, spread
+from twomamba_jax.ops.sharding import sequence_axis, spread
 from twomamba_jax.ops.state import KeyValueCache, State, init_state
 from twomamba_jax.shapes import Array, Float, Keys, Lengths, LogDecay, Outputs, Queries, SegmentIds, Values
-
-Form = Literal["parallel", "chunked", "recurrent"]
-
-
-# The parallel exponential form holds T^2 weights per head; beyond this many tokens the blockwise form is chosen.
-LONGEST_PARALLEL_SOFTMAX = 2048
 
 
 def decay_attention(
@@ -102,19 +92,38 @@ def decay_attention(
         that cannot compute this call, sizes that are no multiple of the devices that they are spread over, a cache
         without room for T tokens (inside `jax.jit`, where that cannot be raised, the rows that overflow are NaN).
     """
-    q, k, v, log_decay = checks.as_arrays(q, k, v, log_decay)
-    checks.check_arrays(q, k, v, log_decay)
-    op = make_operation(q.shape[-1], score, normalize, scale, precision)
-    segment_ids, lengths = checks.as_rows(q.shape, segment_ids, lengths)
-    initial_state = jax.tree.map(jnp.asarray, initial_state)
-    checks.check_state(op, q, k, v, initial_state, lengths)
+    call = check_call(
+        q,
+        k,
+        v,
+        log_decay,
+        score=score,
+        normalize=normalize,
+        scale=scale,
+        precision=precision,
+        segment_ids=segment_ids,
+        lengths=lengths,
+        state=initial_state,
+    )
+    options = {"form": form, "chunk_size": chunk_size, "implementation": implementation, "partition": partition}
+    y, final = attend(call, return_final_state=return_final_state, **options)
+    return (y, final) if return_final_state else y
+
+
+def attend(
+    call: Call,
+    *,
+    return_final_state: bool,
+    form: Form | None,
+    chunk_size: int | None,
+    implementation: Implementation | None,
+    partition: PartitionSpec | None,
+) -> tuple[Outputs, State | None]:
+    """`decay_attention` of a call that is checked: y, and the final state if it is wanted."""
+    op, q, k, v, log_decay, segment_ids, lengths, state = call
     chunk_size = checked_integer("chunk_size", chunk_size, or_none=True)
-    checks.check_form(op, form, chunk_size)
     axis = sequence_axis(partition)
-    unsupported = functools.partial(kernels.unsupported, op, q, k, v, initial_state, axis, chunk_size)
-    if form is None:
-        form = "chunked" if chunk_size else _choose_form(op, q, v, axis, implementation, unsupported)
-    implementation = kernels.choose(implementation, form, unsupported)
+    form, implementation = dispatch.choose(op, q, k, v, state, axis, form, chunk_size, implementation)
 
     batch, size = q.shape[:2]
     segment_ids = extend_last_segment(segment_ids, lengths)
@@ -128,17 +137,16 @@ def decay_attention(
         log_decay = None if log_decay is None else jnp.where(valid[..., None], log_decay, 0)
 
     # XLA spreads what does not go along the tokens by itself; a kernel is not partitioned by the compiler.
-    attend = kernels.attend if implementation == kernels.MOSAIC_GPU else _attend
     on_mesh = None if implementation == "xla" and axis is None else partition
-    call = functools.partial(attend, op, form, chunk_size, return_final_state)
-    y, final = spread(call, on_mesh, q, k, v, log_decay, segment_ids, initial_state)
+    local = functools.partial(dispatch.load(implementation).attend, op, form, chunk_size, return_final_state)
+    y, final = spread(local, on_mesh, q, k, v, log_decay, segment_ids, state)
     if return_final_state and final is None:
-        final = _state_after(op, k, v, log_decay, segment_ids, counts, initial_state)
+        final = _state_after(op, k, v, log_decay, segment_ids, counts, state)
     if lengths is not None:
         y = jnp.where(valid[..., None, None], y, 0)
-    if isinstance(initial_state, KeyValueCache):
-        y = cache.poison_overflow(y, initial_state, counts)
-    return (y, final) if return_final_state else y
+    if isinstance(state, KeyValueCache):
+        y = key_values.poison_overflow(y, state, counts)
+    return y, final
 
 
 def decay_attention_step(
@@ -164,74 +172,29 @@ def decay_attention_step(
     Raises:
       ValueError: shapes, dtypes or a state that do not fit; a full cache, outside `jax.jit`.
     """
-    q, k, v, log_decay = checks.as_arrays(q, k, v, log_decay)
+    q, k, v, log_decay = as_arrays(q, k, v, log_decay)
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.ndim != 3:
             raise ValueError(f"{name} must be [B, heads, dim], one token without a T axis, got shape {x.shape}")
     if log_decay is not None and log_decay.ndim != 2:
         raise ValueError(f"log_decay must be [B, G], one token without a T axis, got shape {log_decay.shape}")
     q, k, v, log_decay = (None if x is None else x[:, None] for x in (q, k, v, log_decay))
-    state = jax.tree.map(jnp.asarray, state)
-    checks.check_arrays(q, k, v, log_decay)
-    op = make_operation(q.shape[-1], score, normalize, scale, precision)
-    checks.check_state(op, q, k, v, state, None)
-    unsupported = functools.partial(kernels.unsupported, op, q, k, v, state, None, None)
-    kernels.choose(implementation, "step", unsupported)
+    options = {"score": score, "normalize": normalize, "scale": scale, "precision": precision}
+    op, q, k, v, log_decay, _, _, state = check_call(q, k, v, log_decay, state=state, **options)
+    dispatch.choose_implementation(implementation, "step", lambda kernels: "it has no form for a single token")
     y, new_state = recurrent.step(op, *heads_first(q, k, v, clamp_log_decay(log_decay, q.dtype)), state)
     y = tokens_first(y)[:, 0].astype(q.dtype)
     if isinstance(state, KeyValueCache):
-        y = cache.poison_overflow(y, state, jnp.ones((q.shape[0],), jnp.int32))
+        y = key_values.poison_overflow(y, state, jnp.ones((q.shape[0],), jnp.int32))
     return y, new_state
-
-
-def default_chunk_size(score: Score) -> int:
-    """Tokens per chunk where the caller names none: the fastest power of two on two CPU cores, heads of 64."""
-    return {"linear": 128, "squared": 256, "exp": 256}[score]
-
-
-def _attend(op, form, chunk_size, return_final_state, q, k, v, log_decay, run, state, axis):
-    """y, and the final state if it is wanted and the form computes it on the way, or None; a call for `spread`."""
-    arrays = heads_first(q, k, v, log_decay)
-    chunk_size, final = chunk_size or default_chunk_size(op.score), None
-    if axis is not None and form == "parallel":  # all of this device's tokens at once
-        form, chunk_size = "chunked", q.shape[1]
-    if form == "parallel":
-        y = parallel(op, *arrays, run, state)
-    elif form == "recurrent":
-        y, final = recurrent.recurrent(op, *arrays, run, state, axis)
-    elif op.is_finite:
-        y, final = chunked(op, *arrays, run, state, chunk_size, axis)
-    else:
-        y = blockwise(op, *arrays, run, state, chunk_size, axis)
-    return tokens_first(y).astype(q.dtype), final if return_final_state else None
 
 
 def _state_after(op, k, v, log_decay, segment_ids, counts, state):
     """The state after the last token, for a form that does not compute it on the way."""
     _, k, v, log_decay = heads_first(k, k, v, log_decay)
     run = None if segment_ids is None else segment_runs(segment_ids)
-    if op.is_finite:
+    if op.finite:
         return final_state(op, k, v, log_decay, run, state)
     if state is None:
         state = init_state("exp", k.shape[0], k.shape[1], k.shape[3], v.shape[3], capacity=k.shape[2], dtype=k.dtype)
-    return cache.append(k, v, log_decay, run, counts, state)
-
-
-def _choose_form(op: Operation, q, v, axis: SequenceAxis | None, implementation, unsupported) -> Form:
-    """The kernels' where they are the fastest there is; otherwise the form of fewer flops.
-
-    The parallel form costs 2 T (K + V) flops per token and head, the chunked 2 C (K + V) + 4 D V, with a device's T.
-    """
-    size = q.shape[1] if axis is None else q.shape[1] // axis.size
-    if implementation != "xla":
-        in_chunks, at_once = (unsupported(form) is None for form in ("chunked", "parallel"))
-        if at_once and size <= (kernels.crossover(op, q, v) if in_chunks else kernels.LONGEST[op.score]):
-            return "parallel"
-        if in_chunks:
-            return "chunked"
-    head_dim, value_dim = q.shape[-1], v.shape[-1]
-    if not op.is_finite:
-        return "parallel" if size <= LONGEST_PARALLEL_SOFTMAX else "chunked"
-    state_flops = 4 * num_features(op.score, head_dim) * value_dim
-    crossover = default_chunk_size(op.score) + state_flops / (2 * (head_dim + value_dim))
-    return "parallel" if size <= crossover else "chunked"
+    return key_values.append(k, v, log_decay, run, counts, state)

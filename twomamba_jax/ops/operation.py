@@ -3,8 +3,8 @@
 import dataclasses
 import math
 
-from twomamba_jax.ops.feature_map import FINITE_SCORES, SCORES, Score
-from twomamba_jax.ops.numerics import SQUARED_SHIFT, ZERO_DENOMINATOR, Precision
+from twomamba_jax.ops.numerics import ZERO_DENOMINATOR, Precision
+from twomamba_jax.ops.score import SCORES, FiniteScore, Score, score_spec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,31 +17,30 @@ class Operation:
     precision: Precision = None
 
     @property
-    def is_finite(self) -> bool:
-        """Whether the score has a state of constant size."""
-        return self.score in FINITE_SCORES
+    def finite(self) -> FiniteScore | None:
+        """The score's features; None where it has no state of constant size."""
+        return SCORES[self.score].finite
 
     @property
     def query_scale(self) -> float:
-        """The factor on <q, k> before the score: `scale`, and the range shift of normalised squared scores."""
-        return self.scale * (SQUARED_SHIFT if self._shifts else 1.0)
+        """The factor on <q, k> before the score: `scale`, and the range shift of normalised scores."""
+        return self.scale * self._shift
 
     @property
     def denominator_floor(self) -> float:
         """Weights that sum to less than this count as 0."""
-        return ZERO_DENOMINATOR * (SQUARED_SHIFT**2 if self._shifts else 1.0)
+        return ZERO_DENOMINATOR * (self._shift**self.finite.degree if self.finite else 1.0)
 
     @property
-    def _shifts(self) -> bool:
-        return self.normalize and self.score == "squared"
+    def _shift(self) -> float:
+        return self.finite.shift if self.normalize and self.finite else 1.0
 
 
 def make_operation(
     head_dim: int, score: Score, normalize: bool, scale: float | None, precision: Precision
 ) -> Operation:
     """The operation, checked; a `scale` of None is 1 / sqrt(head_dim). Raises ValueError."""
-    if score not in SCORES:
-        raise ValueError(f"score={score!r} is unknown: expected one of {', '.join(SCORES)}")
+    score_spec(score)
     if precision not in (None, "highest"):
         raise ValueError(f"precision={precision!r} is unknown: expected None or 'highest'")
     return Operation(score, bool(normalize), 1 / math.sqrt(head_dim) if scale is None else float(scale), precision)

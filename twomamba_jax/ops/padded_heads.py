@@ -8,7 +8,7 @@ import functools
 import jax.numpy as jnp
 import numpy as np
 
-from twomamba_jax.ops.feature_map import Score, num_features
+from twomamba_jax.ops.score import SCORES, Score, num_features
 from twomamba_jax.ops.state import FiniteState
 
 
@@ -39,16 +39,6 @@ def cut_state(score: Score, head_dim: int, value_dim: int, state: FiniteState) -
 @functools.cache
 def _feature_index(score: Score, head_dim: int, padded_dim: int) -> np.ndarray:
     """[D] where each feature of a key of `head_dim` is among those of the key padded to `padded_dim`."""
-    if score == "linear":
-        return np.arange(head_dim)
-    number = {pair: index for index, pair in enumerate(_pairs(padded_dim))}
-    return np.array([number[pair] for pair in _pairs(head_dim)])
-
-
-def _pairs(size: int) -> list[tuple[int, int]]:
-    """The entries of x, the lower first, whose product each feature of `symmetric_features` is."""
-    pairs = []
-    for offset in range(size // 2 + 1):
-        count = size // 2 if 2 * offset == size else size
-        pairs += [tuple(sorted((a, (a + offset) % size))) for a in range(count)]
-    return pairs
+    entries = SCORES[score].finite.entries
+    number = {product: index for index, product in enumerate(entries(padded_dim))}
+    return np.array([number[product] for product in entries(head_dim)])

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from twomamba_jax.ops.feature_map import FINITE_SCORES, Score, num_features
 from twomamba_jax.ops.numerics import accumulation_dtype
+from twomamba_jax.ops.score import Score, num_features, score_spec
 from twomamba_jax.shapes import Array, Float, Int
 
 
@@ -62,16 +62,16 @@ def init_state(
       dtype: of the cached keys and values; a finite state and the log weights are float32, or wider if `dtype` is.
 
     Raises:
-      ValueError: `capacity` missing, below 1, or given for a finite score.
+      ValueError: an unknown score; `capacity` missing, below 1, or given for a finite score.
     """
     wide = accumulation_dtype(dtype)
-    if score in FINITE_SCORES:
+    if score_spec(score).finite:
         if capacity is not None:
             raise ValueError(f"capacity={capacity} given for score={score!r}, whose state has a constant size: omit it")
         shape = (batch, num_kv_heads, num_features(score, head_dim))
         return FiniteState(jnp.zeros((*shape, value_dim), wide), jnp.zeros(shape, wide))
     if capacity is None or capacity < 1:
-        raise ValueError(f"score='exp' keeps a key/value cache: capacity must be at least 1, got {capacity}")
+        raise ValueError(f"score={score!r} keeps a key/value cache: capacity must be at least 1, got {capacity}")
     return KeyValueCache(
         keys=jnp.zeros((batch, capacity, num_kv_heads, head_dim), dtype),
         values=jnp.zeros((batch, capacity, num_kv_heads, value_dim), dtype),

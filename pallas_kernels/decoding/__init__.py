@@ -1,0 +1,1 @@
+"""One token and folds of a ring: the kernels of decoding."""

@@ -1,0 +1,1 @@
+"""What shows of a run: speed and memory, metrics and trackers, progress, profiles, samples and plots."""
