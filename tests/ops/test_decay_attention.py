@@ -14,6 +14,8 @@ from twomamba_jax.ops import decay_attention as module
 from twomamba_jax.ops import kernels
 from twomamba_jax.ops.feature_map import features, num_features
 
+pytestmark = pytest.mark.quick
+
 
 def arrays(**settings):
     made = Case(tokens=6, head_dim=4, heads=(4, 2), **settings).arrays(np.float32)

@@ -8,6 +8,8 @@ import pytest
 from train.data import DocumentRows, PackedRows, held_out_batches, training_batches
 from train.tokenized import Split
 
+pytestmark = pytest.mark.quick
+
 END = 256
 
 
