@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from exhaustive import EXHAUSTIVE
 from models import config_of, model_of, params_of
 
 from twomamba_jax import (
@@ -225,7 +226,10 @@ def test_full_cache_raises_outside_jit():
 FOLD = 4
 
 
-@pytest.mark.parametrize("pattern", ["2mamba,2mamba-e,linear", "softmax,mamba2,mamba2s"])
+@pytest.mark.parametrize(
+    "pattern",
+    ["2mamba,2mamba-e,linear", "softmax,mamba2,mamba2s"] if EXHAUSTIVE else ["2mamba,mamba2,2mamba-e"],
+)
 def test_roll_back_over_folds_leaves_no_trace(pattern):
     """A row for each number of tokens and each distance from a fold: it reads other tokens and takes them back.
 
