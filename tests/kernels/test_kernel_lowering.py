@@ -143,7 +143,6 @@ def test_vmap():
 
 def test_checkpoint_computes_the_forward_kernel_again():
     assert names(gradients(jax.checkpoint(loss)), Q, KV, KV, DECAY) == [FORWARD, FORWARD, QUERIES, KEYS]
-    assert names(gradients(loss), Q, KV, KV, DECAY) == [FORWARD, QUERIES, KEYS]
 
 
 def test_the_policy_of_models_keeps_what_the_kernels_need():
@@ -161,7 +160,7 @@ def test_the_policy_of_models_keeps_what_the_kernels_need():
     assert [queries(wrap) for wrap in (lambda f: f, keep, jax.checkpoint)] == [2, 2, 3]  # for y and dv, and y again
 
 
-@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize("remat", [False, True] if EXHAUSTIVE else [True])
 def test_scan_over_layers(remat):
     """A kernel for all layers, with rematerialisation as in a model."""
 
