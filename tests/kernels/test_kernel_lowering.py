@@ -23,8 +23,10 @@ from twomamba_jax.layers.execution import DEAR, REMATS
 from twomamba_jax.ops import dispatch
 
 FORWARD, QUERIES, KEYS = (f"squared_{kernel}" for kernel in ("forward", "backward_queries", "backward_keys"))
-# Of every entry of the table one with everything, and in an exhaustive run all.
-PROGRAMS = [program for program in programs() if EXHAUSTIVE or program.name.endswith("-decay-segments-normalize")]
+# Of each score one with everything, where squared scores of 64 are what the other tests below lower, and both head
+# dimensions; in an exhaustive run all.
+SOME = [f"NVIDIA_H200-{sizes}-8192-decay-segments-normalize" for sizes in ("squared-128", "exp-128", "linear-64")]
+PROGRAMS = [program for program in programs() if EXHAUSTIVE or program.name in SOME]
 CHUNKED = [
     program
     for program in chunked_programs()
@@ -141,7 +143,6 @@ def test_vmap():
 
 def test_checkpoint_computes_the_forward_kernel_again():
     assert names(gradients(jax.checkpoint(loss)), Q, KV, KV, DECAY) == [FORWARD, FORWARD, QUERIES, KEYS]
-    assert names(gradients(loss), Q, KV, KV, DECAY) == [FORWARD, QUERIES, KEYS]
 
 
 def test_the_policy_of_models_keeps_what_the_kernels_need():
@@ -161,7 +162,7 @@ def test_the_policy_of_models_keeps_what_the_kernels_need():
     assert [counts(wrap) for wrap in wraps] == [[2, 2], [2, 2], [2, 3], [3, 3]]
 
 
-@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize("remat", [False, True] if EXHAUSTIVE else [True])
 def test_scan_over_layers(remat):
     """A kernel for all layers, with rematerialisation as in a model."""
 
@@ -184,7 +185,7 @@ def test_scan_over_layers(remat):
         ((2, 1), PartitionSpec(("data", "tensor")), (1, T, 4, K)),
         ((2, 1), PartitionSpec("data", None, "tensor"), (1, T, 4, K)),
         ((2, 1), PartitionSpec(None, None, "data"), (2, T, 2, K)),
-    ][: None if EXHAUSTIVE else 2],
+    ][: None if EXHAUSTIVE else 1],
 )
 def test_each_device_computes_its_part(sizes, partition, local):
     """On meshes that lowering needs no devices for."""

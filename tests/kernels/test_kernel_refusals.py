@@ -18,6 +18,8 @@ from pallas_kernels.quadratic.tuning import Tiles, tuning
 from twomamba_jax import decay_attention, decay_attention_step, init_state
 from twomamba_jax.ops import dispatch
 
+pytestmark = pytest.mark.quick
+
 CALL = Case(tokens=9).call()  # a head dim of 64, two query heads to one of keys
 
 

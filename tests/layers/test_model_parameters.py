@@ -10,6 +10,8 @@ import pytest
 
 from twomamba_jax import VARIANTS, LanguageModel, ModelConfig, parse_pattern
 
+pytestmark = pytest.mark.quick
+
 # The names of architecture.md for parameters, and the two that grouped heads and convolutions add.
 AXES = {"embed", "mlp", "heads", "head_dim", "vocab", "layers", "kv_heads", "conv"}
 SIZES = {"vocab_size": 23, "d_model": 32, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "mlp_dim": 48}

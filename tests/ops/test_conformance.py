@@ -255,6 +255,7 @@ def test_calls_with_the_state_between_are_one(score, row):
         assert relative_error(gradient, want_gradients[name]) < 1e-11, name
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("score", ["linear", "squared", "exp"])
 @pytest.mark.parametrize("normalize", [True, False])
 def test_steps_equal_the_whole_sequence(score, normalize):

@@ -13,6 +13,8 @@ from twomamba_jax import decay_attention, decay_attention_step, init_state, stat
 from twomamba_jax.ops import dispatch, xla
 from twomamba_jax.ops.score import features, num_features
 
+pytestmark = pytest.mark.quick
+
 
 def arrays(**settings):
     made = Case(tokens=6, head_dim=4, heads=(4, 2), **settings).arrays(np.float32)

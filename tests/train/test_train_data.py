@@ -8,6 +8,8 @@ import pytest
 from train.data.rows import DocumentRows, PackedRows, held_out_batches, training_batches
 from train.data.tokenized import Split
 
+pytestmark = pytest.mark.quick
+
 END = 256
 
 

@@ -12,6 +12,8 @@ from train.observe.plot import main as plot_main
 from train.observe.plot import plot_runs, points_of
 from train.observe.progress import ProgressDisplay, duration
 
+pytestmark = pytest.mark.quick
+
 RECORD = {
     "step": 10, "train/loss": 2.5, "train/skipped": 0,
     "tokens_per_second": 1234.6, "seconds_per_step": 2.0, "mfu": 0.4123,

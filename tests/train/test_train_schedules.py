@@ -5,6 +5,8 @@ import pytest
 from train.errors import UserError
 from train.schedules import make_schedule
 
+pytestmark = pytest.mark.quick
+
 
 @pytest.mark.parametrize(
     ("arguments", "expected"),

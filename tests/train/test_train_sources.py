@@ -57,8 +57,9 @@ SOURCES = {
 }  # fmt: skip
 
 
-# Every kind of source but the corpus, which all other runs are of; and of streams the one with the most to remember.
-ORDINARY = ("parquet dataset", "jsonl stream, one document a row", "jsonl files, one document a row")
+# Not the corpus, which all other runs are of, nor files, which test_train_faults.py resumes; and of streams the one
+# with the most to remember.
+ORDINARY = ("parquet dataset", "jsonl stream, one document a row")
 
 
 @pytest.mark.parametrize("source", SOURCES if EXHAUSTIVE else ORDINARY)

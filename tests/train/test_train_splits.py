@@ -13,6 +13,8 @@ from train.data.task import make_task
 from train.errors import UserError
 from train.workdir import claim, default_workdir
 
+pytestmark = pytest.mark.quick
+
 CONFIG = str(Path(train.__file__).parents[1] / "configs/2mamba.py")
 
 
