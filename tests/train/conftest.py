@@ -85,12 +85,14 @@ def traced_once():
 
         return call
 
+    def schedule_key(config):
+        return str(config.optimizer.to_dict()), config.steps if config.optimizer.decay_steps is None else None
+
     def with_state(*arguments):
         return tuple(id(x) if isinstance(x, TrainState) else x for x in arguments)
 
     with pytest.MonkeyPatch.context() as patch:
-        schedule = remembered(loop.build_schedule, lambda config: (str(config.optimizer.to_dict()), config.steps))
-        patch.setattr(loop, "build_schedule", schedule)
+        patch.setattr(loop, "build_schedule", remembered(loop.build_schedule, schedule_key))
         patch.setattr(loop, "make_optimizer", remembered(loop.make_optimizer))
         patch.setattr(loop, "make_init", remembered(loop.make_init))
         for name in ("make_eval_step", "make_train_step"):

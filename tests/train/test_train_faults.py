@@ -28,7 +28,7 @@ from train.workdir import writing
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 SIGNALS, STEPS = (10, 200) if EXHAUSTIVE else (2, 80)
-RUN = {"steps": STEPS, "log_every": 10, "eval_every": 40, "checkpoint_every": 20}
+RUN = {"steps": STEPS, "log_every": 10, "eval_every": 40, "checkpoint_every": 20, "optimizer.decay_steps": 100}
 
 
 @pytest.fixture(scope="module")
@@ -181,7 +181,7 @@ def test_data_that_shrinks_under_the_run_ends_it_and_the_run_can_go_on(
     tiny, corpus_root, tmp_path, user_error, monkeypatch, capsys, same_end
 ):
     options = {"data.source": "files", "data.paths": corpus_root, "data.cache_dir": tmp_path / "tokens"}
-    options |= {"steps": 24, "eval_every": 12, "checkpoint_every": 6}
+    options |= {"steps": 24, "eval_every": 12, "checkpoint_every": 6, "optimizer.decay_steps": 100}
     assert main(tiny(tmp_path / "whole", **options)) == 0
     write = MetricsWriter.write
 
