@@ -18,6 +18,8 @@ from train.generate import Stream, load, main
 from train.keyboard import InterruptRequest
 from train.main import main as train
 
+LONG = ("--max_new_tokens", "64", "--fold_size", "4")  # two blocks of one compiled program, which most tests share
+
 
 def generate(capsys, workdir, *options, status=0):
     capsys.readouterr()
@@ -27,7 +29,7 @@ def generate(capsys, workdir, *options, status=0):
 
 def test_continues_a_prompt(capsys, finished, tmp_path, monkeypatch):
     """The same text for the same seed, from the command line, a file and standard input; an empty prompt starts one."""
-    options = ("--max_new_tokens", "40", "--fold_size", "4")
+    options = LONG
     first = generate(capsys, finished, "--prompt", "def f", *options)
     assert re.fullmatch(r"\d+ tokens, .*; cache [\d.]+ MiB\n", first.err)
     (tmp_path / "prompt").write_text("def f")
@@ -104,7 +106,7 @@ def test_a_prompt_longer_than_a_key_value_cache(capsys, tiny, tmp_path):
 
 def test_an_interrupt_keeps_what_is_there(capsys, finished, monkeypatch):
     """The block under way too: an exception could land where Python drops it."""
-    whole = generate(capsys, finished, "--prompt", "def f", "--max_new_tokens", "64").out
+    whole = generate(capsys, finished, "--prompt", "def f", *LONG).out
     decode, calls = program.decode, []
 
     def interrupted(*args, **options):
@@ -114,7 +116,7 @@ def test_an_interrupt_keeps_what_is_there(capsys, finished, monkeypatch):
         return decode(*args, **options)
 
     monkeypatch.setattr(program, "decode", interrupted)
-    got = generate(capsys, finished, "--prompt", "def f", "--max_new_tokens", "64", status=130)
+    got = generate(capsys, finished, "--prompt", "def f", *LONG, status=130)
     assert len(got.out) > 1
     assert whole.startswith(got.out[:-1].rstrip("\N{REPLACEMENT CHARACTER}"))
     assert got.err.startswith("32 tokens, ")
@@ -136,7 +138,7 @@ def test_an_interrupt_with_nothing_to_keep_ends_at_once(capfd, monkeypatch):
 
 
 def test_a_run_with_kernels_generates_where_there_are_none(capsys, finished, tmp_path):
-    options = ("--prompt", "def f", "--max_new_tokens", "64")
+    options = ("--prompt", "def f", *LONG)
     want = generate(capsys, finished, *options).out
     kernels = tmp_path / "kernels"
     shutil.copytree(finished, kernels)
@@ -155,13 +157,13 @@ def test_a_closed_pipe_ends_in_one_line(capsys, finished, monkeypatch):
     os.close(reader)
     with open(writer, "w", encoding="utf-8") as out:
         monkeypatch.setattr(sys, "stdout", out)
-        assert main(["--workdir", str(finished), "--prompt", "def f", "--max_new_tokens", "64"]) == 141
+        assert main(["--workdir", str(finished), "--prompt", "def f", *LONG]) == 141
     monkeypatch.undo()
     assert capsys.readouterr().err == "stopped: nobody reads standard output any more\n"
 
 
 def test_a_character_that_stdout_lacks_is_an_escape(capsys, finished, monkeypatch):
-    options = ("--prompt", "def f", "--max_new_tokens", "64")
+    options = ("--prompt", "def f", *LONG)
     want = generate(capsys, finished, *options).out
     out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", out)
@@ -190,8 +192,11 @@ def test_half_a_character_waits_for_the_other():
 
 
 @pytest.mark.parametrize("module", ["train.generate", "twomamba_jax.generate"])
-def test_the_module_runs(finished, module):
+def test_the_module_runs(finished, compilation_cache, module):
     command = [sys.executable, "-m", module, "--workdir", str(finished), "--prompt", "a"]
-    done = subprocess.run([*command, "--max_new_tokens", "2"], capture_output=True, text=True, check=True)
+    environment = os.environ | {key.upper(): str(value) for key, value in compilation_cache.items()}
+    environment |= {"JAX_ENABLE_COMPILATION_CACHE": "1", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    options = {"env": environment, "capture_output": True, "text": True, "check": True}
+    done = subprocess.run([*command, "--max_new_tokens", "2"], **options)
     assert "2 tokens, too few tokens for a speed; cache" in done.stderr
     assert "Warning" not in done.stderr
