@@ -19,10 +19,14 @@ LOOPED = {"xla_gpu_enable_dus_accumulator_zero_init_elimination": True}
 
 
 def choose_layer_loop(model: LanguageModel, mesh: Mesh) -> LanguageModel:
-    """The model with `execution.scan_layers` decided: None is False on GPUs and True elsewhere."""
+    """The model with `execution.scan_layers` decided: None is False on GPUs without fsdp, and True elsewhere.
+
+    Under fsdp a loop puts together the parameters of one layer at a time.
+    """
     if model.execution.scan_layers is not None:
         return model
-    return model.clone(execution=dataclasses.replace(model.execution, scan_layers=not on_gpus(mesh)))
+    scan_layers = not on_gpus(mesh) or mesh.shape["fsdp"] > 1
+    return model.clone(execution=dataclasses.replace(model.execution, scan_layers=scan_layers))
 
 
 def compiler_options(model: LanguageModel, mesh: Mesh) -> dict[str, Any] | None:

@@ -17,9 +17,9 @@ from train.step import make_init, make_optimizer, make_train_step, weighted_sums
 MESH = {"data": 1, "fsdp": 1, "tensor": 1, "sequence": 1}
 
 
-def mesh_of(platform):
-    """As much of a mesh of one such device as is looked at."""
-    return SimpleNamespace(devices=np.array([SimpleNamespace(platform=platform)], object))
+def mesh_of(platform, fsdp=1):
+    """As much of a mesh of such devices as is looked at."""
+    return SimpleNamespace(devices=np.array([SimpleNamespace(platform=platform)] * fsdp, object), shape={"fsdp": fsdp})
 
 
 @pytest.mark.parametrize(
@@ -37,6 +37,14 @@ def test_gpus_have_no_loop_unless_asked(platform, scan_layers, chosen, options):
     model = choose_layer_loop(model_of("2mamba", scan_layers=scan_layers), mesh_of(platform))
     assert model.execution.scan_layers is chosen
     assert compiler_options(model, mesh_of(platform)) == options
+
+
+def test_fsdp_has_a_loop_unless_asked_for_none():
+    mesh = mesh_of("gpu", fsdp=2)
+    model = choose_layer_loop(model_of("2mamba"), mesh)
+    assert model.execution.scan_layers is True
+    assert compiler_options(model, mesh) == LOOPED
+    assert choose_layer_loop(model_of("2mamba", scan_layers=False), mesh).execution.scan_layers is False
 
 
 @pytest.mark.parametrize("remat", ["none", "dots", "full"])

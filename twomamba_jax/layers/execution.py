@@ -47,8 +47,8 @@ class Execution:
         the results of projections and attention kernels, and what is small), "states" (the same, but for the states
         between chunks of the linear-time kernels: 336 bytes a token and head of 64 of squared scores), or "full" (all).
       scan_layers: whether layers run in a loop over their parameters, so that compilation time does not grow with
-        depth, or one after the other, which is faster on a GPU. None: a loop, but for `decode` and training steps
-        (train/layer_loop.py) on GPUs. `decode` takes a copy of the layers' parameters for it.
+        depth, or one after the other, which is faster on a GPU. None: a loop, but for `decode` and most training
+        steps (train/layer_loop.py) on GPUs. `decode` takes a copy of the layers' parameters for it.
       form: as in `decay_attention`.
       chunk_size: as in `decay_attention`.
       implementation: as in `decay_attention`.
