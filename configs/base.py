@@ -49,6 +49,7 @@ def get_config(name: str, variant: str, size: str) -> ConfigDict:
     config.model.num_kv_heads = optional(int)  # None: as many as query heads
     config.model.rope_theta = 10000.0
     config.model.norm_eps = 1e-5
+    config.model.output_norm_eps = optional(float)  # of the mixers' output norm; None: norm_eps
 
     config.execution = ConfigDict()
     config.execution.dtype = "bfloat16"

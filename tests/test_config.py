@@ -100,6 +100,7 @@ def test_neighbours_of_what_is_refused_are_mixers(change):
             "head_dim=7 must be even: rotary embeddings turn pairs",
         ),
         ({"norm_eps": 0.0}, "norm_eps=0.0 and rope_theta=10000.0 must be positive"),
+        ({"output_norm_eps": 0.0}, "output_norm_eps=0.0 must be positive and finite, or None for norm_eps"),
         ({"rope_theta": -1.0}, "norm_eps=1e-05 and rope_theta=-1.0 must be positive"),
     ],
     ids=str,

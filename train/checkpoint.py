@@ -18,7 +18,15 @@ import orbax.checkpoint as ocp
 
 from train.errors import UserError, one_line
 from train.literal_path import LiteralPath
-from train.manifest import MANIFEST, describe_arrays, find_damage, read_held_out_loss, write_manifest
+from train.manifest import (
+    MANIFEST,
+    PARAMETERS,
+    describe_arrays,
+    find_damage,
+    holds_parameters_alone,
+    read_held_out_loss,
+    write_manifest,
+)
 from train.processes import on_first
 from train.read_back import array_names, find_unreadable
 from train.step import TrainState
@@ -48,22 +56,52 @@ def restore_params(workdir: Path, params: Any, which: Which, warn: Callable[[str
     steps = best_first(directory) if which == "best" else checkpoint_steps(directory)[::-1]
     if not steps:
         raise UserError(f"there is no checkpoint in {directory}")
-    item = {"params": params}
-    arrays, names = describe_arrays(params, ".params"), array_names(item)
     damaged: dict[int, str] = {}
     for step in steps:
-        damage = _find_damage(directory / str(step), arrays, names, ".params")
+        damage = _find_damage(directory / str(step), *_describe_params(params), PARAMETERS)
         if damage is None:
-            restore_args = ocp.checkpoint_utils.construct_restore_args(item)
-            with ocp.PyTreeCheckpointer() as checkpointer:
-                restored = checkpointer.restore(
-                    LiteralPath(directory / str(step) / "state"),
-                    args=ocp.args.PyTreeRestore(item=item, restore_args=restore_args, partial_restore=True),
-                )
-            return restored["params"], step
+            return _read_params(directory / str(step), params), step
         warn(f"the checkpoint of step {step} is unreadable ({damage})")
         damaged[step] = damage
     raise UserError(f"no readable checkpoint in {directory} ({_listed(damaged)})")
+
+
+def save_params(workdir: Path, params: Any) -> None:
+    """Makes a checkpoint of step 0 that holds parameters alone: a training starts from them with a fresh optimiser.
+
+    `params` are NumPy arrays or JAX's. Raises UserError where the disk refuses, or what was written cannot be read.
+    """
+    directory = (workdir / "checkpoints" / "0").resolve()
+    with writing(workdir):
+        directory.mkdir(parents=True)
+        handler = ocp.PyTreeCheckpointHandler(save_concurrent_gb=1)  # what is in flight comes on top of the parameters
+        with ocp.Checkpointer(handler) as checkpointer:
+            checkpointer.save(LiteralPath(directory / "state"), args=ocp.args.PyTreeSave({"params": params}))
+        arrays, names = _describe_params(params)
+        damage = find_unreadable(directory / "state", names)
+        if damage is not None:
+            raise UserError(f"cannot save the parameters in {directory} (reading them back: {damage}): make room")
+        write_manifest(directory, arrays, None)
+
+
+def _describe_params(params: Any) -> tuple[dict[str, str], list[str]]:
+    """The manifest's arrays of a checkpoint's parameters, and Orbax's names of them."""
+    return describe_arrays(params, PARAMETERS), array_names({"params": params})
+
+
+def _read_params(directory: Path, params: Any) -> Any:
+    """The parameters of the checkpoint in `directory`, which is whole; `params` is their tree as ShapeDtypeStructs."""
+    item = {"params": params}
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        restored = checkpointer.restore(
+            LiteralPath(directory / "state"),
+            args=ocp.args.PyTreeRestore(
+                item=item,
+                restore_args=ocp.checkpoint_utils.construct_restore_args(item),
+                partial_restore=True,
+            ),
+        )
+    return restored["params"]
 
 
 def _find_damage(directory: Path, arrays: dict[str, str], names: list[str], prefix: str = "") -> str | None:
@@ -102,30 +140,40 @@ class Checkpoints:
         losses = (read_held_out_loss(self._directory / str(step)) for step in checkpoint_steps(self._directory))
         return min((loss for loss in losses if loss is not None), default=math.inf)
 
-    def restore(self, abstract: TrainState, warn: Callable[[str], None]) -> tuple[TrainState, dict[str, Any]] | None:
+    def restore(
+        self, abstract: TrainState, warn: Callable[[str], None], begin: Callable[[Any], TrainState] | None = None
+    ) -> tuple[TrainState, dict[str, Any] | None] | None:
         """The latest readable state, with the shardings of `abstract`, and the data's position; None in a new run.
+
+        Of a checkpoint that holds parameters alone (`save_params`) the state is `begin(params)`, and there is no
+        position; without `begin` it does not count.
 
         Later ones that cannot be read are moved to `workdir/unreadable`, with a warning that names the step and the
         step that is used in its place; what a save that did not end left is removed. Raises UserError where there are
         checkpoints and none can be read.
         """
-        step = on_first(lambda: self._find_latest(abstract, warn))
+        step = on_first(lambda: self._find_latest(abstract, warn, begin is not None))
         if step is None:
             return None
+        if begin is not None and holds_parameters_alone(self._directory / str(step)):
+            return begin(_read_params(self._directory / str(step), abstract.params)), None
         restored = self._checkpointer.restore(
             LiteralPath(self._directory / str(step)),
             args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract), position=ocp.args.JsonRestore()),
         )
         return restored.state, restored.position
 
-    def _find_latest(self, abstract: TrainState, warn: Callable[[str], None]) -> int | None:
+    def _find_latest(self, abstract: TrainState, warn: Callable[[str], None], begins: bool) -> int | None:
         """The step to restore, with the directory cleared up as `restore` says."""
         for path in self._directory.glob("*.orbax-checkpoint-tmp*"):
             shutil.rmtree(path, ignore_errors=True)  # not worth an end: it takes room and nothing else
         arrays, names = describe_arrays(abstract), array_names(abstract)
         damaged: dict[int, str] = {}
         for step in reversed(checkpoint_steps(self._directory)):
-            damage = _find_damage(self._directory / str(step), arrays, names)
+            if begins and holds_parameters_alone(self._directory / str(step)):
+                damage = _find_damage(self._directory / str(step), *_describe_params(abstract.params), PARAMETERS)
+            else:
+                damage = _find_damage(self._directory / str(step), arrays, names)
             if damage is None:
                 self._set_aside(damaged, step, warn)
                 return step

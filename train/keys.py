@@ -95,6 +95,7 @@ KEYS = {
     "model.num_kv_heads": count(optional=True),
     "model.rope_theta": Key(float, above=0, sources=()),
     "model.norm_eps": Key(float, above=0, sources=()),
+    "model.output_norm_eps": Key(float, optional=True, above=0, sources=()),
     "execution.dtype": Key(str),
     "execution.param_dtype": Key(str),
     "execution.remat": Key(str, sources=()),

@@ -38,7 +38,7 @@ from train.observe.sample import sample_text
 from train.observe.trackers import check_trackers, open_trackers
 from train.processes import first_before_others, on_first
 from train.sharding import RULES, batch_sharding, check_dimensions, make_mesh, rows_of_process
-from train.step import TrainState, make_eval_step, make_init, make_optimizer, make_train_step
+from train.step import TrainState, make_begin, make_eval_step, make_init, make_optimizer, make_train_step
 from train.workdir import claim, replace, writing
 from twomamba_jax.layers import LanguageModel
 
@@ -53,6 +53,7 @@ class Run:
     model: LanguageModel
     abstract: TrainState
     init: Callable[[jax.Array], TrainState]
+    begin: Callable[[Any], TrainState]  # from parameters alone
     train_step: Callable[..., Any]
     eval_step: Callable[..., Any]
     batch_sharding: NamedSharding
@@ -111,7 +112,7 @@ def run(
 
         on_first(take_workdir)
         with Interruption(mesh) as interruption, closing(Checkpoints(workdir, config.checkpoints_kept)) as checkpoints:
-            restored = checkpoints.restore(current.abstract, warn)
+            restored = checkpoints.restore(current.abstract, warn, current.begin)
             state, position = restored or (current.init(jax.random.key(config.seed)), None)
             start = int(state.step)
             count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
@@ -153,7 +154,8 @@ def build(config: ConfigDict, workdir: Path, mesh: Mesh, report: Callable[[str],
     trained = choose_layer_loop(model, mesh)
     options = compiler_options(trained, mesh)
     train_step = make_train_step(trained, optimizer, schedule, abstract, mesh, **passes, compiler_options=options)
-    return Run(config, workdir, task, model, abstract, init, train_step, eval_step, sharding, rows)
+    begin = make_begin(optimizer, abstract)
+    return Run(config, workdir, task, model, abstract, init, begin, train_step, eval_step, sharding, rows)
 
 
 def make_workdir(run: Run) -> None:

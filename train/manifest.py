@@ -15,6 +15,7 @@ import jax
 from train.workdir import replace
 
 MANIFEST = "files.json"
+PARAMETERS = ".params"  # what the paths of a state's parameters start with
 
 
 def describe_arrays(tree: Any, prefix: str = "") -> dict[str, str]:
@@ -47,6 +48,15 @@ def read_held_out_loss(directory: Path) -> float | None:
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return float(loss) if isinstance(loss, float | int) else None
+
+
+def holds_parameters_alone(directory: Path) -> bool:
+    """Whether the checkpoint in `directory` has parameters and nothing else of a state; False where nothing says so."""
+    try:
+        arrays = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))["arrays"]
+        return bool(arrays) and all(name.startswith(PARAMETERS) for name in arrays)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
 
 
 def find_damage(directory: Path, arrays: dict[str, str], prefix: str = "") -> str | None:

@@ -50,6 +50,21 @@ def weighted_sums(
     return cross_entropy(x, params["head"], batch["targets"], batch["weights"], chunk_size, shards)
 
 
+def first_state(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
+    """The state of a run before its first step."""
+    zero = jnp.zeros((), jnp.int32)
+    return TrainState(zero, params, optimizer.init(params), zero, zero)
+
+
+def make_begin(optimizer: optax.GradientTransformation, abstract: TrainState) -> Callable[[Any], TrainState]:
+    """The jitted `begin(params) -> state` of a run that starts from given parameters, which are donated.
+
+    `abstract` is the state as ShapeDtypeStructs with shardings.
+    """
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    return jax.jit(lambda params: first_state(params, optimizer), out_shardings=shardings, donate_argnums=0)
+
+
 def make_init(
     model: nn.Module, optimizer: optax.GradientTransformation, mesh: Mesh
 ) -> tuple[Callable[[Array], TrainState], TrainState]:
@@ -57,9 +72,7 @@ def make_init(
 
     def boxed_init(key: Array) -> TrainState:
         # Parameters do not depend on the length of the example; 8 is short and no special case.
-        params = model.init(key, jnp.zeros((1, 8), jnp.int32))["params"]
-        zero = jnp.zeros((), jnp.int32)
-        return TrainState(zero, params, optimizer.init(params), zero, zero)
+        return first_state(model.init(key, jnp.zeros((1, 8), jnp.int32))["params"], optimizer)
 
     key = jax.random.key(0)
     shardings = tree_shardings(jax.eval_shape(boxed_init, key), mesh)

@@ -25,6 +25,9 @@ FREE_ON_RESUME = (
     "execution.remat", "execution.scan_layers",
 )  # fmt: skip
 
+# What an imported checkpoint says of the run that goes on from it: which parameters there are, and what they compute.
+FIXED_BY_IMPORT = ("variant", "model.", "execution.param_dtype")
+
 # Where the data is, not what it is: its digest is compared instead, so a run goes on where its data was moved to.
 PLACES = ("data.root", "data.paths", "data.held_out_paths", "data.dataset", "data.tokenizer")
 
@@ -58,6 +61,8 @@ def default_workdir(config: ConfigDict, defaults: ConfigDict) -> Path:
 def claim(workdir: Path, config: ConfigDict, corpus: Mapping[str, Any]) -> None:
     """Writes config.json and corpus.json into a new `workdir`; in an old one, checks that they are this run's.
 
+    A workdir that `train.convert import` made becomes this run's, if it has the same model and tokenizer.
+
     Raises UserError naming each key that differs with both of its values, or the two digests of the data or tokenizer.
     """
     if workdir.exists() and not workdir.is_dir():
@@ -69,17 +74,22 @@ def claim(workdir: Path, config: ConfigDict, corpus: Mapping[str, Any]) -> None:
     if (workdir / "config.json").exists():
         theirs = _read(workdir / "config.json")
         flat_mine, flat_theirs = flatten(mine), flatten(theirs)
+        imported = _is_imported(workdir)
         differing = [
             f"{key} is {flat_theirs.get(key, 'absent')!r} there and {flat_mine.get(key, 'absent')!r} here"
             for key in sorted(flat_mine.keys() | flat_theirs.keys())
-            if flat_mine.get(key, "absent") != flat_theirs.get(key, "absent")
+            # A key that an older version did not have is None where it changes nothing.
+            if flat_mine.get(key) != flat_theirs.get(key)
             and not (key in PLACES or free_on_resume(key, flat_mine))
+            and (not imported or key.startswith(FIXED_BY_IMPORT))
         ]
         if differing:
             raise UserError(f"workdir {workdir} holds another run: {'; '.join(differing)}; choose another --workdir")
     if (workdir / "corpus.json").exists():
         theirs = _read(workdir / "corpus.json")
         for key, other, thing in (("digest", "other", "data"), ("tokenizer", "another", "tokenizer")):
+            if key not in theirs and "imported" in theirs:
+                continue
             if theirs.get(key) != corpus.get(key):
                 raise UserError(
                     f"workdir {workdir} was trained on {other} {thing}: its digest is {theirs.get(key)}, this "
@@ -95,6 +105,12 @@ def claim(workdir: Path, config: ConfigDict, corpus: Mapping[str, Any]) -> None:
     workdir.mkdir(parents=True, exist_ok=True)
     replace(workdir / "corpus.json", json.dumps(dict(corpus), indent=2, sort_keys=True) + "\n")
     replace(workdir / "config.json", to_json(config))
+
+
+def _is_imported(workdir: Path) -> bool:
+    """Whether `train.convert import` made the workdir, and no run has taken it."""
+    path = workdir / "corpus.json"
+    return path.exists() and "imported" in _read(path)
 
 
 @contextmanager

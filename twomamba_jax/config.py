@@ -132,6 +132,7 @@ class ModelConfig:
       num_kv_heads: key/value heads, G; None is `num_heads`.
       rope_theta: base of the rotary frequencies.
       norm_eps: epsilon of every RMSNorm.
+      output_norm_eps: epsilon of the mixers' output norm; None is `norm_eps`.
 
     Raises:
       ValueError: a size below its least, heads that do not divide, a number of mixers that is not the number of layers,
@@ -148,6 +149,7 @@ class ModelConfig:
     num_kv_heads: int | None = None
     rope_theta: float = 10000.0
     norm_eps: float = 1e-5
+    output_norm_eps: float | None = None
 
     def __post_init__(self):
         for name in ("vocab_size", "d_model", "num_layers", "num_heads", "head_dim", "mlp_dim", "num_kv_heads"):
@@ -171,6 +173,10 @@ class ModelConfig:
             raise ValueError(f"head_dim={self.head_dim} must be even: rotary embeddings turn pairs")
         if not 0 < self.norm_eps < math.inf or not 0 < self.rope_theta < math.inf:
             raise ValueError(f"norm_eps={self.norm_eps} and rope_theta={self.rope_theta} must be positive and finite")
+        if self.output_norm_eps is not None and not 0 < self.output_norm_eps < math.inf:
+            raise ValueError(
+                f"output_norm_eps={self.output_norm_eps} must be positive and finite, or None for norm_eps"
+            )
 
     @property
     def kv_heads(self) -> int:

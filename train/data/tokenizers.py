@@ -1,7 +1,7 @@
-"""From text to tokens and back: bytes, a Hugging Face `tokenizer.json`, or a SentencePiece model.
+"""From text to tokens and back: bytes, a Hugging Face `tokenizer.json`, a SentencePiece model, or tokens' numbers.
 
-The tokenizer of a run is `data.tokenizer`: "bytes", or the path of a file. The file is copied into the workdir and its
-digest is recorded there, so that what was trained can be sampled from with nothing but the workdir.
+The tokenizer of a run is `data.tokenizer`: "bytes", "ids:N", or the path of a file. The file is copied into the workdir
+and its digest is recorded there, so that what was trained can be sampled from with nothing but the workdir.
 """
 
 import hashlib
@@ -15,6 +15,8 @@ import numpy as np
 
 from train.errors import UserError, import_extra, one_line
 from train.workdir import replace
+
+IDS = "ids:"  # what `data.tokenizer` starts with where tokens are numbers
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
@@ -71,6 +73,43 @@ class ByteTokenizer:
         # 255 is in no valid UTF-8.
         content = bytes(min(int(token), 255) for token in ids if token != self.eos_id)
         return content.decode("utf-8", "replace")
+
+
+class IdTokenizer:
+    """A text is the numbers of its tokens, with white space between: for models that come without a tokenizer."""
+
+    def __init__(self, spec: str, eos_token: str | None, bos_token: str | None):
+        """`spec` is "ids:N", with tokens from 0 to N - 1; the special ones are numbers too, N - 1 ends a document.
+
+        Raises UserError where one of them is no such number.
+        """
+        size = spec.removeprefix(IDS)
+        if not (size.isascii() and size.isdecimal() and 1 <= int(size) < 2**31):
+            raise UserError(f"data.tokenizer={spec!r} must be 'ids:N', N the number of tokens, such as 'ids:32000'")
+        self.name, self.vocab_size = spec, int(size)
+        self.eos_id = self.vocab_size - 1 if eos_token is None else self._token("data.eos_token", eos_token)
+        self.bos_id = None if bos_token is None else self._token("data.bos_token", bos_token)
+        self.digest = f"{spec}:{self.eos_id}:{self.bos_id}"
+
+    def encode(self, text: str) -> np.ndarray:
+        """The numbers in `text`. Raises UserError for what is none, or no token."""
+        return np.array([self._token("a document's token", word) for word in text.split()], np.int32)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """`encode` of each text."""
+        return [self.encode(text) for text in texts]
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """The numbers, without those of `eos_id` and `bos_id`."""
+        return " ".join(str(int(token)) for token in ids if token not in (self.eos_id, self.bos_id))
+
+    def _token(self, name: str, word: str) -> int:
+        if not (word.isascii() and word.isdecimal() and int(word) < self.vocab_size):
+            raise UserError(
+                f"{name} is {word[:40]!r}: data.tokenizer={self.name!r} takes numbers from 0 to {self.vocab_size - 1}, "
+                "with white space between them"
+            )
+        return int(word)
 
 
 class HuggingFaceTokenizer:
@@ -142,15 +181,19 @@ class SentencePieceTokenizer:
 
 
 def load_tokenizer(spec: str, eos_token: str | None = None, bos_token: str | None = None) -> Tokenizer:
-    """The tokenizer "bytes", or that of a file: `.model` is SentencePiece, `.json` Hugging Face.
+    """The tokenizer "bytes", "ids:N", or that of a file: `.model` is SentencePiece, `.json` Hugging Face.
 
     Raises UserError for anything else, a file that cannot be read, and an extra that is not installed.
     """
     path = _path(spec)
     if spec == "bytes":
         return ByteTokenizer()
+    if spec.startswith(IDS):
+        return IdTokenizer(spec, eos_token, bos_token)
     if path.suffix not in (".json", ".model"):
-        raise UserError(f"data.tokenizer={spec!r} must be 'bytes', a tokenizer.json or a SentencePiece .model file")
+        raise UserError(
+            f"data.tokenizer={spec!r} must be 'bytes', a tokenizer.json, a SentencePiece .model file, or 'ids:N'"
+        )
     if not os.path.isfile(path):
         raise UserError(f"there is no tokenizer file {spec!r}")
     if path.suffix == ".json":
@@ -163,9 +206,9 @@ def load_tokenizer(spec: str, eos_token: str | None = None, bos_token: str | Non
 
 
 def keep_tokenizer(spec: str, workdir: Path) -> None:
-    """Copies the file of `data.tokenizer` into the workdir (there is none for bytes)."""
-    if spec != "bytes":
-        replace(_kept(spec, workdir), _path(spec).read_bytes())
+    """Copies the file of `data.tokenizer` into the workdir (there is none for bytes and numbers)."""
+    if has_file(spec):
+        replace(kept_path(spec, workdir), _path(spec).read_bytes())
 
 
 def load_kept_tokenizer(data: Any, workdir: Path) -> Tokenizer:
@@ -177,7 +220,7 @@ def load_kept_tokenizer(data: Any, workdir: Path) -> Tokenizer:
         raise UserError(f"the run in {workdir} has no tokenizer: its data.source={data['source']!r} is no text")
     spec = data["tokenizer"]
     tokenizer = load_tokenizer(
-        "bytes" if spec == "bytes" else str(_kept(spec, workdir)), data["eos_token"], data["bos_token"]
+        str(kept_path(spec, workdir)) if has_file(spec) else spec, data["eos_token"], data["bos_token"]
     )
     try:
         trained = json.loads((workdir / "corpus.json").read_text(encoding="utf-8"))["tokenizer"]
@@ -192,11 +235,17 @@ def load_kept_tokenizer(data: Any, workdir: Path) -> Tokenizer:
     return tokenizer
 
 
+def has_file(spec: str) -> bool:
+    """Whether the tokenizer `spec` of a configuration is a file."""
+    return spec != "bytes" and not spec.startswith(IDS)
+
+
 def _path(spec: str) -> Path:
     return Path(os.path.expanduser(spec))  # Path.expanduser raises where there is no such user
 
 
-def _kept(spec: str, workdir: Path) -> Path:
+def kept_path(spec: str, workdir: Path) -> Path:
+    """Where a run keeps its copy of the tokenizer file `spec`."""
     return workdir / f"tokenizer{Path(spec).suffix}"
 
 

@@ -50,6 +50,7 @@ class Block(nn.Module):
             config.rope_theta,
             config.norm_eps,
             self.execution,
+            config.output_norm_eps,
             name="mixer",
         )(
             RMSNorm(name="mixer_norm", **norm)(x),

@@ -36,6 +36,7 @@ class Mixer(nn.Module):
       rope_theta: base of the rotary frequencies.
       norm_eps: epsilon of the output norm, and of normalised keys.
       execution: how to compute it.
+      output_norm_eps: epsilon of the output norm; None is `norm_eps`.
     """
 
     config: MixerConfig
@@ -45,6 +46,7 @@ class Mixer(nn.Module):
     rope_theta: float = 10000.0
     norm_eps: float = 1e-5
     execution: Execution = Execution()
+    output_norm_eps: float | None = None
 
     @nn.compact
     def __call__(
@@ -129,7 +131,8 @@ class Mixer(nn.Module):
         if config.z_gate:
             y = y * nn.silu(self._project("z", x, self.num_heads, "heads", self.head_dim, use_bias=True))
         if config.norm == "output":
-            y = RMSNorm(("heads", "head_dim"), self.norm_eps, dtype, self.execution.param_dtype, name="norm")(y)
+            eps = self.norm_eps if self.output_norm_eps is None else self.output_norm_eps
+            y = RMSNorm(("heads", "head_dim"), eps, dtype, self.execution.param_dtype, name="norm")(y)
         y = nn.with_logical_constraint(y, ("batch", "length", "heads", "head_dim"))
         out = Projection(("heads", "head_dim"), ("embed",), x.shape[-1:], name="out", **self._dtypes())
         return out(y), cache
