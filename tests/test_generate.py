@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from models import params_of
+from support.models import params_of
 
 from twomamba_jax import Execution, LanguageModel, ModelConfig, generate, init_cache, parse_pattern
 from twomamba_jax.generation import decode, decode_loop, prefill, prefill_pieces, seed

@@ -14,8 +14,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from exhaustive import EXHAUSTIVE
-from models import config_of, params_of
+from support.exhaustive import EXHAUSTIVE
+from support.models import config_of, params_of
 
 from train.sharding import MESH_AXES, RULES, make_mesh, tree_shardings
 from twomamba_jax import LanguageModel, generate, init_cache

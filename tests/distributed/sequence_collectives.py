@@ -11,8 +11,8 @@ import re
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from exhaustive import EXHAUSTIVE
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from support.exhaustive import EXHAUSTIVE
 
 from train.sharding import MESH_AXES, RULES
 from twomamba_jax import LanguageModel, ModelConfig, parse_pattern

@@ -9,10 +9,10 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracle
-from cases import VALUE_DIM, Case
-from exhaustive import EXHAUSTIVE
 from jax.sharding import AxisType, PartitionSpec
+from support import oracle
+from support.cases import VALUE_DIM, Case
+from support.exhaustive import EXHAUSTIVE
 
 from twomamba_jax import FiniteState, KeyValueCache, decay_attention
 

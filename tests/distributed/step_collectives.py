@@ -10,7 +10,7 @@ import numpy as np
 import optax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from models import model_of
+from support.models import model_of
 
 from train import cross_entropy as module
 from train.cross_entropy import cross_entropy

@@ -3,9 +3,9 @@
 import flax.linen as nn
 import jax
 import pytest
-from exhaustive import EXHAUSTIVE
 from jax.sharding import AbstractMesh, AxisType
-from models import config_of
+from support.exhaustive import EXHAUSTIVE
+from support.models import config_of
 
 from train.sharding import MESH_AXES, ONE_ROW_RULES, RULES
 from twomamba_jax import init_cache

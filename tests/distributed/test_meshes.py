@@ -4,7 +4,7 @@ import json
 import math
 
 import pytest
-from exhaustive import EXHAUSTIVE
+from support.exhaustive import EXHAUSTIVE
 
 VARIANTS = ("2mamba", "2mamba-e", "mamba2", "mamba2s", "linear", "softmax")
 

@@ -7,9 +7,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
-from exhaustive import EXHAUSTIVE
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
-from models import config_of, model_of
+from support.exhaustive import EXHAUSTIVE
+from support.models import config_of, model_of
 
 from train.sharding import MESH_AXES, RULES
 from twomamba_jax import decay_attention, init_cache

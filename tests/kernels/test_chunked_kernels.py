@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from chunked_cases import Case, assert_near, normal, wide
-from exhaustive import EXHAUSTIVE
+from support.chunked_cases import Case, assert_near, normal, wide
+from support.exhaustive import EXHAUSTIVE
 
 from pallas_kernels.chunked import layout
 from pallas_kernels.chunked.gradient import gradient

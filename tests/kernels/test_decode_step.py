@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from exhaustive import EXHAUSTIVE
-from hopper import on_hopper, on_two_devices
 from jax.sharding import AxisType, PartitionSpec
-from models import config_of
+from support.exhaustive import EXHAUSTIVE
+from support.hopper import on_hopper, on_two_devices
+from support.models import config_of
 
 from pallas_kernels.decoding import step as kernel
 from pallas_kernels.interpreter import interpreted

@@ -6,12 +6,12 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracle
 import pytest
-from exhaustive import EXHAUSTIVE
-from hopper import on_hopper
 from jax.sharding import AxisType, PartitionSpec
-from models import config_of
+from support import oracle
+from support.exhaustive import EXHAUSTIVE
+from support.hopper import on_hopper
+from support.models import config_of
 
 from pallas_kernels.decoding import fold as kernel
 from pallas_kernels.interpreter import interpreted

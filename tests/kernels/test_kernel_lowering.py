@@ -12,8 +12,8 @@ import signal
 import jax
 import jax.numpy as jnp
 import pytest
-from exhaustive import EXHAUSTIVE
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
+from support.exhaustive import EXHAUSTIVE
 
 from pallas_kernels.chunked.programs import programs as chunked_programs
 from pallas_kernels.decoding.programs import programs as decoding_programs

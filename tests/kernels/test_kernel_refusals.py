@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
-from kernel_cases import Case
+from support.kernel_cases import Case
 
 from pallas_kernels import device
 from pallas_kernels.interpreter import interpreted

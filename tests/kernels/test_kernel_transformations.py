@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from exhaustive import EXHAUSTIVE
 from jax.sharding import AxisType, PartitionSpec
-from kernel_cases import INPUTS, Case, assert_close
+from support.exhaustive import EXHAUSTIVE
+from support.kernel_cases import INPUTS, Case, assert_close
 
 from pallas_kernels.interpreter import interpreted
 from pallas_kernels.quadratic.attention import Attention, attention

@@ -9,9 +9,9 @@ import itertools
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import pairwise
-from exhaustive import EXHAUSTIVE
-from kernel_cases import FINE, INPUTS, Case, assert_close
+from support.cases import pairwise
+from support.exhaustive import EXHAUSTIVE
+from support.kernel_cases import FINE, INPUTS, Case, assert_close
 
 from pallas_kernels.interpreter import interpreted
 

@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from chunked_cases import normal
-from exhaustive import EXHAUSTIVE
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
+from support.chunked_cases import normal
+from support.exhaustive import EXHAUSTIVE
 
 from pallas_kernels.chunked import attention
 from pallas_kernels.chunked.attention import ChunkedAttention, StateArrays

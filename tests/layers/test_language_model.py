@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from exhaustive import EXHAUSTIVE
-from models import model_of, params_of
+from support.exhaustive import EXHAUSTIVE
+from support.models import model_of, params_of
 
 from twomamba_jax import VARIANTS, Execution, RMSNorm, init_cache
 from twomamba_jax.layers import Block, mixer

@@ -12,10 +12,10 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracle
 import pytest
-from cases import Case, pairwise
-from exhaustive import EXHAUSTIVE
+from support import oracle
+from support.cases import Case, pairwise
+from support.exhaustive import EXHAUSTIVE
 
 from twomamba_jax import FiniteState, KeyValueCache, decay_attention, decay_attention_step
 

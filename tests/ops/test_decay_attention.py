@@ -5,9 +5,9 @@ import logging
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracle
 import pytest
-from cases import Case
+from support import oracle
+from support.cases import Case
 
 from twomamba_jax import decay_attention, decay_attention_step, init_state, state_bytes
 from twomamba_jax.ops import dispatch, xla

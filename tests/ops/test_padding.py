@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from models import model_of, params_of
+from support.models import model_of, params_of
 
 from twomamba_jax import VARIANTS, Mixer, causal_convolution, decay_attention
 

@@ -14,7 +14,7 @@ from jax._src.cudnn import fused_attention_stablehlo  # no other way to the prim
 
 from train.errors import UserError
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 MODEL = {"d_model": 16, "num_layers": 1, "head_dim": 8, "mlp_dim": 32}
 
 

@@ -12,7 +12,7 @@ import pytest
 from configs import base
 from train.data.tokenized import Split
 
-PATH = Path(__file__).parents[1] / "benchmarks" / "ladder.py"
+PATH = Path(__file__).parents[2] / "benchmarks" / "ladder.py"
 TINY = {"d_model": 8, "num_layers": 1, "num_heads": 1, "head_dim": 4, "mlp_dim": 8, "vocab_size": 257}
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from models import model_of
+from support.models import model_of
 
 from train.cross_entropy import Sums
 from train.errors import UserError

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-PATH = Path(__file__).parents[1] / "benchmarks" / "ptx_lint.py"
+PATH = Path(__file__).parents[2] / "benchmarks" / "ptx_lint.py"
 COMMIT = "wgmma.commit_group.sync.aligned;"
 BACK = ("add.s32 \t%r90, %r90, -1;", "setp.ne.b32 \t%p1, %r90, 0;", "@%p1 bra \t$L__BB0_1;")
 LOOP = "$L__BB0_1:"

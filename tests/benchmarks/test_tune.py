@@ -11,7 +11,7 @@ import pytest
 
 from pallas_kernels.quadratic import table
 
-PATH = Path(__file__).parents[1] / "benchmarks" / "tune.py"
+PATH = Path(__file__).parents[2] / "benchmarks" / "tune.py"
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from exhaustive import EXHAUSTIVE
+from support.exhaustive import EXHAUSTIVE
 
 from train.accumulation import sum_over_microbatches
 from train.sharding import RULES, make_mesh

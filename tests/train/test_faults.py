@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from exhaustive import EXHAUSTIVE
+from support.exhaustive import EXHAUSTIVE
 
 from train import loop
 from train.checkpoint import checkpoint_steps

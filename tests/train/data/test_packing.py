@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from exhaustive import EXHAUSTIVE
+from support.exhaustive import EXHAUSTIVE
 
 from train.data.rows import DocumentRows, PackedRows
 from train.data.tokenized import Split

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-PATH = Path(__file__).parents[1] / "benchmarks" / "recall.py"
+PATH = Path(__file__).parents[2] / "benchmarks" / "recall.py"
 TINY = ["--length", "8", "--pairs", "2", "--vocabulary", "12", "--d_models", "16", "--train_rows", "1024"]
 TINY += ["--test_rows", "128", "--batch_size", "32", "--epochs", "12", "--stop_at", "0.9", "--commit", "c0ffee"]
 

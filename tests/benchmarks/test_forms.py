@@ -7,11 +7,11 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
-import oracle
 import pytest
-from exhaustive import EXHAUSTIVE
+from support import oracle
+from support.exhaustive import EXHAUSTIVE
 
-PATH = Path(__file__).parents[1] / "benchmarks" / "forms.py"
+PATH = Path(__file__).parents[2] / "benchmarks" / "forms.py"
 SIZES = ["--heads", "2", "--head-dim", "4"]
 
 

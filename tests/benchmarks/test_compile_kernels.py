@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import pytest
 from jax import lax
 
-PATH = Path(__file__).parents[1] / "benchmarks" / "compile_kernels.py"
+PATH = Path(__file__).parents[2] / "benchmarks" / "compile_kernels.py"
 TILED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 
 
@@ -65,7 +65,7 @@ def programs():
 
 
 def test_compiles_and_tells_the_racing_kernel_from_the_safe_ones(tmp_path):
-    here = [str(PATH.parents[1]), str(Path(__file__).parent)]
+    here = [str(PATH.parents[1]), str(Path(__file__).parents[1])]
     out, dump = tmp_path / "report.json", tmp_path / "dump"
     run = subprocess.run(
         [sys.executable, PATH, "--programs", "test_compile_kernels", "--json", out, "--dump", dump],

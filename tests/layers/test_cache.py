@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from exhaustive import EXHAUSTIVE
-from models import config_of, model_of, params_of
+from support.exhaustive import EXHAUSTIVE
+from support.models import config_of, model_of, params_of
 
 from twomamba_jax import (
     VARIANTS,

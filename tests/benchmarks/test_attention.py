@@ -10,14 +10,14 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracle
 import pytest
-from exhaustive import EXHAUSTIVE
+from support import oracle
+from support.exhaustive import EXHAUSTIVE
 
 from pallas_kernels.chunked.table import TABLE, Crossover
 from twomamba_jax import decay_attention
 
-PATH = Path(__file__).parents[1] / "benchmarks" / "attention.py"
+PATH = Path(__file__).parents[2] / "benchmarks" / "attention.py"
 SIZES = ["--tokens", "20", "40", "--xla_tokens", "40", "--total", "80", "--heads", "4", "--kv_heads", "2"]
 SMALL = [*SIZES, "--head_dim", "8", "--scores", "squared", "--rows", "xla", "--seed", "7"]
 CEILINGS = {"tflops": 500.0, "terabytes_per_second": 3.0}

@@ -5,7 +5,7 @@ import itertools
 
 import jax.numpy as jnp
 import numpy as np
-import oracle
+from support import oracle
 
 from twomamba_jax import init_state
 

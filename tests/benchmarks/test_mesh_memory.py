@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from exhaustive import EXHAUSTIVE
+from support.exhaustive import EXHAUSTIVE
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.skipif(not EXHAUSTIVE, reason="ten seconds of one compilation: see exhaustive.py")

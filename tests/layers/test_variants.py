@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from exhaustive import EXHAUSTIVE
-from models import params_of
+from support.exhaustive import EXHAUSTIVE
+from support.models import params_of
 
 from twomamba_jax import VARIANTS, LanguageModel, ModelConfig, init_cache
 

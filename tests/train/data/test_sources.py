@@ -6,7 +6,7 @@ from pathlib import Path
 
 import datasets
 import pytest
-from exhaustive import EXHAUSTIVE
+from support.exhaustive import EXHAUSTIVE
 
 from train.data.tokenizers import load_kept_tokenizer
 from train.main import main

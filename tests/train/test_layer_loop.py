@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
-from models import model_of, params_of
+from support.models import model_of, params_of
 
 from train.data.rows import abstract_batch
 from train.layer_loop import LOOPED, UNROLLED, choose_layer_loop, compiler_options

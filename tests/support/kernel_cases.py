@@ -29,7 +29,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracle
+from support import oracle
 
 from twomamba_jax import decay_attention
 

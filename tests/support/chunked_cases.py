@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracle
+from support import oracle
 
 from twomamba_jax import decay_attention
 from twomamba_jax.ops.score import features, num_features

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from models import model_of
+from support.models import model_of
 
 from train import cross_entropy as module
 from train.cross_entropy import cross_entropy, num_chunks
