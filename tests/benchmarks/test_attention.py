@@ -1,9 +1,8 @@
 """`benchmarks/attention.py` on the CPU at tiny sizes: what it selects, checks, refuses, derives and writes."""
 
 import dataclasses
-import importlib.util
+import importlib
 import json
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,11 +25,8 @@ CEILINGS = {"tflops": 500.0, "terabytes_per_second": 3.0}
 @pytest.fixture
 def attention(monkeypatch):
     """The script as a module whose ceilings, prior checks and rounds are small."""
-    monkeypatch.syspath_prepend(PATH.parent)
-    spec = importlib.util.spec_from_file_location("benchmark_attention", PATH)
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)
-    spec.loader.exec_module(module)
+    module = importlib.import_module("attention")
+    module.refusal.cache_clear()
     short = dict.fromkeys(module.ATTENTIONS, 15)
     for name, value in (("SHORT_TOKENS", short), ("CEILING_SIZE", 16), ("ROUND_SECONDS", 0.0)):
         monkeypatch.setattr(module, name, value)

@@ -1,19 +1,13 @@
 """`benchmarks/cross_entropy.py` at a small shape: its table, and the memory that it is about."""
 
-import importlib.util
-from pathlib import Path
+import importlib
 
 import pytest
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("benchmark_cross_entropy", ROOT / "benchmarks" / "cross_entropy.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module("cross_entropy")
 
 
 def test_measures_four_ways_and_checks_them(script, capsys, monkeypatch):

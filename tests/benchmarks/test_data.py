@@ -1,20 +1,14 @@
 """`benchmarks/data.py` with a little text: the text that it writes, and its table."""
 
-import importlib.util
+import importlib
 import json
-from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("benchmark_data", ROOT / "benchmarks" / "data.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module("data")
 
 
 def test_the_text_is_as_long_as_asked(script, tmp_path):

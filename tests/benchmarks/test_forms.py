@@ -1,8 +1,7 @@
 """`benchmarks/forms.py` at tiny sizes: what it measures, refuses and writes."""
 
-import importlib.util
+import importlib
 import json
-import sys
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -11,17 +10,13 @@ import pytest
 from support import oracle
 from support.exhaustive import EXHAUSTIVE
 
-PATH = Path(__file__).parents[2] / "benchmarks" / "forms.py"
 SIZES = ["--heads", "2", "--head-dim", "4"]
 
 
 @pytest.fixture
 def forms(monkeypatch):
     """The script as a module, which times everything three times only."""
-    spec = importlib.util.spec_from_file_location("benchmark_forms", PATH)
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)
-    spec.loader.exec_module(module)
+    module = importlib.import_module("forms")
     monkeypatch.setattr(module, "BUDGET_SECONDS", 0.0)
     return module
 

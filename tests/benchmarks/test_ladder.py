@@ -1,10 +1,9 @@
 """`benchmarks/ladder.py`: a row that is trained, and which rows are trained, chosen and shown."""
 
 import dataclasses
-import importlib.util
+import importlib
 import json
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,19 +11,13 @@ import pytest
 from configs import base
 from train.data.tokenized import Split
 
-PATH = Path(__file__).parents[2] / "benchmarks" / "ladder.py"
 TINY = {"d_model": 8, "num_layers": 1, "num_heads": 1, "head_dim": 4, "mlp_dim": 8, "vocab_size": 257}
 
 
 @pytest.fixture
 def ladder(monkeypatch):
     """The script as a module."""
-    monkeypatch.syspath_prepend(PATH.parent)
-    spec = importlib.util.spec_from_file_location("benchmark_ladder", PATH)
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module("ladder")
 
 
 @pytest.fixture

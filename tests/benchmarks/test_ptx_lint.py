@@ -1,12 +1,9 @@
 """`benchmarks/ptx_lint.py` on small PTX texts, shaped like those of Mosaic GPU: the correct ones and each mistake."""
 
-import importlib.util
-import sys
-from pathlib import Path
+import importlib
 
 import pytest
 
-PATH = Path(__file__).parents[2] / "benchmarks" / "ptx_lint.py"
 COMMIT = "wgmma.commit_group.sync.aligned;"
 BACK = ("add.s32 \t%r90, %r90, -1;", "setp.ne.b32 \t%p1, %r90, 0;", "@%p1 bra \t$L__BB0_1;")
 LOOP = "$L__BB0_1:"
@@ -28,11 +25,7 @@ SPIN = (
 
 @pytest.fixture(scope="module")
 def lint():
-    spec = importlib.util.spec_from_file_location("benchmark_ptx_lint", PATH)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    yield module.lint
-    del sys.modules[spec.name]
+    return importlib.import_module("ptx_lint").lint
 
 
 def product(accumulator, left=None):

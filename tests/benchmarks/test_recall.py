@@ -1,10 +1,9 @@
 """`benchmarks/recall.py`: members that learn, alone or together; which rows are trained, chosen and shown."""
 
 import dataclasses
-import importlib.util
+import importlib
 import json
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import flax.linen as nn
@@ -13,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-PATH = Path(__file__).parents[2] / "benchmarks" / "recall.py"
 TINY = ["--length", "8", "--pairs", "2", "--vocabulary", "12", "--d_models", "16", "--train_rows", "1024"]
 TINY += ["--test_rows", "128", "--batch_size", "32", "--epochs", "12", "--stop_at", "0.9", "--commit", "c0ffee"]
 
@@ -32,12 +30,7 @@ class Embedding(nn.Module):
 @pytest.fixture
 def recall(monkeypatch):
     """The script as a module."""
-    monkeypatch.syspath_prepend(PATH.parent)
-    spec = importlib.util.spec_from_file_location("benchmark_recall", PATH)
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module("recall")
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """`benchmarks/train_step.py` with a tiny nano model for two steps: what it trains, reports and survives."""
 
 import dataclasses
-import importlib.util
+import importlib
 import itertools
 import json
 import math
@@ -21,14 +21,7 @@ MODEL = {"d_model": 16, "num_layers": 1, "head_dim": 8, "mlp_dim": 32}
 @pytest.fixture(scope="module")
 def script():
     """The script as a module, beside those that it imports."""
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    spec = importlib.util.spec_from_file_location("benchmark_train_step", ROOT / "benchmarks" / "train_step.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    yield module
-    sys.path.remove(str(ROOT / "benchmarks"))
-    del sys.modules[spec.name]
+    return importlib.import_module("train_step")
 
 
 class InThisProcess:

@@ -1,25 +1,20 @@
 """`benchmarks/tune.py` with made-up times: what it chooses, refuses and writes."""
 
-import importlib.util
+import importlib
 import runpy
 import shutil
 import sys
-from pathlib import Path
 
 import jax.numpy as jnp
 import pytest
 
 from pallas_kernels.quadratic import table
 
-PATH = Path(__file__).parents[2] / "benchmarks" / "tune.py"
-
 
 @pytest.fixture
 def tune(monkeypatch, tmp_path):
     """The script as a module, on "a GPU", with a copy of the table to write."""
-    spec = importlib.util.spec_from_file_location("benchmark_tune", PATH)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = importlib.import_module("tune")
     monkeypatch.setattr(module, "unsupported_device", lambda: None)
     monkeypatch.setattr(module, "device_kind", lambda: "a GPU")
     monkeypatch.setattr(module, "TOTAL", 2048)
