@@ -1,8 +1,10 @@
 """The documentation: every public name has its entry, every page is in the navigation, and the examples run."""
 
+import json
 import re
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import pytest
 
 import twomamba_jax
@@ -29,3 +31,20 @@ def test_examples_run(page):
     assert blocks
     for block in blocks:
         exec(compile(block, page, "exec"), {})  # the point of the test
+
+
+def test_the_tutorial_runs(capsys):
+    """What it prints is what the text around it says."""
+    plt.switch_backend("agg")
+    cells = json.loads((DOCS / "tutorial.ipynb").read_text())["cells"]
+    names = {}
+    for number, cell in enumerate(cells):
+        if cell["cell_type"] == "code":
+            exec(compile("".join(cell["source"]), f"tutorial, cell {number}", "exec"), names)
+    plt.close("all")
+    printed = capsys.readouterr().out
+    differences = re.findall(r"^largest difference: (.*)$", printed, re.MULTILINE)
+    assert len(differences) == 4
+    assert max(map(float, differences)) < 1e-4
+    assert "the same bits: True" in printed
+    assert names["losses"][-1] < 0.2 < 3 < names["losses"][0]
