@@ -34,6 +34,9 @@ from train.workdir import writing
 
 Which = Literal["best", "latest"]
 
+# Of parameters that are saved alone: what is compressed at once, and about how large a file becomes.
+CHUNK_BYTES, FILE_BYTES = 2**24, 2**26
+
 
 def checkpoint_steps(directory: Path) -> list[int]:
     """The steps that have a directory of their own, rising; what else lies in `directory` is none of ours."""
@@ -69,14 +72,23 @@ def restore_params(workdir: Path, params: Any, which: Which, warn: Callable[[str
 def save_params(workdir: Path, params: Any) -> None:
     """Makes a checkpoint of step 0 that holds parameters alone: a training starts from them with a fresh optimiser.
 
-    `params` are NumPy arrays or JAX's. Raises UserError where the disk refuses, or what was written cannot be read.
+    `params` are JAX arrays; what is in flight to the disk comes on top of them. Raises UserError where the disk
+    refuses, or what was written cannot be read.
     """
     directory = (workdir / "checkpoints" / "0").resolve()
+    options = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), params)
+    largest = max(leaf.nbytes for leaf in jax.tree.leaves(params))
     with writing(workdir):
         directory.mkdir(parents=True)
-        handler = ocp.PyTreeCheckpointHandler(save_concurrent_gb=1)  # what is in flight comes on top of the parameters
+        # At most one large array at a time, in chunks, and files that are not kept in memory until they are 2 GiB.
+        handler = ocp.PyTreeCheckpointHandler(save_concurrent_gb=1 + largest // 10**9)
         with ocp.Checkpointer(handler) as checkpointer:
-            checkpointer.save(LiteralPath(directory / "state"), args=ocp.args.PyTreeSave({"params": params}))
+            checkpointer.save(
+                LiteralPath(directory / "state"),
+                args=ocp.args.PyTreeSave(
+                    {"params": params}, save_args={"params": options}, ocdbt_target_data_file_size=FILE_BYTES
+                ),
+            )
         arrays, names = _describe_params(params)
         damage = find_unreadable(directory / "state", names)
         if damage is not None:

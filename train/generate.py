@@ -6,7 +6,6 @@ if __name__ == "__main__":
     take_interrupts()  # before the imports below, which take seconds
 
 import argparse
-import dataclasses
 import io
 import json
 import os
@@ -16,18 +15,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from train.checkpoint import restore_params
 from train.compilation_cache import keep_programs
-from train.configuration import build_model
 from train.data.contents import check_text, decode_text
 from train.data.tokenizers import load_kept_tokenizer
 from train.errors import UserError
+from train.restore import build_anywhere, restore_on_one_device
 from twomamba_jax.generation import decode, fork, prefill, seed
 from twomamba_jax.layers import LanguageModel, init_cache
 from twomamba_jax.layers.tokens import as_tokens
@@ -80,8 +76,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 def load(workdir: Path, which: str, implementation: str | None = None) -> tuple[LanguageModel, Any, Any]:
     """The model, parameters and tokenizer of a run. Raises `train.errors.UserError`.
 
-    An `implementation` of None is the run's where it is XLA, and otherwise chosen call by call: the kernels that a run
-    was trained with may not run here, and do not have all calls of a generation.
+    `implementation` is that of `build_anywhere`.
     """
 
     from train.errors import UserError
@@ -93,14 +88,8 @@ def load(workdir: Path, which: str, implementation: str | None = None) -> tuple[
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {workdir / 'config.json'}: {error}") from error
     tokenizer = load_kept_tokenizer(config["data"], workdir)
-    model = build_model(ConfigDict(config))
-    if implementation is None and model.execution.implementation == "xla":
-        implementation = "xla"
-    model = model.clone(execution=dataclasses.replace(model.execution, implementation=implementation))
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    shapes = jax.eval_shape(lambda key: nn.unbox(model.init(key, jnp.zeros((1, 8), jnp.int32))), jax.random.key(0))
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), shapes["params"])
-    params, _ = restore_params(workdir, shapes, which, warn)
+    model = build_anywhere(ConfigDict(config), implementation)
+    params, _ = restore_on_one_device(workdir, model, which, warn)
     return model, params, tokenizer
 
 

@@ -6,13 +6,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from train.checkpoint import Which, restore_params
+from train.checkpoint import Which
 from train.configuration import build_model
 from train.convert import authors, own
 from train.convert.card import model_card
@@ -21,6 +19,7 @@ from train.convert.tensors import Tensor
 from train.convert.writing import Output, write_tensors
 from train.data.tokenizers import has_file, kept_path, load_kept_tokenizer
 from train.errors import UserError
+from train.restore import restore_on_one_device
 from train.workdir import writing
 from twomamba_jax.config import ModelConfig
 
@@ -58,10 +57,7 @@ def export_run(
         tensors = authors.tensors(model.config)
         _warn_of_differences(model.config, config, warn)
 
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    shapes = jax.eval_shape(lambda key: nn.unbox(model.init(key, jnp.zeros((1, 8), jnp.int32))), jax.random.key(0))
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), shapes["params"])
-    params, step = restore_params(workdir, shapes, which, warn)
+    params, step = restore_on_one_device(workdir, model, which, warn)
     outputs = _outputs(tensors, jax.tree.map(np.asarray, params))
     if layout == "authors":
         outputs |= _buffers(model.config, config.length)

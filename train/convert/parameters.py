@@ -1,9 +1,11 @@
 """The parameters of a model from the tensors of a checkpoint: all of them are there, fit, and nothing is left over."""
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from train.convert.reading import TAKEN, PickleFiles, SafetensorsFiles, described
@@ -41,9 +43,17 @@ def check_tensors(
 
 
 def read_parameters(files: SafetensorsFiles | PickleFiles, tensors: Mapping[str, Tensor], shapes: Any) -> Any:
-    """The tree of parameters like `shapes`, NumPy float32, filled a tensor at a time."""
-    tree = jax.tree.map(lambda leaf: np.empty(leaf.shape, np.float32), shapes)
+    """The tree of parameters like `shapes`, float32 arrays of the CPU, filled a tensor at a time."""
+    tree = jax.tree.map(lambda leaf: _empty(leaf.shape), shapes)
     for key, tensor in tensors.items():
         for parameter, values in tensor.unpack(files.read(key)):
             parameter.of(tree)[...] = values
-    return tree
+    return jax.tree.map(jnp.from_dlpack, tree)
+
+
+def _empty(shape: tuple[int, ...]) -> np.ndarray:
+    """An array that JAX takes over without a copy: it starts at a multiple of 64 bytes."""
+    count = math.prod(shape)
+    memory = np.empty(count + 16, np.float32)
+    start = -memory.ctypes.data % 64 // memory.itemsize
+    return memory[start : start + count].reshape(shape)

@@ -12,6 +12,7 @@ from twomamba_jax.layers.execution import REMATS, Execution
 from twomamba_jax.layers.mixer import Mixer
 from twomamba_jax.layers.mlp import PROJECTION_INIT, SwiGLU
 from twomamba_jax.layers.norm import RMSNorm
+from twomamba_jax.layers.partitioning import with_logical_axes
 from twomamba_jax.layers.tokens import as_tokens
 from twomamba_jax.ops.kept import kept
 from twomamba_jax.ops.numerics import accumulation_dtype
@@ -131,7 +132,7 @@ class LanguageModel(nn.Module):
             config.vocab_size,
             config.d_model,
             param_dtype=execution.param_dtype,
-            embedding_init=nn.with_logical_partitioning(PROJECTION_INIT, ("vocab", "embed")),
+            embedding_init=with_logical_axes(PROJECTION_INIT, ("vocab", "embed")),
             name="embedding",
         ).embedding
         # Whole rows before the lookup: from rows that are cut over `embed`, XLA comes to an x that is cut over the
@@ -176,7 +177,7 @@ class LanguageModel(nn.Module):
 
     def _logits(self, x: jax.Array) -> jax.Array:
         """The untied head."""
-        init = nn.with_logical_partitioning(PROJECTION_INIT, ("embed", "vocab"))
+        init = with_logical_axes(PROJECTION_INIT, ("embed", "vocab"))
         shape = (self.config.d_model, self.config.vocab_size)
         kernel = self.param("head", init, shape, self.execution.param_dtype)
         return nn.with_logical_constraint(head_logits(x, kernel), ("batch", "length", "vocab"))

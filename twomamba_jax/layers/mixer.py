@@ -11,6 +11,7 @@ from twomamba_jax.config import MixerConfig
 from twomamba_jax.layers.cache import ConvolutionInputs, MixerCache, MixerTokens, append
 from twomamba_jax.layers.execution import Execution
 from twomamba_jax.layers.norm import RMSNorm, divide_by_rms
+from twomamba_jax.layers.partitioning import with_logical_axes
 from twomamba_jax.layers.projection import Projection, uniform
 from twomamba_jax.ops.checks import as_arrays, as_rows
 from twomamba_jax.ops.convolution import causal_convolution
@@ -202,7 +203,7 @@ class Mixer(nn.Module):
         return {"dtype": self.execution.dtype, "param_dtype": self.execution.param_dtype}
 
     def _param(self, name, init, axes, shape):
-        return self.param(name, nn.with_logical_partitioning(init, axes), shape, self.execution.param_dtype)
+        return self.param(name, with_logical_axes(init, axes), shape, self.execution.param_dtype)
 
 
 def _half_life_bias(shortest, longest):

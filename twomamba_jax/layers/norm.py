@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from twomamba_jax.layers.partitioning import with_logical_axes
 from twomamba_jax.ops.kept import kept
 from twomamba_jax.ops.numerics import accumulation_dtype
 
@@ -34,7 +35,7 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Normalises x [..., *dims]."""
-        init = nn.with_logical_partitioning(nn.initializers.ones, self.axes)
+        init = with_logical_axes(nn.initializers.ones, self.axes)
         scale = self.param("scale", init, x.shape[-len(self.axes) :], self.param_dtype)
         y = divide_by_rms(x, len(self.axes), self.eps)
         return (y * jnp.expand_dims(scale, range(x.ndim - scale.ndim))).astype(self.dtype)

@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from twomamba_jax.layers.partitioning import with_logical_axes
 from twomamba_jax.ops.kept import kept_cast
 from twomamba_jax.ops.numerics import broadcast_parameter
 
@@ -63,11 +64,11 @@ class Projection(nn.Module):
         rank = len(self.in_axes)
         in_dims = x.shape[-rank:]
         init = uniform(math.prod(in_dims))
-        kernel_init = nn.with_logical_partitioning(self.kernel_init or init, (*self.in_axes, *self.out_axes))
+        kernel_init = with_logical_axes(self.kernel_init or init, (*self.in_axes, *self.out_axes))
         kernel = self.param("kernel", kernel_init, (*in_dims, *self.out_dims), self.param_dtype)
         y = product(x.astype(self.dtype), kept_cast(kernel, self.dtype), rank)
         if not self.use_bias:
             return y
-        bias_init = nn.with_logical_partitioning(init, self.out_axes)
+        bias_init = with_logical_axes(init, self.out_axes)
         bias = self.param("bias", bias_init, self.out_dims, self.param_dtype)
         return y + broadcast_parameter(bias, y.shape, self.dtype)

@@ -1,0 +1,163 @@
+"""The figures of a run's model on a split of its data, or of other data: `python -m train.evaluate --workdir DIR`."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from configs import base
+from train.compilation_cache import keep_programs
+from train.configuration import apply_overrides, validate
+from train.cross_entropy import Sums
+from train.data.rows import Batch, held_out_batches
+from train.data.stream import StreamedRows
+from train.data.task import Task, make_task
+from train.data.tokenizers import has_file, kept_path, load_kept_tokenizer
+from train.errors import UserError, one_line
+from train.evaluation import ContextLosses, evaluate, token_losses
+from train.output import lenient_output
+from train.paths import expand_user
+from train.restore import build_anywhere, restore_on_one_device
+
+DESCRIPTION = """\
+Evaluates the model of a working directory: loss in nats a token, perplexity, accuracy and, of text, bits a byte, then
+the loss by the length of the context. The data is the run's; --config.data.KEY=VALUE names other data, and
+--config.length another length of the rows. Mistakes are one line on stderr and exit status 2."""
+
+OVERRIDE = "--config."
+OVERRIDABLE = ("data.", "length", "batch_size")
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports a wrong command line as one line, without the usage above it."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raises UserError."""
+        raise UserError(f"{message}; see --help")
+
+
+def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[tuple[str, str]]]:
+    """The options, and the overrides as (dotted key, text). Raises UserError for a wrong command line."""
+    parser = Parser("python -m train.evaluate", description=DESCRIPTION, allow_abbrev=False)
+    parser.add_argument("--workdir", required=True, metavar="DIR", help="of a run of train.main, or an import")
+    parser.add_argument("--split", choices=("held_out", "train"), default="held_out")
+    parser.add_argument("--rows", type=int, metavar="N", help="spread evenly over the split; default: all of it")
+    parser.add_argument("--checkpoint", choices=("best", "latest"), default="best", help="by held-out loss, or by step")
+    parser.add_argument("--json", action="store_true", help="prints one JSON object")
+    overrides = []
+    for argument in arguments:
+        if argument.startswith(OVERRIDE):
+            key, equals, text = argument.removeprefix(OVERRIDE).partition("=")
+            if not equals:
+                raise UserError(f"{argument} has no value: write {argument}=VALUE")
+            if not key.startswith(OVERRIDABLE):
+                raise UserError(f"{argument} is not of the data: expected --config.data.KEY, length or batch_size")
+            overrides.append((key, text))
+    options = parser.parse_args([one for one in arguments if not one.startswith(OVERRIDE)])
+    if options.rows is not None and options.rows < 1:
+        raise UserError(f"--rows={options.rows} must be at least 1; leave it out for all of the split")
+    options.workdir = Path(expand_user("--workdir", options.workdir))
+    return options, overrides
+
+
+def read_config(workdir: Path) -> ConfigDict:
+    """The configuration of the run in `workdir`, with the types that overrides need. Raises UserError without a run."""
+    try:
+        saved = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
+        config = base.get_config(name=saved["name"], variant=saved["variant"], size="nano")
+    except FileNotFoundError as error:
+        raise UserError(f"there is no run in {workdir}: it has no config.json") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"cannot read {workdir / 'config.json'}: {one_line(error)}") from error
+    for key, value in saved.items():
+        group = isinstance(value, dict)
+        if group and key not in config:
+            config[key] = ConfigDict()
+        for name, one in (value if group else {key: value}).items():
+            (config[key] if group else config)[name] = tuple(one) if isinstance(one, list) else one
+    return config
+
+
+def evaluate_run(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> dict[str, Any]:
+    """The figures: `step`, `split`, `rows`, those of `train.evaluation.evaluate`, and `by_context`.
+
+    Raises UserError for what the user can put right.
+    """
+    config = read_config(options.workdir)
+    apply_overrides(config, overrides)
+    validate(config)
+    if "tokenizer" in config.data and has_file(config.data.tokenizer):
+        # The run's own copy: the file that it was made of may be gone.
+        load_kept_tokenizer(config.data, options.workdir)
+        config.data.tokenizer = str(kept_path(config.data.tokenizer, options.workdir))
+    model = build_anywhere(config)
+    task = make_task(config, lambda _: None)
+    rows, targets_per_byte = _split(task, options.split)
+    params, step = restore_on_one_device(options.workdir, model, options.checkpoint, warn)
+    measure = jax.jit(lambda params, batch: token_losses(model, params, batch))
+    by_context = ContextLosses()
+
+    def eval_step(params: Any, batch: Batch) -> Sums:
+        losses, hits = map(np.asarray, measure(params, batch))
+        by_context.add(batch, losses)
+        weights = np.asarray(batch["weights"], np.float64)
+        return Sums(*(np.sum(weights * values) for values in (losses, hits, np.ones_like(weights))))
+
+    batches = held_out_batches(rows, config.batch_size, options.rows)
+    figures = evaluate(eval_step, params, batches, targets_per_byte)
+    count = len(rows) if options.rows is None else min(options.rows, len(rows))
+    return {"step": step, "split": options.split, "rows": count} | figures | {"by_context": by_context.table()}
+
+
+def _split(task: Task, name: str) -> tuple[Any, float | None]:
+    """The rows of a split, and its targets over its bytes."""
+    if name == "held_out":
+        return task.held_out, task.targets_per_byte
+    if isinstance(task.train, StreamedRows):
+        raise UserError("--split train is a stream, which has no end: set --config.data.streaming=False")
+    documents = getattr(task.train, "documents", None)
+    return task.train, None if documents is None else documents.targets_per_byte
+
+
+def warn(text: str) -> None:
+    """Says what a user should know, and the program goes on in spite of."""
+    print(f"warning: {text}", file=sys.stderr)
+
+
+def show(figures: dict[str, Any]) -> None:
+    """Prints the figures as two tables."""
+    print(f"step {figures['step']}, {figures['rows']:,} rows of the {figures['split']} split")
+    for key, value in figures.items():
+        if key.startswith("eval/"):
+            print(f"{key.removeprefix('eval/'):>16} {value:.5f}")
+    print(f"{'context':>16} {'loss':>9} {'targets':>12}")
+    for one in figures["by_context"]:
+        context = str(one["to"]) if one["from"] == one["to"] else f"{one['from']}-{one['to']}"
+        print(f"{context:>16} {one['loss']:9.5f} {one['targets']:12,.0f}")
+
+
+@lenient_output()
+def main(arguments: Sequence[str]) -> int:
+    """Runs the command line; returns the exit status: 0, 2 for a mistake of the user, 130 for an interrupt."""
+    try:
+        options, overrides = parse(arguments)
+        keep_programs(warn)
+        figures = evaluate_run(options, overrides)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    print(json.dumps(figures)) if options.json else show(figures)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

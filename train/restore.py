@@ -1,0 +1,37 @@
+"""The model of a run, and its parameters on one device: for what reads a run and does not train it."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from train.checkpoint import Which, restore_params
+from train.configuration import build_model
+from twomamba_jax.layers import LanguageModel
+
+
+def build_anywhere(config: ConfigDict, implementation: str | None = None) -> LanguageModel:
+    """The model of a run's configuration, as it can be computed on any device.
+
+    An `implementation` of None is the run's where it is XLA, and otherwise chosen call by call: the kernels that a run
+    was trained with may not run here, and do not have all calls of a generation. Raises `train.errors.UserError`.
+    """
+    model = build_model(config)
+    if implementation is None and model.execution.implementation == "xla":
+        implementation = "xla"
+    return model.clone(execution=dataclasses.replace(model.execution, implementation=implementation))
+
+
+def restore_on_one_device(
+    workdir: Path, model: LanguageModel, which: Which, warn: Callable[[str], None]
+) -> tuple[Any, int]:
+    """The parameters of a run's best or latest checkpoint on the first device, and its step, as `restore_params`."""
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shapes = jax.eval_shape(lambda key: nn.unbox(model.init(key, jnp.zeros((1, 8), jnp.int32))), jax.random.key(0))
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), shapes["params"])
+    return restore_params(workdir, shapes, which, warn)
