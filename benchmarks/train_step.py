@@ -2,72 +2,44 @@
 
 Every variant is trained by every implementation as `train.main` does it: the same initial parameters, batches,
 optimiser and step. `--implementations cudnn` adds the variant softmax by cuDNN, which does not keep apart the documents
-in a row. A run has a process of its own, so that its peak of device memory is its own. Prints a Markdown table; writes
+in a row. `--peers torch` adds a compiled PyTorch transformer of the same size (torch_peer.py), where PyTorch is
+installed. A run has a process of its own, so that its peak of device memory is its own. Prints a Markdown table; writes
 OUT.json, which has the loss of every step. `--parts 3` also says where the time of a step goes, from a trace of three
 more; with XLA_FLAGS=--xla_gpu_enable_command_buffer= every kernel has a name.
+
+With `--turns 3` the runs make a third of their steps each in turn, three times: all are on the device together, which
+must have room for them, and a run's time is the median of its turns'. `--setting NAME KEY=VALUE ...`, given again and
+again, has every run with each of them set: keys of the configuration, options of XLA (xla_...), and `code`, another
+checkout of this repository. MFU is by the formula of train/observe/flops.py.
 """
 
 import argparse
-import contextlib
 import dataclasses
 import importlib.metadata
+import importlib.util
 import json
-import multiprocessing
 import shlex
-import statistics
 import sys
-import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import clone  # noqa: F401
 import cudnn_softmax
-import flax.linen as nn
-import jax
-from ml_collections import ConfigDict
-from step_parts import traced
+import step_row
+from step_row import Row, Task
+from turns import DiedError, Program
 
-from train.configuration import apply_overrides, load_config, validate
-from train.data.rows import training_batches
 from train.errors import UserError, one_line
-from train.loop import build
-from train.sharding import RULES, make_mesh
+from train.observe.flops import PEAK_FLOPS
 from twomamba_jax.ops.dispatch import IMPLEMENTATIONS
 
 SHOWN_STEPS = (1, 10, 50, 100, 200)
-WARM_UP_STEPS = 10  # not in the median; half of a shorter run
 GIB = 2**30
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """One run.
-
-    Attributes:
-      perturbation: the initial parameters are times 1 + this.
-      temporary_bytes: of the compiled step.
-      parts: milliseconds of each part of the model in a step.
-      note: why there are no figures.
-    """
-
-    variant: str
-    implementation: str
-    batch: int
-    length: int
-    perturbation: float = 0.0
-    remat: str = "none"
-    device: str = ""
-    parameters: int = 0
-    losses: tuple[float, ...] = ()  # of every step
-    milliseconds: float | None = None  # a step, the median
-    tokens_per_second: float | None = None
-    peak_bytes: int | None = None  # of device memory, where the device tells
-    temporary_bytes: int | None = None
-    parts: dict[str, float] = dataclasses.field(default_factory=dict)
-    note: str = ""
+CODE = "code="
+TORCH = "torch"
+TORCH_MODES = ("default", "max-autotune-no-cudagraphs")  # of torch.compile
+# Together on one device, no run may take most of its memory for itself.
+TOGETHER = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
 
 
 def rows_of(options: argparse.Namespace) -> list[Row]:
@@ -80,113 +52,150 @@ def rows_of(options: argparse.Namespace) -> list[Row]:
     for size in options.perturbations:
         plain = [row for row in rows if row.implementation == "xla" and not row.perturbation]
         rows += [dataclasses.replace(row, perturbation=size) for row in plain]
+    if options.setting:
+        rows = [setting_of(row, *setting) for row in rows for setting in options.setting]
+    if TORCH in options.peers:
+        shape = options.batch, options.length
+        rows += [Row("transformer", TORCH, *shape, setting=mode) for mode in options.torch_modes]
     return rows
 
 
-def config_of(row: Row, options: argparse.Namespace) -> ConfigDict:
-    """The configuration of a run. Raises UserError."""
-    config = load_config(options.config)
-    changes = {"variant": row.variant, "steps": options.steps, "batch_size": row.batch, "length": row.length}
-    if row.implementation != cudnn_softmax.NAME:
-        changes["execution.implementation"] = row.implementation
-    if row.implementation in options.remat:
-        changes["execution.remat"] = "full"
-    given = [setting.split("=", 1) for setting in options.override]
-    apply_overrides(config, [*((key, str(value)) for key, value in changes.items()), *given])
-    validate(config)
-    return config
+def setting_of(row: Row, name: str, *settings: str) -> Row:
+    """The row with a setting of the command line."""
+    code = [setting.removeprefix(CODE) for setting in settings if setting.startswith(CODE)]
+    rest = tuple(setting for setting in settings if not setting.startswith(CODE))
+    return dataclasses.replace(row, setting=name, set=rest, code=code[-1] if code else "")
 
 
-def train(row: Row, options: argparse.Namespace) -> Row:
-    """The row with the figures of its run; with a note instead where it cannot be made."""
-    try:
-        config = config_of(row, options)
-        mesh = make_mesh(config.mesh)
-        by_cudnn = row.implementation == cudnn_softmax.NAME
-        peer = cudnn_softmax.softmax_by_cudnn() if by_cudnn else contextlib.nullcontext()
-        with jax.set_mesh(mesh), nn.logical_axis_rules(RULES), peer:
-            run = build(config, Path(), mesh)
-            state = run.init(jax.random.key(config.seed))
-            if row.perturbation:
-                state = state._replace(params=jax.tree.map(lambda x: x * (1 + row.perturbation), state.params))
-            batches = training_batches(run.task.train, config.batch_size, config.seed)
-            batch = next(batches)
-            step = run.train_step.lower(state, batch).compile()
-
-            def advance():
-                nonlocal state, batch
-                state, metrics = step(state, batch)
-                batch = next(batches)
-                jax.block_until_ready((state, metrics))
-                return float(metrics["loss"])
-
-            losses, times = [], []
-            while len(losses) < config.steps:
-                start = time.perf_counter()
-                losses.append(advance())
-                times.append(time.perf_counter() - start)
-            parts = traced(advance, options.parts, step.as_text()) if options.parts else {}
-            batches.close()
-    except UserError as error:
-        return dataclasses.replace(row, note=one_line(error))
-    except Exception as error:  # Whatever a compiler or a device raises: the other runs are wanted all the same.
-        return dataclasses.replace(row, note=f"{type(error).__name__}: {one_line(error, 160)}")
-    seconds, device = statistics.median(times[min(WARM_UP_STEPS, len(times) // 2) :]), jax.devices()[0]
-    return dataclasses.replace(
-        row,
-        remat=config.execution.remat,
-        device=device.device_kind,
-        parameters=sum(leaf.size for leaf in jax.tree.leaves(state.params)),
-        losses=tuple(losses),
-        milliseconds=1e3 * seconds,
-        tokens_per_second=config.batch_size * config.length / seconds,
-        peak_bytes=(device.memory_stats() or {}).get("peak_bytes_in_use"),
-        temporary_bytes=step.memory_analysis().temp_size_in_bytes,
-        parts=parts,
-    )
+def task_of(options: argparse.Namespace) -> Task:
+    """What all rows have in common; the last turns have a step less where `turns` does not divide the steps."""
+    turns = tuple((options.steps + n) // options.turns for n in reversed(range(options.turns)))
+    return Task(options.config, tuple(options.override), tuple(options.remat), turns, options.parts)
 
 
-def in_own_process(function: Callable, *arguments: Any) -> Any:
-    """`function(*arguments)` in a new process. Raises BrokenProcessPool where that dies."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(function, *arguments).result()
+def program_of(row: Row, task: Task) -> Program:
+    """The process of a row. Raises UserError."""
+    here, environment = Path(__file__).parent, TOGETHER if len(task.turns) > 1 else {}
+    if row.implementation == TORCH:
+        config = step_row.config_of(dataclasses.replace(row, variant="softmax", implementation="xla"), task)
+        arguments = dataclasses.asdict(row), config.model.to_dict(), config.optimizer.to_dict(), task.turns
+        return Program([sys.executable, str(here / "torch_peer.py"), json.dumps(arguments)], environment)
+    if row.code:
+        environment = environment | {"PYTHONPATH": row.code}
+    arguments = json.dumps([dataclasses.asdict(row), dataclasses.asdict(task)])
+    return Program([sys.executable, str(here / "step_row.py"), arguments], environment)
+
+
+class Runs:
+    """The rows and their processes."""
+
+    def __init__(self, rows: Sequence[Row], task: Task):
+        """Starts nothing."""
+        self.rows, self._task, self._programs = list(rows), task, {}
+
+    def start(self, index: int) -> None:
+        """Has a row prepare itself."""
+        try:
+            self._programs[index] = program_of(self.rows[index], self._task)
+        except UserError as error:
+            self.rows[index] = dataclasses.replace(self.rows[index], note=one_line(error))
+
+    def turn(self, index: int) -> None:
+        """Has a row compiled, or take its next turn, and says what came of it."""
+        row = self.rows[index]
+        if index not in self._programs:
+            return
+        try:
+            row = step_row.as_row(self._programs[index].turn())
+        except DiedError:
+            row = dataclasses.replace(row, note="its process died")
+        self.rows[index] = row
+        if row.note:
+            self.stop(index)
+        print(progress(row), file=sys.stderr, flush=True)
+
+    def stop(self, index: int) -> None:
+        """Ends a row's process."""
+        if program := self._programs.pop(index, None):
+            program.close()
+
+
+def progress(row: Row) -> str:
+    """One line about where a row is."""
+    name = " ".join(filter(None, (row.variant, row.implementation, row.setting, f"{row.batch} x {row.length}")))
+    if row.note:
+        return f"{name}: {row.note}"
+    if not row.losses:
+        return f"{name}: compiled in {row.compile_seconds:.1f} s"
+    times = ", ".join(f"{time:.2f}" for time in row.milliseconds_by_turn)
+    return f"{name}: {row.tokens_per_second:,.0f} tokens/s, {times} ms, loss {row.losses[-1]:.4f}"
+
+
+def run_all(rows: Sequence[Row], task: Task) -> list[Row]:
+    """The rows with their figures: one after the other, or by turns where there are several."""
+    runs, order = Runs(rows, task), range(len(rows))
+    groups = [order] if len(task.turns) > 1 else [[index] for index in order]
+    for group in groups:
+        for index in group:
+            runs.start(index)
+        for _ in range(1 + len(task.turns)):
+            for index in group:
+                runs.turn(index)
+        for index in group:
+            runs.stop(index)
+    return runs.rows
 
 
 def records_of(rows: list[Row]) -> list[dict]:
-    """The rows, with the speed over XLA's and the largest difference from the losses of XLA's run."""
+    """The rows, with the speed over XLA's and the peer's, and the largest difference from the losses of XLA's run."""
     records = []
-    peers = {row.variant: row for row in rows if row.implementation == "xla" and row.losses and not row.perturbation}
+    plain = {row.variant: row for row in rows if row.implementation == "xla" and row.losses and not row.perturbation}
+    peers = [row.tokens_per_second for row in rows if row.implementation == TORCH and row.losses]
     for row in rows:
-        record, peer = dataclasses.asdict(row), peers.get(row.variant)
-        if peer and row.losses:
-            differences = [abs(loss - other) for loss, other in zip(row.losses, peer.losses)]
-            speed = row.tokens_per_second / peer.tokens_per_second
-            record |= {"speed_over_xla": speed, "largest_loss_difference": max(differences)}
+        record, xla = dataclasses.asdict(row), plain.get(row.variant)
+        if row.losses:
+            speed = row.tokens_per_second
+            tflops = speed * row.flops_per_token / 1e12
+            record |= {"milliseconds": row.milliseconds, "tokens_per_second": speed, "tflops": tflops}
+            if row.device in PEAK_FLOPS:
+                record |= {"mfu": 1e12 * tflops / PEAK_FLOPS[row.device]}
+            if xla:
+                differences = [abs(loss - other) for loss, other in zip(row.losses, xla.losses)]
+                over = {"speed_over_xla": speed / xla.tokens_per_second}
+                record |= over | {"largest_loss_difference": max(differences)}
+            if peers:
+                record |= {"speed_over_torch": speed / max(peers)}
         records.append(record)
     return records
 
 
 def implementation_of(record: dict) -> str:
-    """With the perturbation, if there is one."""
-    return record["implementation"] + (f" (1 + {record['perturbation']:g})" if record["perturbation"] else "")
+    """With the perturbation and the setting, if there are any."""
+    perturbation = f" (1 + {record['perturbation']:g})" if record["perturbation"] else ""
+    return record["implementation"] + perturbation + (f", {record['setting']}" if record["setting"] else "")
 
 
 def table(records: list[dict], steps: int) -> str:
-    """Markdown, with the loss at some steps and at the last."""
+    """Markdown, with the loss at some steps and at the last; with what is over PyTorch's where there is such a peer."""
     shown = [*(step for step in SHOWN_STEPS if step < steps), steps]
+    has_peer = any("speed_over_torch" in r for r in records)
     header = ["variant", "implementation", "remat", "B", "T", *(f"loss at {step}" for step in shown), "off XLA's"]
-    header += ["ms a step", "tokens/s", "over XLA", "peak, GiB", "scratch, GiB"]
+    header += ["ms a step", "tokens/s", "over XLA", *(["over PyTorch"] if has_peer else []), "TFLOP/s", "MFU"]
+    header += ["peak, GiB", "scratch, GiB", "compile, s"]
     lines = [f"| {' | '.join(header)} |", f"|---|---|---|{'---:|' * (len(header) - 3)}"]
     for r in records:
-        remat = "" if r["note"] else r["remat"]
-        cells = [r["variant"], implementation_of(r), remat, str(r["batch"]), str(r["length"])]
+        cells = [r["variant"], implementation_of(r), "" if r["note"] else r["remat"], str(r["batch"]), str(r["length"])]
         if r["note"]:
             cells += [r["note"], *[""] * (len(header) - len(cells) - 1)]
         else:
-            cells += [f"{r['losses'][step - 1]:.4f}" for step in shown]
+            of_peer = r["implementation"] == TORCH  # whose tokens are others
+            cells += ["" if of_peer else f"{r['losses'][step - 1]:.4f}" for step in shown]
             figures = [(r.get("largest_loss_difference"), ".4f"), (r["milliseconds"], ".1f")]
             figures += [(r["tokens_per_second"], ",.0f"), (r.get("speed_over_xla"), ".2f")]
+            figures += [(r.get("speed_over_torch"), ".3f")] if has_peer else []
+            figures += [(r["tflops"], ".0f"), (r.get("mfu"), ".3f")]
             figures += [(r[key] and r[key] / GIB, ".2f") for key in ("peak_bytes", "temporary_bytes")]
+            figures += [(r["compile_seconds"], ".0f")]
             cells += ["" if value is None else format(value, form) for value, form in figures]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -220,12 +229,23 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--perturbations", type=float, nargs="*", default=[], metavar="EPS", help=help_)
     help_ = "steps to trace after the others, for the time of a step by part of the model; 0: none"
     add("--parts", type=int, default=0, metavar="STEPS", help=help_)
+    add("--turns", type=int, default=1, help="in how many turns each run makes its steps, all on the device together")
+    help_ = "every run with this set besides: keys of the configuration, xla_... of the compiler, code=CHECKOUT"
+    add("--setting", nargs="+", action="append", default=[], metavar=("NAME", "KEY=VALUE"), help=help_)
+    add("--peers", nargs="*", choices=[TORCH], default=[], help="what a user would pick instead, of the same size")
+    add("--torch-modes", nargs="+", choices=TORCH_MODES, default=["default"], help="of torch.compile, a run each")
     add("--override", nargs="*", default=[], metavar="KEY=VALUE", help="as --config.KEY=VALUE of train.main")
     add("--out", type=Path, default=Path("docs/figures/train_step"), help="writes OUT.json")
     options = parser.parse_args(arguments)
-    for setting in options.override:
+    given = [("--override", setting) for setting in options.override]
+    given += [("--setting", setting) for _, *settings in options.setting for setting in settings]
+    for option, setting in given:
         if "=" not in setting:
-            parser.error(f"--override {setting}: expected KEY=VALUE")
+            parser.error(f"{option} {setting}: expected KEY=VALUE")
+    if not 1 <= options.turns <= max(options.steps, 1):
+        parser.error(f"--turns {options.turns}: expected from 1 to --steps {options.steps}")
+    if TORCH in options.peers and importlib.util.find_spec(TORCH) is None:
+        parser.error("--peers torch: PyTorch is not installed here; python -m pip install torch")
     try:
         options.out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -235,16 +255,10 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 def main(arguments: Sequence[str]) -> int:
     """Trains, prints and writes. The exit status is 1 if a run could not be made."""
-    options, rows = parse(arguments), []
-    for row in rows_of(options):
-        try:
-            row = in_own_process(train, row, options)
-        except BrokenProcessPool:
-            row = dataclasses.replace(row, note="its process died")
-        told = row.note or f"{row.tokens_per_second:,.0f} tokens/s, loss {row.losses[-1]:.4f}"
-        print(f"{row.variant} {row.implementation}: {told}", file=sys.stderr)
-        rows.append(row)
+    options = parse(arguments)
+    rows = run_all(rows_of(options), task_of(options))
     versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax", "numpy")}
+    versions |= {row.implementation: row.version for row in rows if row.version}
     command = shlex.join(["python", "benchmarks/train_step.py", *arguments])
     report = {"command": command, "versions": versions, "rows": records_of(rows)}
     Path(f"{options.out}.json").write_text(json.dumps(report, indent=1) + "\n")

@@ -54,7 +54,8 @@ def get_config(name: str, variant: str, size: str) -> ConfigDict:
     config.execution = ConfigDict()
     config.execution.dtype = "bfloat16"
     config.execution.param_dtype = "float32"
-    config.execution.remat = "dots"  # or "none", "full": what is computed again in the backward pass, not kept
+    config.execution.remat = "dots"  # or "none", "states", "full": what is computed again in the backward pass
+    config.execution.scan_layers = optional(bool)  # whether layers run in a loop; None: train/layer_loop.py decides
     config.execution.form = optional(str)
     config.execution.implementation = optional(str)
     config.execution.chunk_size = optional(int)

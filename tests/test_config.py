@@ -7,6 +7,8 @@ import pytest
 
 from twomamba_jax import MixerConfig, ModelConfig
 
+pytestmark = pytest.mark.quick
+
 MIXER = {"score": "squared", "norm": "softmax"}
 MODEL = {
     "vocab_size": 23, "d_model": 32, "num_layers": 3, "num_heads": 4, "head_dim": 8, "mlp_dim": 48,

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from models import params_of
+from support.models import params_of
 
 from twomamba_jax import Execution, LanguageModel, ModelConfig, generate, init_cache, parse_pattern
 from twomamba_jax.generation import decode, decode_loop, prefill, prefill_pieces, seed
@@ -33,6 +33,7 @@ def full_logits(model, params, tokens):
     return model.apply({"params": params}, tokens)
 
 
+@pytest.mark.quick
 def test_greedy_takes_the_likeliest_token_of_the_full_forward_pass():
     """By induction over the tokens: each is the argmax after those before it, all read in one pass without a cache."""
     model, params = model_and_params("softmax,2mamba,mamba2")

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from models import config_of, model_of, params_of
+from support.models import config_of, model_of, params_of
 
 from twomamba_jax import (
     Execution,

@@ -7,6 +7,8 @@ import pytest
 
 from twomamba_jax import VARIANTS, MixerConfig, parse_pattern
 
+pytestmark = pytest.mark.quick
+
 # Rows of Tables 1 to 3 and Figures 2 to 5: test loss, the row that it is a change of, and the change.
 ABLATIONS = {
     "output-norm-relu": (3.06, "output-norm", {"activation": "relu"}),

@@ -26,6 +26,7 @@ from train.data.tokenizers import keep_tokenizer
 from train.errors import UserError, one_line
 from train.evaluation import evaluate
 from train.interruption import Interruption
+from train.layer_loop import choose_layer_loop, compiler_options
 from train.lock import WorkdirLock
 from train.observe.flops import peak_flops, training_flops_per_token
 from train.observe.meter import Meter
@@ -150,7 +151,9 @@ def build(config: ConfigDict, workdir: Path, mesh: Mesh, report: Callable[[str],
     except ValueError as error:
         # Tracing is where the library says that a form or an implementation cannot run this model.
         raise UserError(one_line(error)) from error
-    train_step = make_train_step(model, optimizer, schedule, abstract, mesh, **passes)
+    trained = choose_layer_loop(model, mesh)
+    options = compiler_options(trained, mesh)
+    train_step = make_train_step(trained, optimizer, schedule, abstract, mesh, **passes, compiler_options=options)
     begin = make_begin(optimizer, abstract)
     return Run(config, workdir, task, model, abstract, init, begin, train_step, eval_step, sharding, rows)
 

@@ -1,6 +1,6 @@
 """One training step and one evaluation step: `jax.jit` with shardings over the mesh."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -93,12 +93,14 @@ def make_train_step(
     mesh: Mesh,
     chunk_size: int | None = None,
     microbatches: int = 1,
+    compiler_options: Mapping[str, Any] | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
     """The jitted `step(state, batch) -> (state, metrics)`; the old state is donated.
 
-    `state` gives the shardings (abstract will do), `chunk_size` is that of `cross_entropy`. The loss is
-    sum(weight * nll) / sum(weight) over the whole batch, in however many `microbatches`. Where the loss or the norm of
-    its gradient is not finite, nothing but the counts of the state changes.
+    `state` gives the shardings (abstract will do), `chunk_size` is that of `cross_entropy`, `compiler_options` are
+    those of `jax.jit`. The loss is sum(weight * nll) / sum(weight) over the whole batch, in however many
+    `microbatches`. Where the loss or the norm of its gradient is not finite, nothing but the counts of the state
+    changes.
     metrics: loss, accuracy, grad_norm (before clipping), learning_rate, float32 scalars; skipped and skipped_in_a_row,
     those of the new state.
     """
@@ -147,6 +149,7 @@ def make_train_step(
         in_shardings=(shardings, batch_sharding(mesh)),
         out_shardings=(shardings, replicated),
         donate_argnums=0,
+        compiler_options=None if compiler_options is None else dict(compiler_options),
     )
 
 

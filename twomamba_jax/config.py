@@ -32,7 +32,7 @@ class MixerConfig:
       d_residual: adds D v to the output.
       z_gate: multiplies the output by silu(z), z a projection of the input.
       rope: rotary position embedding of q and k.
-      scale: factor on <q, k>; None is 1 / sqrt(K).
+      scale: factor on `<q, k>`; None is 1 / sqrt(K).
       qk_dim: K, the size of queries and keys; None is the model's head_dim, which is that of the values. A squared
         score's state has K (K + 1) / 2 x V numbers.
       half_lives: (shortest, longest) in tokens, of a learned bias per key/value head in the softplus decay,

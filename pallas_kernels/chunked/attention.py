@@ -29,7 +29,8 @@ from pallas_kernels.chunked.stages import Stages, StateArrays, States
 from pallas_kernels.device import in_32_bits
 from pallas_kernels.interpreter import interpreting
 from pallas_kernels.quadratic.attention import Attention, attend, differentiate
-from pallas_kernels.residuals import named
+from pallas_kernels.quadratic.context import Context
+from pallas_kernels.residuals import STATES, named, named_small
 
 STAGES = {"linear": LINEAR, "squared": SQUARED}
 
@@ -104,20 +105,26 @@ def chunked_attention(spec: ChunkedAttention, q, k, v, log_decay, run, initial: 
     return y[:, :tokens], final
 
 
-class _Call(NamedTuple):
-    """What both directions need of a call."""
+class _Around(NamedTuple):
+    """What both directions are told of decays and segments: inside the chunks, and between them."""
 
-    queries: Problem
-    keys: Problem
+    inside: Context
     weights: Weights
 
 
-def _call(spec, q, k, log_decay, run) -> _Call:
+@in_32_bits
+def _around(spec, q, k, log_decay, run) -> _Around:
+    batch, tokens, groups, chunk = *k.shape[:3], spec.chunk_of(q.shape[1])
+    split = functools.partial(_split, chunk)
+    inside = Context.make(split(log_decay), split(run), spec.inside.tiles(split(q)))
+    return _Around(inside, chunk_weights(log_decay, run, (batch, tokens, groups), chunk))
+
+
+def _problems(spec, q, k) -> list[Problem]:
+    """Of the queries' heads and of the keys'."""
     batch, tokens, heads, _ = q.shape
-    groups = k.shape[2]
-    chunk = spec.chunk_of(tokens)
-    problems = [Problem(batch, tokens, n, groups, chunk, spec.tiles, interpreting()) for n in (heads, groups)]
-    return _Call(*problems, chunk_weights(log_decay, run, (batch, tokens, groups), chunk))
+    groups, chunk = k.shape[2], spec.chunk_of(tokens)
+    return [Problem(batch, tokens, n, groups, chunk, spec.tiles, interpreting()) for n in (heads, groups)]
 
 
 def _states(spec: ChunkedAttention, added, keep, initial: StateArrays | None, reverse=False):
@@ -150,23 +157,26 @@ def _join(batch, x):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attention(spec: ChunkedAttention, q, k, v, log_decay, run, initial):
-    return _forward(spec, q, k, v, log_decay, run, initial)[:2]
+    y, final, *_ = _forward(spec, q, k, v, _around(spec, q, k, log_decay, run), initial)
+    return y, final
 
 
 def _attention_forward(spec: ChunkedAttention, q, k, v, log_decay, run, initial):
-    y, final, norm = _forward(spec, q, k, v, log_decay, run, initial)
+    around = named_small(_around(spec, q, k, log_decay, run))
+    y, final, norm, states = _forward(spec, q, k, v, around, initial)
     y, norm = named(y, norm)
-    return (y, final), (q, k, v, log_decay, run, initial, y, norm)
+    return (y, final), (q, k, v, around, initial, y, norm, states)
 
 
 @in_32_bits
-def _forward(spec: ChunkedAttention, q, k, v, log_decay, run, initial):
-    batch, inside, stages = q.shape[0], spec.inside.problem(q, k), spec.stages
-    queries, keys, weights = _call(spec, q, k, log_decay, run)
+def _forward(spec: ChunkedAttention, q, k, v, around: _Around, initial):
+    batch, inside, stages, weights = q.shape[0], spec.inside.problem(q, k), spec.stages, around.weights
+    queries, keys = _problems(spec, q, k)
     split = functools.partial(_split, queries.chunk)
-    y, norm = attend(spec.inside, *map(split, (q, k, v, log_decay, run)), save_norm=inside.normalize)
+    y, norm = attend(spec.inside, *map(split, (q, k, v)), around.inside, save_norm=inside.normalize)
     added = stages.add(keys, k, v, weights.reach, weights.reach)
     states, final = _states(spec, added, weights.keep, initial)
+    states = States(*named(*states, name=STATES))
     through, own = weights.through, {}
     if inside.normalize:
         own = {"own_norm": _join(batch, norm), "floor": inside.floor}
@@ -175,18 +185,17 @@ def _forward(spec: ChunkedAttention, q, k, v, log_decay, run, initial):
         through = jnp.broadcast_to(inside.output_scale * (1.0 if through is None else through), shape)
     y = stages.query(queries, q, states, through, y.reshape(q.shape), power=inside.query_power, **own)
     y, norm = y if inside.normalize else (y, None)
-    return y, final if spec.final_state else None, norm
+    return y, final if spec.final_state else None, norm, states
 
 
 @in_32_bits
 def _attention_backward(spec: ChunkedAttention, saved, cotangents):
-    q, k, v, log_decay, run, initial, y, norm = saved
+    q, k, v, around, initial, y, norm, states = saved
     dy, dfinal = cotangents
-    batch, inside, stages = q.shape[0], spec.inside.problem(q, k), spec.stages
-    queries, keys, weights = _call(spec, q, k, log_decay, run)
+    batch, inside, stages, weights = q.shape[0], spec.inside.problem(q, k), spec.stages, around.weights
+    queries, keys = _problems(spec, q, k)
     chunk, keep, reach = queries.chunk, weights.keep, weights.reach
     split = functools.partial(_split, chunk)
-    states, _ = _states(spec, stages.add(keys, k, v, reach, reach), keep, initial)
 
     # What reaches the states and the normalisers, with the scale that is left out of the features.
     shape = batch, q.shape[2], q.shape[1]
@@ -200,12 +209,12 @@ def _attention_backward(spec: ChunkedAttention, saved, cotangents):
     added = stages.add(queries, q, dy, through, to_normalizer)
     dstates, dinitial = _states(spec, added, keep, dfinal, reverse=True)
 
-    inputs = map(split, (q, k, v, log_decay, run, y))
     norms = None if norm is None else jnp.moveaxis(norm.reshape(*norm.shape[:2], -1, chunk), 2, 1)
     norms = None if norm is None else norms.reshape(-1, *norms.shape[2:])
-    dq, dk, dv, dlog_decay = differentiate(spec.inside, *inputs, norms, split(dy))
+    inputs = *map(split, (q, k, v)), around.inside, split(y), norms, split(dy)
+    dq, dk, dv, dlog_decay = differentiate(spec.inside, *inputs)
     dq, dk, dv = dq.reshape(q.shape), dk.reshape(k.shape), dv.reshape(v.shape)
-    has_decay, has_normalizer = log_decay is not None, inside.normalize or spec.final_state
+    has_decay, has_normalizer = dlog_decay is not None, inside.normalize or spec.final_state
     dv = stages.query(keys, k, dstates, reach, dv)
     ones = jnp.ones((batch, k.shape[2], k.shape[1]), jnp.float32)
     of_rows, of_columns = to_normalizer, ones if reach is None else reach
@@ -215,7 +224,7 @@ def _attention_backward(spec: ChunkedAttention, saved, cotangents):
     if has_decay:
         row_sums = rows[0].reshape(batch, k.shape[2], -1, q.shape[1]).sum(2)
         kept = keep * stages.inner(states, dstates, has_normalizer)
-        dlog_decay = dlog_decay.reshape(log_decay.shape) + decay_gradient(row_sums, columns[0], kept, chunk)
+        dlog_decay = dlog_decay.reshape(*k.shape[:2], -1) + decay_gradient(row_sums, columns[0], kept, chunk)
     return dq, dk, dv, dlog_decay, None, None if initial is None else dinitial
 
 

@@ -11,11 +11,12 @@ from pallas_kernels.device import device_kind, in_32_bits
 from pallas_kernels.interpreter import interpreting
 from pallas_kernels.quadratic.backward_keys import backward_keys
 from pallas_kernels.quadratic.backward_queries import backward_queries
+from pallas_kernels.quadratic.context import Context
 from pallas_kernels.quadratic.decay_gradient import decay_gradient
 from pallas_kernels.quadratic.forward import forward
-from pallas_kernels.quadratic.operands import LOG2E, Decay, Problem
+from pallas_kernels.quadratic.operands import LOG2E, Problem
 from pallas_kernels.quadratic.tuning import Tuning, tuning
-from pallas_kernels.residuals import named
+from pallas_kernels.residuals import named, named_small
 
 HEAD_DIMS = (64, 128)
 SCORES = ("linear", "squared", "exp")
@@ -102,12 +103,14 @@ def attention(attention: Attention, q, k, v, log_decay, run):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attention(attention: Attention, q, k, v, log_decay, run):
-    return attend(attention, q, k, v, log_decay, run, save_norm=False)[0]
+    context = Context.make(log_decay, run, attention.tiles(q))
+    return attend(attention, q, k, v, context, save_norm=False)[0]
 
 
 def _attention_forward(attention: Attention, q, k, v, log_decay, run):
-    y, norm = named(*attend(attention, q, k, v, log_decay, run, save_norm=attention.normalize))
-    return y, (q, k, v, log_decay, run, y, norm)
+    context = named_small(Context.make(log_decay, run, attention.tiles(q)))
+    y, norm = named(*attend(attention, q, k, v, context, save_norm=attention.normalize))
+    return y, (q, k, v, context, y, norm)
 
 
 def _attention_backward(attention: Attention, saved, dy):
@@ -115,7 +118,7 @@ def _attention_backward(attention: Attention, saved, dy):
 
 
 @in_32_bits
-def differentiate(attention: Attention, q, k, v, log_decay, run, y, norm, dy):
+def differentiate(attention: Attention, q, k, v, context: Context, y, norm, dy):
     """The gradients of q, k, v and log_decay, of rows whose weights sum to 2^norm [B, H, T] (None: not normalised)."""
     problem, tuning = attention.problem(q, k), attention.tiles(q)
     (batch, tokens, heads, _), kv_heads = q.shape, k.shape[2]
@@ -131,13 +134,13 @@ def differentiate(attention: Attention, q, k, v, log_decay, run, y, norm, dy):
         *(q, k, v, dy),
         _pad(norm, own),
         _pad(delta, own),
-        None if log_decay is None else Decay.make(log_decay, own),
-        None if run is None else _pad(first_visible(run), own, "edge"),
+        context.decay(own),
+        _pad(context.first_visible, own, "edge"),
         late_delta=tuning.keys.lean,
     )
 
     own = tuning.keys.own
-    decay = None if log_decay is None else Decay.make(log_decay, own)
+    decay = context.decay(own)
     logit = None if norm is None else -_pad(norm, own)
     if decay is not None:
         prefix = jnp.repeat(decay.prefix, heads // kv_heads, axis=1)
@@ -150,13 +153,13 @@ def differentiate(attention: Attention, q, k, v, log_decay, run, y, norm, dy):
         logit,
         _pad(delta, own),
         decay,
-        None if run is None else _pad(last_visible(run), own, "edge"),
+        _pad(context.last_visible, own, "edge"),
     )
 
     dlog_decay = None
-    if log_decay is not None:
+    if decay is not None:
         row_sums = row_sums[0][..., :tokens].reshape(batch, kv_heads, -1, tokens).sum(2)
-        dlog_decay = decay_gradient(row_sums, column_sums[0][..., :tokens], run)
+        dlog_decay = decay_gradient(row_sums, column_sums[0][..., :tokens], context.run)
     return dq, dk, dv, dlog_decay
 
 
@@ -164,7 +167,7 @@ _attention.defvjp(_attention_forward, _attention_backward)
 
 
 @in_32_bits
-def attend(attention: Attention, q, k, v, log_decay, run, save_norm: bool):
+def attend(attention: Attention, q, k, v, context: Context, save_norm: bool):
     """y, and log2 of the sums of its rows' weights [B, H, T] float32 (+inf where y is 0) if `save_norm`, or None."""
     tuning = attention.tiles(q)
     own = tuning.forward.own
@@ -173,25 +176,11 @@ def attend(attention: Attention, q, k, v, log_decay, run, save_norm: bool):
         tuning.forward,
         tuning.programs,
         *(q, k, v),
-        None if log_decay is None else Decay.make(log_decay, own),
-        None if run is None else _pad(first_visible(run), own, "edge"),
+        context.decay(own),
+        _pad(context.first_visible, own, "edge"),
         save_norm=save_norm,
     )
     return y, norm[0][..., : q.shape[1]] if norm else None
-
-
-def first_visible(run):
-    """[B, T] int32: the first token of each token's segment."""
-    token = jnp.arange(run.shape[1], dtype=jnp.int32)
-    starts = jnp.pad(run[:, 1:] != run[:, :-1], ((0, 0), (1, 0)))
-    return jax.lax.cummax(jnp.where(starts, token, 0), axis=1)
-
-
-def last_visible(run):
-    """[B, T] int32: the last token of each token's segment."""
-    token = jnp.arange(run.shape[1], dtype=jnp.int32)
-    ends = jnp.pad(run[:, 1:] != run[:, :-1], ((0, 0), (0, 1)))
-    return jax.lax.cummin(jnp.where(ends, token, run.shape[1] - 1), axis=1, reverse=True)
 
 
 def _pad(x, block: int, mode="constant"):

@@ -3,15 +3,15 @@
 import flax.linen as nn
 import jax
 import pytest
-from exhaustive import EXHAUSTIVE
 from jax.sharding import AbstractMesh, AxisType
-from models import config_of
+from support.exhaustive import EXHAUSTIVE
+from support.models import config_of
 
 from train.sharding import MESH_AXES, ONE_ROW_RULES, RULES
 from twomamba_jax import init_cache
 
 ROUNDING = 32  # as in test_model_variants.py
-NAMES = ["2mamba", "2mamba-e", "softmax", *(["mamba2"] if EXHAUSTIVE else [])]  # as in decoding.py
+NAMES = ["2mamba", "2mamba-e", *(["softmax", "mamba2"] if EXHAUSTIVE else [])]  # as in decoding.py
 
 
 @pytest.fixture(scope="module")

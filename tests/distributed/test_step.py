@@ -16,7 +16,7 @@ def in_loops(collectives, loop: bool):
     return [(one["kind"], size) for one in collectives if one["loop"] == loop for _, size in one["arrays"]]
 
 
-@pytest.mark.parametrize("mesh", ["rows", "all axes"])
+@pytest.mark.parametrize("mesh", ["rows", "all axes", "one pass"])
 def test_the_mesh_changes_the_rounding_of_the_loss_alone(found, mesh):
     for figures, expected in zip(found[mesh]["figures"], found["alone"], strict=True):
         np.testing.assert_allclose(figures, expected, rtol=0, atol=1e-6 * np.abs(expected).max())
@@ -37,6 +37,10 @@ def test_a_vocabulary_over_devices_costs_a_chunk_its_dx_and_a_few_numbers_a_toke
     sizes = in_loops(found["all axes"]["collectives"], True)
     assert {kind for kind, _ in sizes} == {"all-reduce"}
     assert sorted(size for _, size in sizes) == [CHUNK] * 4 + [CHUNK * WIDTH]
+    # In one pass each device's part of a row is gathered, not summed: four numbers for each of two devices.
+    *parts, largest = sorted(size for _, size in in_loops(found["one pass"]["collectives"], True))
+    assert largest == CHUNK * WIDTH
+    assert max(parts) <= 2 * CHUNK
 
 
 def test_microbatches_change_the_rounding_alone(found):

@@ -10,12 +10,12 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracle
 import pytest
-from chunked_cases import Case, assert_near, normal
-from hopper import HOPPER, on_two_devices
 from jax.sharding import AxisType, PartitionSpec
-from ladder import LADDER, ladder_inputs, relative_rms
+from support import oracle
+from support.chunked_cases import Case, assert_near, normal
+from support.hopper import HOPPER, on_two_devices
+from support.ladder import LADDER, ladder_inputs, relative_rms
 
 from twomamba_jax import decay_attention
 

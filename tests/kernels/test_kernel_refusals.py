@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
-from kernel_cases import Case
+from support.kernel_cases import Case
 
 from pallas_kernels import device
 from pallas_kernels.interpreter import interpreted
@@ -17,6 +17,8 @@ from pallas_kernels.quadratic import tuning as tuning_module
 from pallas_kernels.quadratic.tuning import Tiles, tuning
 from twomamba_jax import decay_attention, decay_attention_step, init_state
 from twomamba_jax.ops import dispatch
+
+pytestmark = pytest.mark.quick
 
 CALL = Case(tokens=9).call()  # a head dim of 64, two query heads to one of keys
 

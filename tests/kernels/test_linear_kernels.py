@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from chunked_cases import assert_near, normal, wide
+from support.chunked_cases import assert_near, normal, wide
 
 from pallas_kernels.chunked.linear_gradient import gradient
 from pallas_kernels.chunked.linear_query import query

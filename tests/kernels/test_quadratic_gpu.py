@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import pairwise
-from hopper import HOPPER, on_two_devices
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from kernel_cases import INPUTS, Case, U, assert_close
+from support.cases import pairwise
+from support.hopper import HOPPER, on_two_devices
+from support.kernel_cases import INPUTS, Case, U, assert_close
 
 from twomamba_jax import decay_attention
 from twomamba_jax.ops import dispatch

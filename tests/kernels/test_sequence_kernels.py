@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from chunked_cases import normal
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
+from support.chunked_cases import normal
+from support.exhaustive import EXHAUSTIVE
 
 from pallas_kernels.chunked import attention
 from pallas_kernels.chunked.attention import ChunkedAttention, StateArrays
@@ -30,7 +31,9 @@ def enter(weights, added, initial, reverse):
     return jax.tree.map(lambda *x: jnp.stack(x[::-1] if reverse else x), start, passed)
 
 
-@pytest.mark.parametrize(("score", "reverse"), [("squared", False), ("squared", True), ("linear", True)])
+@pytest.mark.parametrize(
+    ("score", "reverse"), [("squared", False), ("linear", True), ("squared", True)][: None if EXHAUSTIVE else 2]
+)
 def test_the_states_of_two_devices_are_those_of_one(score, reverse):
     """Before each chunk and after the last, from a state: of a sequence on one device, and of its halves on two."""
     x, values = normal(0, 1, TOKENS, 1, 64), normal(1, 1, TOKENS, 1, 64)

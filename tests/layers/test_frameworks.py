@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from models import model_of
+from support.models import model_of
 
 PAGE = (Path(__file__).parents[2] / "docs" / "frameworks.md").read_text()
 EXAMPLES = dict(re.findall(r"## ([^\n]+)\n.*?```python\n(.*?)```", PAGE, re.DOTALL))

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from models import model_of, params_of
+from support.exhaustive import EXHAUSTIVE
+from support.models import model_of, params_of
 
 from twomamba_jax import VARIANTS, Execution, RMSNorm, init_cache
 from twomamba_jax.layers import Block, mixer
@@ -91,7 +92,7 @@ def test_no_gradient_crosses_the_edge_of_a_document():
     assert (size[4:9] > 1e-4).all()
 
 
-@pytest.mark.parametrize("param_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("param_dtype", ["float32", "bfloat16"] if EXHAUSTIVE else ["bfloat16"])
 def test_gradients_of_a_frequent_token_add_up(param_dtype):
     """Over 1024 tokens, in bfloat16: a sum in it would stand still at 256 times what it adds."""
     tokens = jnp.full((1, 1024), 3)
@@ -118,16 +119,17 @@ def test_remat_changes_memory_alone(scan_layers):
 
     plain = model_of("linear", 4)
     params, found = params_of(plain), {}
-    for remat in ("none", "dots", "full"):
+    names = ("none", "dots", "full") if scan_layers is None or EXHAUSTIVE else ("none", "full")
+    for remat in names:
         model = model_of("linear", 4, remat=remat, scan_layers=scan_layers)
         assert jax.tree.structure(params_of(model)) == jax.tree.structure(params)
         program = jax.jit(jax.value_and_grad(functools.partial(loss, model))).lower(params).compile()
         found[remat] = program(params), program.memory_analysis().temp_size_in_bytes
-    for remat in ("dots", "full"):
+    for remat in names[1:]:
         jax.tree.map(assert_close, found[remat][0], found["none"][0])
-    none, dots, full = (temporary for _, temporary in found.values())
-    assert none > (2 if scan_layers is None else 1.5) * dots
-    assert dots > 1.2 * full
+    none, *dots, full = (temporary for _, temporary in found.values())
+    assert none > (2 if scan_layers is None else 1.5) * (dots or [1.2 * full])[0]
+    assert not dots or dots[0] > 1.2 * full
 
 
 @pytest.mark.parametrize(
@@ -231,7 +233,7 @@ def test_bad_tokens_are_refused(tokens):
 
 def test_execution_refuses_what_it_does_not_know():
     for wrong, message in (
-        ({"remat": True}, "remat=True is unknown: expected one of none, dots, full"),
+        ({"remat": True}, "remat=True is unknown: expected one of none, states, dots, full"),
         ({"scan_layers": 0}, "scan_layers=0 must be None, True or False"),
         ({"form": "fast"}, "form='fast' is unknown: expected None or one of parallel, chunked, recurrent"),
         ({"implementation": "triton"}, "implementation='triton' is unknown"),

@@ -11,6 +11,8 @@ import pytest
 
 from twomamba_jax import VARIANTS, Execution, Mixer
 
+pytestmark = pytest.mark.quick
+
 T, E, H, G, K = 9, 12, 4, 2, 6  # grouped heads: query head h reads key/value head h // 2
 
 

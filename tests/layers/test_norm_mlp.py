@@ -11,6 +11,8 @@ import pytest
 from twomamba_jax import RMSNorm, SwiGLU
 from twomamba_jax.layers.projection import product
 
+pytestmark = pytest.mark.quick
+
 
 @pytest.mark.parametrize(("axes", "dims"), [(("embed",), (-1,)), (("heads", "head_dim"), (-2, -1))])
 def test_rms_norm(axes, dims):

@@ -12,10 +12,10 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracle
 import pytest
-from cases import Case, pairwise
-from exhaustive import EXHAUSTIVE
+from support import oracle
+from support.cases import Case, pairwise
+from support.exhaustive import EXHAUSTIVE
 
 from twomamba_jax import FiniteState, KeyValueCache, decay_attention, decay_attention_step
 
@@ -255,6 +255,7 @@ def test_calls_with_the_state_between_are_one(score, row):
         assert relative_error(gradient, want_gradients[name]) < 1e-11, name
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("score", ["linear", "squared", "exp"])
 @pytest.mark.parametrize("normalize", [True, False])
 def test_steps_equal_the_whole_sequence(score, normalize):

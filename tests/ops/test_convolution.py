@@ -7,6 +7,8 @@ import pytest
 
 from twomamba_jax import causal_convolution
 
+pytestmark = pytest.mark.quick
+
 BATCH, TOKENS, CHANNELS = 3, 11, (2, 3)
 
 

@@ -5,13 +5,15 @@ import logging
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracle
 import pytest
-from cases import Case
+from support import oracle
+from support.cases import Case
 
 from twomamba_jax import decay_attention, decay_attention_step, init_state, state_bytes
 from twomamba_jax.ops import dispatch, xla
 from twomamba_jax.ops.score import features, num_features
+
+pytestmark = pytest.mark.quick
 
 
 def arrays(**settings):

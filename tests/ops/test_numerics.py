@@ -6,11 +6,11 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracle
 import pytest
-from cases import Case
-from exhaustive import EXHAUSTIVE
-from ladder import LADDER, ladder_inputs, relative_rms
+from support import oracle
+from support.cases import Case
+from support.exhaustive import EXHAUSTIVE
+from support.ladder import LADDER, ladder_inputs, relative_rms
 
 from twomamba_jax import decay_attention, decay_attention_step, init_state
 from twomamba_jax.ops.decay import pairwise_decay, pairwise_log_decay

@@ -6,9 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from models import model_of, params_of
+from support.models import model_of, params_of
 
 from twomamba_jax import VARIANTS, Mixer, causal_convolution, decay_attention
+
+pytestmark = pytest.mark.quick
 
 LENGTHS = jnp.array([4, 0, 7])
 PADDING = np.arange(7) >= np.asarray(LENGTHS)[:, None]

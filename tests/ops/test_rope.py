@@ -6,6 +6,8 @@ import pytest
 
 from twomamba_jax.ops.rope import apply_rope
 
+pytestmark = pytest.mark.quick
+
 
 def test_turns_interleaved_pairs_by_complex_multiplication():
     rng = np.random.default_rng(0)

@@ -13,10 +13,12 @@ import sentencepiece
 import tokenizers
 
 import train
+from train import loop
 from train.data.corpus import read_corpus
 from train.main import main
 from train.observe.meter import COSTS
 from train.observe.metrics import read_metrics
+from train.step import TrainState
 
 # Where `python -m train.main` works: the directory that holds the package under test.
 ROOT = Path(train.__file__).parents[1]
@@ -36,6 +38,7 @@ TINY = {
     "eval_rows": 6,
     "checkpoint_every": 4,
     "sample.tokens": 8,
+    "execution.remat": "none",  # less to compile
 }
 
 
@@ -65,6 +68,36 @@ def compilation_cache(tmp_path_factory):
     yield keys
     for key, value in before.items():
         jax.config.update(key, value)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def traced_once():
+    """Runs of one configuration in one process share their jitted functions, and so what JAX has traced of them."""
+
+    def remembered(function, key=lambda *arguments: arguments):
+        results = {}
+
+        def call(*arguments, **options):
+            place = key(*arguments), *sorted(options.items())
+            if place not in results:
+                results[place] = function(*arguments, **options), arguments  # which stay, or an id were another's
+            return results[place][0]
+
+        return call
+
+    def schedule_key(config):
+        return str(config.optimizer.to_dict()), config.steps if config.optimizer.decay_steps is None else None
+
+    def with_state(*arguments):
+        return tuple(id(x) if isinstance(x, TrainState) else x for x in arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "build_schedule", remembered(loop.build_schedule, schedule_key))
+        patch.setattr(loop, "make_optimizer", remembered(loop.make_optimizer))
+        patch.setattr(loop, "make_init", remembered(loop.make_init))
+        for name in ("make_eval_step", "make_train_step"):
+            patch.setattr(loop, name, remembered(getattr(loop, name), with_state))
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -108,10 +141,11 @@ def user_error(capsys):
 @pytest.fixture(scope="session")
 def start(compilation_cache):
     """A function that starts the command line in a process of its own."""
-    environment = os.environ | {key.upper(): str(value) for key, value in compilation_cache.items()}
-    environment["JAX_ENABLE_COMPILATION_CACHE"] = "1"
+    variables = {key.upper(): str(value) for key, value in compilation_cache.items()}
+    variables["JAX_ENABLE_COMPILATION_CACHE"] = "1"
 
     def run(arguments: list[str]) -> subprocess.Popen[str]:
+        environment = os.environ | variables
         command = [sys.executable, "-m", "train.main", *arguments]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         return subprocess.Popen(command, cwd=ROOT, env=environment, text=True, **pipes)

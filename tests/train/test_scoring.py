@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from models import model_of, params_of
+from support.models import model_of, params_of
 
 from train.data.tokenizers import load_tokenizer
 from train.evaluate import main

@@ -13,17 +13,24 @@ from twomamba_jax.ops.dispatch import FORMS, IMPLEMENTATIONS
 from twomamba_jax.ops.integers import checked_integer
 
 # What is dear to compute and linear in T: products without a batch dimension, which are the projections, and what the
-# attention kernels need again. Products with one are the scores and weighted values of every row and head; to keep
-# these too, as JAX's `dots_saveable` does, is to keep what is quadratic in T.
-DEAR = jax.checkpoint_policies.save_from_both_policies(
-    jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    jax.checkpoint_policies.save_only_these_names(residuals.NAME),
-)
+# attention kernels need again; and what is small (`ops.kept`). Products with one are the scores and weighted values of
+# every row and head; to keep these too, as JAX's `dots_saveable` does, is to keep what is quadratic in T.
+DOTS = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+NAMES = residuals.NAME, residuals.SMALL
+
+
+def keeping(*names: str):
+    """The policy that keeps `DOTS` and what has one of these names."""
+    return jax.checkpoint_policies.save_from_both_policies(DOTS, jax.checkpoint_policies.save_only_these_names(*names))
+
+
+DEAR = keeping(*NAMES)
 
 # From a block to one that computes again, in the backward pass, what it has not kept. Outside of a loop over layers
 # `prevent_cse` has to keep XLA from using what was computed before.
 REMATS = {
     "none": lambda block, prevent_cse: block,
+    "states": functools.partial(nn.remat, policy=keeping(*NAMES, residuals.STATES)),
     "dots": functools.partial(nn.remat, policy=DEAR),
     "full": nn.remat,
 }
@@ -37,10 +44,11 @@ class Execution:
       dtype: of activations and matrix products. Norms, decays, states and logits are float32 or wider all the same.
       param_dtype: of the parameters.
       remat: what of each block is computed again in the backward pass instead of being kept: "none", "dots" (all but
-        the results of projections and attention kernels), or "full" (all).
+        the results of projections and attention kernels, and what is small), "states" (the same, but for the states
+        between chunks of the linear-time kernels: 336 bytes a token and head of 64 of squared scores), or "full" (all).
       scan_layers: whether layers run in a loop over their parameters, so that compilation time does not grow with
-        depth, or one after the other, as `decode` has them on a GPU by None: there that is faster, but takes a copy of
-        the layers' parameters.
+        depth, or one after the other, which is faster on a GPU. None: a loop, but for `decode` and most training
+        steps (train/layer_loop.py) on GPUs. `decode` takes a copy of the layers' parameters for it.
       form: as in `decay_attention`.
       chunk_size: as in `decay_attention`.
       implementation: as in `decay_attention`.
@@ -53,7 +61,7 @@ class Execution:
 
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
-    remat: Literal["none", "dots", "full"] = "none"
+    remat: Literal["none", "states", "dots", "full"] = "none"
     scan_layers: bool | None = None
     form: str | None = None
     chunk_size: int | None = None

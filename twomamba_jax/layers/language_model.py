@@ -14,6 +14,7 @@ from twomamba_jax.layers.mlp import PROJECTION_INIT, SwiGLU
 from twomamba_jax.layers.norm import RMSNorm
 from twomamba_jax.layers.partitioning import with_logical_axes
 from twomamba_jax.layers.tokens import as_tokens
+from twomamba_jax.ops.kept import kept
 from twomamba_jax.ops.numerics import accumulation_dtype
 from twomamba_jax.ops.segments import valid_tokens
 from twomamba_jax.shapes import Array, Float, Lengths, SegmentIds, Tokens
@@ -61,7 +62,8 @@ class Block(nn.Module):
             cache_is_empty=self.cache_is_empty,
             appends=False,
         )
-        x = nn.with_logical_constraint(x + mixed, ("batch", "length", "embed"))
+        # Kept in the place of `mixed`, which only this sum needs.
+        x = kept(nn.with_logical_constraint(x + mixed, ("batch", "length", "embed")))
         if config.mlp_dim:
             x = x + SwiGLU(config.mlp_dim, dtype, param_dtype, name="mlp")(RMSNorm(name="mlp_norm", **norm)(x))
             x = nn.with_logical_constraint(x, ("batch", "length", "embed"))

@@ -7,13 +7,14 @@ import jax
 import jax.numpy as jnp
 
 from twomamba_jax.layers.partitioning import with_logical_axes
+from twomamba_jax.ops.kept import kept
 from twomamba_jax.ops.numerics import accumulation_dtype
 
 
 def divide_by_rms(x: jax.Array, rank: int, eps: float) -> jax.Array:
     """x / sqrt(mean(x^2) + eps), the mean over the last `rank` dimensions, in float32 or wider."""
     wide = x.astype(accumulation_dtype(x.dtype))
-    return wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=tuple(range(-rank, 0)), keepdims=True) + eps)
+    return wide * jax.lax.rsqrt(kept(jnp.mean(wide * wide, axis=tuple(range(-rank, 0)), keepdims=True) + eps))
 
 
 class RMSNorm(nn.Module):

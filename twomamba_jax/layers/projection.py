@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from twomamba_jax.layers.partitioning import with_logical_axes
+from twomamba_jax.ops.kept import kept_cast
 from twomamba_jax.ops.numerics import broadcast_parameter
 
 
@@ -65,7 +66,7 @@ class Projection(nn.Module):
         init = uniform(math.prod(in_dims))
         kernel_init = with_logical_axes(self.kernel_init or init, (*self.in_axes, *self.out_axes))
         kernel = self.param("kernel", kernel_init, (*in_dims, *self.out_dims), self.param_dtype)
-        y = product(x.astype(self.dtype), kernel.astype(self.dtype), rank)
+        y = product(x.astype(self.dtype), kept_cast(kernel, self.dtype), rank)
         if not self.use_bias:
             return y
         bias_init = with_logical_axes(init, self.out_axes)

@@ -57,10 +57,10 @@ def decay_attention(
       v: values [B, T, G, V].
       log_decay: [B, T, G], natural log of the decay of each token, <= 0; float32 or float64, summed in float32
         or q's wider dtype. None: no decay. Below -128 it acts as -128, which is 0 in float32.
-      score: `linear`, `squared` or `exp`. `linear` with `normalize` asks for non-negative <q, k>.
+      score: `linear`, `squared` or `exp`. `linear` with `normalize` asks for non-negative `<q, k>`.
       normalize: whether rows are divided by the sum of their weights. A row whose weights sum to less than 2^-100 is
         0, and so are its gradients.
-      scale: factor on <q, k>; None is 1 / sqrt(K).
+      scale: factor on `<q, k>`; None is 1 / sqrt(K).
       segment_ids: [B, T] integers; a maximal run of equal ids is a segment, and nothing crosses its edge.
       lengths: [B] integers, the tokens that count in each (right-padded) row. Outputs at padding are 0, and padding,
         which may hold anything, enters no state and no gradient.

@@ -1,0 +1,111 @@
+"""`benchmarks/ladder.py`: a row that is trained, and which rows are trained, chosen and shown."""
+
+import dataclasses
+import importlib
+import json
+import sys
+
+import numpy as np
+import pytest
+
+from configs import base
+from train.data.tokenized import Split
+
+TINY = {"d_model": 8, "num_layers": 1, "num_heads": 1, "head_dim": 4, "mlp_dim": 8, "vocab_size": 257}
+
+
+@pytest.fixture
+def ladder(monkeypatch):
+    """The script as a module."""
+    return importlib.import_module("ladder")
+
+
+@pytest.fixture
+def pretended(ladder, monkeypatch):
+    """Rows in the order in which they are asked for; their losses by (variant, rate), on both halves, and the seed."""
+    asked, losses = [], {}
+
+    def train_row(row, place):
+        asked.append((row.variant, row.learning_rate, row.seed))
+        chosen, reported = losses[row.variant, row.learning_rate]
+        found = dataclasses.asdict(row) | {
+            "losses": [chosen, reported + 0.01 * row.seed], "curve": [[8, 3.0], [16, reported]], "train_loss": 1.0,
+            "parameters": 1234, "state_bytes": 5678, "tokens_per_second": 1e5, "memory_peak_bytes": 2**30,
+            "workers": 0, "identity": {"digest": "d1"}, "commit": place.commit, "device": "abacus", "versions": {},
+        }  # fmt: skip
+        place.result(row).parent.mkdir(parents=True, exist_ok=True)
+        place.result(row).write_text(json.dumps(found))
+
+    monkeypatch.setattr(ladder, "train_row", train_row)
+    return asked, losses
+
+
+def test_row_is_trained_and_leaves_its_figures_alone(ladder, monkeypatch, tmp_path):
+    monkeypatch.setitem(base.SIZES, "nano", TINY)
+    for number in range(60):
+        (tmp_path / f"file{number}.py").write_text(f"def f{number}(x):\n    return x + {number}\n")
+    row = ladder.Row("stdlib", "nano", "2mamba-long", 1e-3, seed=3, steps=2)
+    place = ladder.Place(tmp_path / "out", root=tmp_path, commit="c0ffee")
+    ladder.train_row(row, place)
+    found = place.read(row)
+    assert ladder.Row(**{field.name: found[field.name] for field in dataclasses.fields(row)}) == row
+    assert found["losses"] == pytest.approx([np.log(257)] * 2, abs=0.3)
+    assert found["losses"][0] != found["losses"][1]
+    assert [tokens for tokens, _ in found["curve"]] == [2 * 8 * 256]
+    # Embedding and head, norms, MLP, four projections, convolutions of width 2 with their biases, decay and its bias.
+    assert found["parameters"] == 2 * 257 * 8 + 3 * 8 + 3 * 64 + 4 * 32 + 3 * 12 + 8 + 1
+    assert (found["commit"], found["skipped"]) == ("c0ffee", 0)
+    assert [path.name for path in (tmp_path / "out").rglob("*") if path.is_file()] == [f"{row.name}.json"]
+
+
+def test_halves_hold_every_document_once(ladder):
+    split = Split(np.arange(9), np.array([0, 2, 5, 9]), num_bytes=9)
+    even, odd = sys.modules["ladder_row"].halves(split)
+    assert even.tokens.tolist() == [0, 1, 5, 6, 7, 8]
+    assert (even.starts.tolist(), odd.starts.tolist(), odd.tokens.tolist()) == ([0, 2, 6], [0, 3], [2, 3, 4])
+
+
+def test_killed_ladder_goes_on_and_chooses_by_one_half(ladder, pretended, tmp_path, capsys, monkeypatch):
+    asked, losses = pretended
+    losses |= {("softmax", 1e-3): (2.0, 2.5), ("softmax", 2e-3): (2.1, 2.2)}
+    losses |= {("2mamba", 1e-3): (2.4, 2.3), ("2mamba", 2e-3): (2.2, 2.6)}
+    command = ["--out", str(tmp_path), "--workers", "0", "--variants", "softmax", "2mamba", "--seeds", "0", "1"]
+    command += ["--learning_rates", "1e-3", "2e-3", "--commit", "c0ffee"]
+
+    def killed(row, place, train=ladder.train_row):
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        train(row, place)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ladder, "train_row", killed)
+        with pytest.raises(KeyboardInterrupt):
+            ladder.main(command)
+    assert ladder.main(command) == 0
+    first = [("softmax", 1e-3, 0), ("2mamba", 1e-3, 0), ("softmax", 2e-3, 0), ("2mamba", 2e-3, 0)]
+    assert asked == [*first, ("softmax", 1e-3, 1), ("2mamba", 2e-3, 1)]
+    assert ladder.main(command) == 0
+    assert len(asked) == 6
+
+    text = capsys.readouterr().out
+    assert "| softmax | 0.001 | 2 | 2 | 2.5050 | 0.0071 | +0.0000 | 1,234 | 5,678 | 100,000 | 1.00 |" in text
+    assert "| 2mamba | 0.002 | 2 | 2 | 2.6050 | 0.0071 | +0.1000 |" in text
+    assert "| softmax | 0.002 | 0 | 2.1000 | 2.2000 | 1.0000 | c0ffee |" in text
+    assert "SHA-256 d1. On abacus" in text
+    names = {path.name for path in tmp_path.glob("*.*")}
+    assert names == {f"stdlib-nano-400{end}" for end in (".md", "-tokens.png", "-losses.png")}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--variants", "softmaxx"], "--variants: unknown variant 'softmaxx': did you mean 'softmax'?"),
+        (["--learning_rates", "0"], "--steps and --learning_rates must be positive"),
+        (["--seeds", "-1"], "--workers and --seeds not negative"),
+    ],
+)
+def test_mistakes_are_one_line(ladder, tmp_path, capsys, options, message):
+    assert ladder.main(["--out", str(tmp_path), *options]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1

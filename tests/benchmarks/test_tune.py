@@ -1,0 +1,50 @@
+"""`benchmarks/tune.py` with made-up times: what it chooses, refuses and writes."""
+
+import importlib
+import runpy
+import shutil
+import sys
+
+import jax.numpy as jnp
+import pytest
+
+from pallas_kernels.quadratic import table
+
+
+@pytest.fixture
+def tune(monkeypatch, tmp_path):
+    """The script as a module, on "a GPU", with a copy of the table to write."""
+    module = importlib.import_module("tune")
+    monkeypatch.setattr(module, "unsupported_device", lambda: None)
+    monkeypatch.setattr(module, "device_kind", lambda: "a GPU")
+    monkeypatch.setattr(module, "TOTAL", 2048)
+    monkeypatch.setattr(module.table, "__file__", shutil.copy(table.__file__, tmp_path / "table.py"))
+    return module
+
+
+def test_writes_the_fastest_tiles_that_agree(tune, monkeypatch, tmp_path, capsys):
+    def measure(score, tiles, inputs):
+        wrong = tiles[0]["stages"] == 4  # the fastest forward kernel
+        times = {kernel: 1 / kind["stages"] for kernel, kind in zip(tune.KERNELS, tiles, strict=True)}
+        return times, [jnp.full((3,), 2.0 if wrong else 1.0)]
+
+    monkeypatch.setattr(tune, "measure", measure)
+    monkeypatch.setattr(
+        sys, "argv", ["tune.py", "--scores", "squared", "--head_dims", "64", "--tokens", "1024", "2048"]
+    )
+    tune.main()
+
+    written = runpy.run_path(str(tmp_path / "table.py"))["TABLE"]
+    new = {key: written.pop(key) for key in list(written) if key[0] == "a GPU"}
+    assert written == table.TABLE
+    assert list(new) == [("a GPU", "squared", 64, tokens) for tokens in (1024, 2048)]
+    for forward, queries, keys in new.values():
+        assert (forward["stages"], queries["stages"], keys["stages"]) == (3, 4, 4)
+    assert "REFUSED: differs from the first" in capsys.readouterr().out
+
+
+def test_without_a_gpu_it_says_so(tune, monkeypatch):
+    monkeypatch.setattr(tune, "unsupported_device", lambda: "it needs a GPU")
+    monkeypatch.setattr(sys, "argv", ["tune.py"])
+    with pytest.raises(SystemExit, match="nothing to tune here: it needs a GPU"):
+        tune.main()
