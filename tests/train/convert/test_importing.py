@@ -28,7 +28,7 @@ from twomamba_jax import ModelConfig, init_cache, parse_pattern
 from twomamba_jax.layers.execution import Execution
 from twomamba_jax.layers.language_model import Block
 
-GOLDEN = Path(__file__).parents[1] / "golden"
+GOLDEN = Path(__file__).parents[2] / "golden"
 CHECKPOINT = GOLDEN / "authors_2mamba"
 EXPECTED = np.load(CHECKPOINT / "expected.npz")
 
@@ -410,7 +410,7 @@ def test_wrong_command_line_is_one_line(capsys):
 
 def test_run_of_before_the_output_norms_epsilon_resumes(tmp_path):
     """A key that config.json does not have is None; any other value is another run."""
-    workdir, config = tmp_path / "run", load_config(str(Path(__file__).parents[2] / "configs" / "2mamba.py"))
+    workdir, config = tmp_path / "run", load_config(str(Path(__file__).parents[3] / "configs" / "2mamba.py"))
     claim(workdir, config, {"digest": "x"})
     saved = json.loads((workdir / "config.json").read_text())
     del saved["model"]["output_norm_eps"]

@@ -20,7 +20,7 @@ from train.convert.writing import Output, write_tensors
 from train.errors import UserError
 from twomamba_jax import ModelConfig, parse_pattern
 
-CHECKPOINT = Path(__file__).parents[1] / "golden" / "authors_2mamba"
+CHECKPOINT = Path(__file__).parents[2] / "golden" / "authors_2mamba"
 SIZES = {"vocab_size": 7, "d_model": 12, "num_heads": 2, "head_dim": 6, "mlp_dim": 10}
 
 
