@@ -1,17 +1,23 @@
 """The figures of a run's model on a split of its data, or of other data: `python -m train.evaluate --workdir DIR`."""
 
+from train.keyboard import INTERRUPTED, interrupts_raised, take_interrupts
+
+if __name__ == "__main__":
+    take_interrupts()  # before the imports below, which take seconds
+
 import argparse
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 
 from configs import base
+from train.command_line import Parser, warn
 from train.compilation_cache import keep_programs
 from train.configuration import apply_overrides, validate
 from train.cross_entropy import Sums
@@ -24,7 +30,7 @@ from train.evaluation import ContextLosses, evaluate, token_losses
 from train.harness import run_tasks
 from train.output import lenient_output
 from train.paths import expand_user
-from train.restore import build_anywhere, restore_on_one_device
+from train.restore import build_anywhere, read_saved_config, restore_on_one_device
 from train.scoring import Scorer
 
 DESCRIPTION = """\
@@ -35,14 +41,6 @@ on stderr and exit status 2."""
 
 OVERRIDE = "--config."
 OVERRIDABLE = ("data.", "length", "batch_size")
-
-
-class Parser(argparse.ArgumentParser):
-    """Reports a wrong command line as one line, without the usage above it."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raises UserError."""
-        raise UserError(f"{message}; see --help")
 
 
 def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[tuple[str, str]]]:
@@ -78,11 +76,9 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[tuple[str,
 def read_config(workdir: Path) -> ConfigDict:
     """The configuration of the run in `workdir`, with the types that overrides need. Raises UserError without a run."""
     try:
-        saved = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
+        saved = read_saved_config(workdir)
         config = base.get_config(name=saved["name"], variant=saved["variant"], size="nano")
-    except FileNotFoundError as error:
-        raise UserError(f"there is no run in {workdir}: it has no config.json") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"cannot read {workdir / 'config.json'}: {one_line(error)}") from error
     for key, value in saved.items():
         group = isinstance(value, dict)
@@ -149,11 +145,6 @@ def _split(task: Task, name: str) -> tuple[Any, float | None]:
     return task.train, None if documents is None else documents.targets_per_byte
 
 
-def warn(text: str) -> None:
-    """Says what a user should know, and the program goes on in spite of."""
-    print(f"warning: {text}", file=sys.stderr)
-
-
 def show(figures: dict[str, Any]) -> None:
     """Prints the figures as two tables."""
     if "tasks" in figures:
@@ -179,13 +170,14 @@ def main(arguments: Sequence[str]) -> int:
     try:
         options, overrides = parse(arguments)
         keep_programs(warn)
-        figures = (evaluate_tasks if options.tasks else evaluate_run)(options, overrides)
+        with interrupts_raised():
+            figures = (evaluate_tasks if options.tasks else evaluate_run)(options, overrides)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        return 130
+        return INTERRUPTED
     print(json.dumps(figures, default=str)) if options.json else show(figures)
     return 0
 

@@ -7,7 +7,6 @@ if __name__ == "__main__":
 
 import argparse
 import io
-import json
 import os
 import sys
 import time
@@ -19,11 +18,12 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from train.command_line import Parser, warn
 from train.compilation_cache import keep_programs
 from train.data.contents import check_text, decode_text
 from train.data.tokenizers import load_kept_tokenizer
 from train.errors import UserError
-from train.restore import build_anywhere, restore_on_one_device
+from train.restore import build_anywhere, read_saved_config, restore_on_one_device
 from twomamba_jax.generation import decode, fork, prefill, seed
 from twomamba_jax.layers import LanguageModel, init_cache
 from twomamba_jax.layers.tokens import as_tokens
@@ -45,13 +45,7 @@ JAX_ENABLE_COMPILATION_CACHE is 0."""
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """The options. Raises ValueError for a wrong command line."""
-
-    class Parser(argparse.ArgumentParser):
-        def error(self, message):
-            """Raises ValueError."""
-            raise ValueError(f"{message}; see --help")
-
+    """The options. Raises UserError for a wrong command line."""
     parser = Parser("python -m train.generate", description=DESCRIPTION, allow_abbrev=False)
     add = parser.add_argument
     home = os.path.expanduser  # a shell leaves the ~ of --workdir=~/run as it is
@@ -78,24 +72,11 @@ def load(workdir: Path, which: str, implementation: str | None = None) -> tuple[
 
     `implementation` is that of `build_anywhere`.
     """
-
-    from train.errors import UserError
-
-    try:
-        config = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"there is no run in {workdir}: it has no config.json") from error
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {workdir / 'config.json'}: {error}") from error
+    config = read_saved_config(workdir)
     tokenizer = load_kept_tokenizer(config["data"], workdir)
     model = build_anywhere(ConfigDict(config), implementation)
     params, _ = restore_on_one_device(workdir, model, which, warn)
     return model, params, tokenizer
-
-
-def warn(text: str) -> None:
-    """Says what a user should know, and can go on in spite of."""
-    print(f"warning: {text}", file=sys.stderr)
 
 
 def read_prompt(name: str) -> str:

@@ -12,12 +12,12 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 import jax
 from ml_collections import ConfigDict
 from rich.console import Console
 
+from train.command_line import Parser, warn
 from train.compilation_cache import keep_programs
 from train.configuration import apply_overrides, flatten, load_config, validate
 from train.errors import UserError, one_line
@@ -34,14 +34,6 @@ SIGTERM, SIGINT, SIGHUP, SIGUSR1, SIGUSR2 and SIGXCPU save and end the run with 
 run: see docs/sharding.md. Mistakes in the command or the data are one line on stderr and exit status 2."""
 
 OVERRIDE = "--config."
-
-
-class Parser(argparse.ArgumentParser):
-    """Reports a wrong command line as the rest of the program does: one line, no usage above it."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raises UserError."""
-        raise UserError(f"{message}; see --help")
 
 
 def parse_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[tuple[str, str]]]:
@@ -80,11 +72,6 @@ def last_line(config: ConfigDict, step: int, command: str) -> str:
     if free_on_resume("steps", flatten(config)):
         return f"with a larger --config.steps, to extend: {command}"
     return f"the learning rate ended with the run, so more steps are another run; to show this one again: {command}"
-
-
-def warn(message: str) -> None:
-    """Says what a user should know, and the run goes on in spite of."""
-    print(f"warning: {message}", file=sys.stderr)
 
 
 @lenient_output()

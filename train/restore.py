@@ -1,6 +1,7 @@
 """The model of a run, and its parameters on one device: for what reads a run and does not train it."""
 
 import dataclasses
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,18 @@ from ml_collections import ConfigDict
 
 from train.checkpoint import Which, restore_params
 from train.configuration import build_model
+from train.errors import UserError, one_line
 from twomamba_jax.layers import LanguageModel
+
+
+def read_saved_config(workdir: Path) -> dict[str, Any]:
+    """The configuration that a run left in `workdir`. Raises UserError where there is none that can be read."""
+    try:
+        return json.loads((workdir / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"there is no run in {workdir}: it has no config.json") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {workdir / 'config.json'}: {one_line(error)}") from error
 
 
 def build_anywhere(config: ConfigDict, implementation: str | None = None) -> LanguageModel:

@@ -44,7 +44,7 @@ def test_an_interrupt_ends_the_program_at_once(moment):
     assert (process.returncode, errors) == (130, "interrupted\n")
 
 
-@pytest.mark.parametrize("module", ["train.main", "train.generate"])
+@pytest.mark.parametrize("module", ["train.main", "train.generate", "train.evaluate", "train.convert"])
 def test_an_interrupt_during_the_imports_is_one_line(module):
     with interpreter("-X", "importtime", "-m", module, "--help") as process:
         lines = iter(process.stderr.readline, "")

@@ -5,11 +5,12 @@ import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
+from train.command_line import Parser, warn
 from train.convert.exporting import export_run
 from train.convert.importing import import_checkpoint
 from train.errors import UserError
+from train.keyboard import INTERRUPTED, interrupts_raised
 from train.output import lenient_output
 from train.paths import expand_user
 
@@ -17,14 +18,6 @@ DESCRIPTION = """\
 Takes weights in and out. `import` makes a workdir, which train.generate and train.main accept, of a checkpoint
 directory: the paper's authors' (config.json with attention_type, *.safetensors), or one that `export` made of a run.
 Mistakes are one line on stderr and exit status 2. docs/weights.md says more."""
-
-
-class Parser(argparse.ArgumentParser):
-    """Reports a wrong command line as one line, without the usage above it."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raises UserError."""
-        raise UserError(f"{message}; see --help")
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -47,25 +40,21 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     return options
 
 
-def warn(text: str) -> None:
-    """Says what a user should know, and the program goes on in spite of."""
-    print(f"warning: {text}", file=sys.stderr)
-
-
 @lenient_output()
 def main(arguments: Sequence[str]) -> int:
     """Runs the command line; returns the exit status: 0, or 2 for a mistake of the user."""
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs what goes wrong in a save, and raises it as well
     try:
         options = parse(arguments)
-        if options.command == "import":
-            import_checkpoint(options.directory, options.workdir, options.tokenizer, print)
-        else:
-            export_run(options.workdir, options.out, options.layout, options.checkpoint, print, warn)
+        with interrupts_raised():
+            if options.command == "import":
+                import_checkpoint(options.directory, options.workdir, options.tokenizer, print)
+            else:
+                export_run(options.workdir, options.out, options.layout, options.checkpoint, print, warn)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        return 130
+        return INTERRUPTED
     return 0

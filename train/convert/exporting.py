@@ -14,12 +14,11 @@ from train.checkpoint import Which
 from train.configuration import build_model
 from train.convert import authors, own
 from train.convert.card import model_card
-from train.convert.reading import read_json
 from train.convert.tensors import Tensor
 from train.convert.writing import Output, write_tensors
 from train.data.tokenizers import has_file, kept_path, load_kept_tokenizer
 from train.errors import UserError
-from train.restore import restore_on_one_device
+from train.restore import read_saved_config, restore_on_one_device
 from train.workdir import writing
 from twomamba_jax.config import ModelConfig
 
@@ -43,9 +42,7 @@ def export_run(
     """
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise UserError(f"--out {directory} is not empty: choose another, or remove it")
-    if not (workdir / "config.json").exists():
-        raise UserError(f"there is no run in {workdir}: it has no config.json; give the --workdir of one")
-    config = ConfigDict(read_json(workdir / "config.json"))
+    config = ConfigDict(read_saved_config(workdir))
     model = build_model(config)
     tokenizer = load_kept_tokenizer(config.data, workdir) if "tokenizer" in config.data else None
     special = {"bos_id": getattr(tokenizer, "bos_id", None), "eos_id": getattr(tokenizer, "eos_id", None)}
