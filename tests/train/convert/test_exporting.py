@@ -159,4 +159,4 @@ def test_export_refuses_a_full_directory_and_no_run(imported, tmp_path, capsys):
     assert main(["export", "--workdir", str(imported), "--out", str(tmp_path / "full")]) == 2
     assert "--out" in capsys.readouterr().err
     assert main(["export", "--workdir", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
-    assert "it has no config.json; give the --workdir of one" in capsys.readouterr().err
+    assert "it has no config.json" in capsys.readouterr().err
