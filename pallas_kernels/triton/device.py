@@ -1,0 +1,56 @@
+"""The GPUs that the Triton kernels are compiled for, and what each allows."""
+
+import contextlib
+import contextvars
+import importlib.util
+from collections.abc import Iterator
+
+import jax
+
+from pallas_kernels.device import device_kind
+from pallas_kernels.triton.interpreter import interpreting
+
+OLDEST = 80  # compute capability of the first with tensor cores for bfloat16 and asynchronous copies
+
+# Whose tiles a GPU takes where it has none of its own: 89 and 120 have the 99 KiB of shared memory of 86.
+LIKE = {86: 86, 87: 80, 88: 86, 89: 86, 90: 90, 100: 90, 101: 90, 103: 90, 110: 90, 120: 86, 121: 86}
+
+_compiled_for = contextvars.ContextVar("compiled_for", default=None)
+
+
+@contextlib.contextmanager
+def compiled_for(capability: int) -> Iterator[None]:
+    """Kernels traced inside are those of another compute capability, such as 80."""
+    token = _compiled_for.set(capability)
+    try:
+        yield
+    finally:
+        _compiled_for.reset(token)
+
+
+def capability() -> int:
+    """The compute capability that kernels are compiled for: the default device's, as 90 for 9.0."""
+    if (named := _compiled_for.get()) is not None:
+        return named
+    if interpreting():
+        return OLDEST
+    return int(jax.devices()[0].compute_capability.replace(".", ""))
+
+
+def like(capability: int) -> int:
+    """The capability among 80, 86 and 90 whose tiles a GPU can run."""
+    return LIKE.get(capability, OLDEST)
+
+
+def unsupported_device() -> str | None:
+    """Why no Triton kernel runs on this machine, or None: it has a GPU and the packages, or kernels are interpreted."""
+    if not interpreting():
+        if jax.default_backend() != "gpu":
+            return f"it needs an NVIDIA GPU, and the default backend is {jax.default_backend()!r}"
+        found = getattr(jax.devices()[0], "compute_capability", "none")  # other vendors' GPUs have none
+        if not found.replace(".", "").isdigit() or int(found.replace(".", "")) < OLDEST:
+            return f"it needs an NVIDIA GPU of compute capability 8.0 or later, and {device_kind()} has {found}"
+    missing = [name for name in ("triton", "jax_triton") if importlib.util.find_spec(name) is None]
+    if missing:
+        return f"{' and '.join(missing)} cannot be imported: pip install 'twomamba-jax[triton]'"
+    return None
