@@ -35,8 +35,10 @@ def as_on(capability: int) -> Iterator[None]:
 
     everything = {name: getattr(library, name) for name in dir(library) if not name.startswith("_")}
     lib.triton_kernel_call_lib = types.SimpleNamespace(**everything | {"TritonKernel": make})
+    jax.clear_caches()  # of programs for this GPU
     try:
         with compiled_for(capability):
             yield
     finally:
         lib.triton_kernel_call_lib = library
+        jax.clear_caches()
