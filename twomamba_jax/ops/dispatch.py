@@ -4,7 +4,9 @@
 compute it, and are imported where there is a device for them.
 """
 
+import ctypes.util
 import functools
+import importlib.metadata
 import logging
 from collections.abc import Callable
 from types import ModuleType
@@ -27,7 +29,8 @@ MOSAIC_GPU = "mosaic_gpu"
 # The parallel exponential form holds T^2 weights per head; beyond this many tokens the blockwise form is chosen.
 LONGEST_PARALLEL_SOFTMAX = 2048
 
-SPILLING_JAX = (0, 12)  # from this version on kernels spill (docs/kernels.md)
+# From this version on kernels spill where libnvJitLink is there (docs/measurements/jax_0_12.md).
+SPILLING_JAX = (0, 12)
 
 _log = logging.getLogger("twomamba_jax")
 
@@ -146,5 +149,17 @@ def _log_choice(form, implementation, reason) -> None:
     """Says once what None chose, for each form and reason."""
     why = f" (mosaic_gpu: {reason})" if reason else ""
     _log.info("decay_attention: form=%s, implementation=%s%s", form, implementation, why)
-    if implementation == MOSAIC_GPU and jax.default_backend() == "gpu" and jax.__version_info__ >= SPILLING_JAX:
-        _log.warning("JAX %s compiles the kernels with spilled registers: take JAX 0.11.2", jax.__version__)
+    if implementation == MOSAIC_GPU and jax.default_backend() == "gpu" and _spills():
+        _log.warning(
+            "JAX %s compiles the kernels with spilled registers: take JAX 0.11.2, or pip uninstall nvidia-nvjitlink "
+            "(docs/measurements/jax_0_12.md)",
+            jax.__version__,
+        )
+
+
+def _spills() -> bool:
+    """Whether this JAX assembles kernels through libnvJitLink, which may be a package's or the system's."""
+    if jax.__version_info__ < SPILLING_JAX:
+        return False
+    packages = {name.lower() for name in importlib.metadata.packages_distributions().get("nvidia", ())}
+    return any("nvjitlink" in name for name in packages) or ctypes.util.find_library("nvJitLink") is not None
