@@ -14,7 +14,9 @@ from pallas_kernels.chunked.layout import (
     unpack_normalizer,
 )
 from pallas_kernels.chunked.normalizer import normalizer
+from pallas_kernels.chunked.problem import Tiles
 from pallas_kernels.chunked.query import query
+from pallas_kernels.chunked.scan import scan
 from pallas_kernels.chunked.stages import Stages, StateArrays, States
 from pallas_kernels.chunked.update import update
 
@@ -74,10 +76,12 @@ SQUARED = Stages(
     head_dims=(HEAD_DIM,),
     rows=lambda head_dim: TILES * HEAD_DIM,
     chunk=1024,
+    tiles=Tiles(),
     multiple=lambda tiles: tiles.rows,
     pack=_pack,
     unpack=_unpack,
     add=_add,
+    scan=scan,
     query=_query,
     gradient=_gradient,
     inner=_inner,
