@@ -8,24 +8,26 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.quadratic.attention import Attention
-from pallas_kernels.triton.device import LIKE
+from pallas_kernels.triton.device import like
 from pallas_kernels.triton.quadratic.backward_keys import keys_kernel
 from pallas_kernels.triton.quadratic.backward_queries import queries_kernel
 from pallas_kernels.triton.quadratic.forward import forward_kernel
+from pallas_kernels.triton.quadratic.kernels import KERNELS
 from pallas_kernels.triton.quadratic.table import TABLE
 from pallas_kernels.triton.quadratic.tiles import Tiles
 
-KERNELS = {"forward": forward_kernel, "queries": queries_kernel, "keys": keys_kernel}
+BY_NAME = {"forward": forward_kernel, "queries": queries_kernel, "keys": keys_kernel}
+ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 
 
 def programs() -> Iterator[dict[str, Any]]:
-    """Every entry with and without decay, segments and normalisation: what `triton.compile` has to be told.
+    """Every entry, with and without decay, segments and normalisation.
 
     The keys: name, kernel, args (types of the pointers that are present), constexprs (the absent ones among them, as
     None), num_warps, num_stages, arch (the compute capabilities that take the entry).
     """
     for (name, capability, score, head_dim), entry in TABLE.items():
-        architectures = [x for x in {80: 80} | LIKE if ({80: 80} | LIKE)[x] == capability]
+        architectures = tuple(x for x in ARCHITECTURES if like(x) == capability)
         for flags in itertools.product((True, False), repeat=3):
             yield program(name, score, head_dim, Tiles(**entry), *flags) | {"arch": architectures}
 
@@ -34,7 +36,7 @@ def program(name: str, score: str, head_dim: int, tiles: Tiles, decay: bool, seg
     """One of `programs`, for any tiles; without `arch`."""
     tokens, heads, kv_heads = 8200, 8, 4  # the last tiles are not full
     shapes = [jax.ShapeDtypeStruct((2, tokens, n, head_dim), jnp.bfloat16) for n in (heads, kv_heads)]
-    problem = Attention(score, normalize, scale=head_dim**-0.5, floor=2.0**-100).problem(*shapes)
+    problem = Attention(KERNELS, score, normalize, scale=head_dim**-0.5, floor=2.0**-100).problem(*shapes)
     present = {
         "prefix_ptr": decay,
         "suffix_ptr": decay,
@@ -46,7 +48,7 @@ def program(name: str, score: str, head_dim: int, tiles: Tiles, decay: bool, seg
         "logit_ptr": normalize or decay,
         "sums_ptr": decay,
     }
-    kernel = KERNELS[name]
+    kernel = BY_NAME[name]
     constants = tiles.constants(problem) | {
         "GROUP": 2,
         "FLOOR": problem.floor,
