@@ -16,9 +16,7 @@ def exponents(s, row, column, LOGIT_SCALE: tl.constexpr):
 
 
 @triton.jit
-def slope_of(
-    s, row, column, seen, SCORE: tl.constexpr, LOGIT_SCALE: tl.constexpr, NORMALIZE: tl.constexpr
-):
+def slope_of(s, row, column, seen, SCORE: tl.constexpr, LOGIT_SCALE: tl.constexpr, NORMALIZE: tl.constexpr):
     """d weight / d s of a tile of pairs up to a constant, as `quadratic.operands.slope_of`: for `exp` the weight.
 
     Args:
@@ -39,10 +37,7 @@ def slope_of(
     if row is not None:
         factor = tl.exp2(tl.where(seen, row[:, None] + column[None, :], -float("inf")))
     else:
-        if column is not None:
-            factor = tl.exp2(column)[None, :]
-        else:
-            factor = tl.full((1, 1), 1.0, tl.float32)
+        factor = tl.full((1, 1), 1.0, tl.float32) if column is None else tl.exp2(column)[None, :]
         if seen is not None:
             factor = tl.where(seen, factor, 0.0)
     if SCORE == "squared":
