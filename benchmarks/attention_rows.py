@@ -34,7 +34,10 @@ ATTENTIONS = {
     "quadratic": Attention("mosaic_gpu", "parallel"),
     "chunked": Attention("mosaic_gpu", "chunked", FINITE_SCORES, by_features=True),
     "xla": Attention("xla", "chunked", by_features=True),
+    "triton-quadratic": Attention("triton", "parallel"),
+    "triton-chunked": Attention("triton", "chunked", FINITE_SCORES, by_features=True),
 }
+OF_HOPPER = tuple(name for name, attention in ATTENTIONS.items() if attention.implementation != "triton")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -219,7 +219,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--config", default="configs/2mamba.py:small", metavar="PATH[:SIZE]", help="of every run but for its variant")
     add("--variants", nargs="+", default=["2mamba", "2mamba-e", "softmax"], metavar="NAME")
     known = (*IMPLEMENTATIONS, cudnn_softmax.NAME)
-    add("--implementations", nargs="+", choices=known, default=list(IMPLEMENTATIONS))
+    add("--implementations", nargs="+", choices=known, default=["xla", "mosaic_gpu"])
     add("--batch", type=int, default=8, help="rows of a batch")
     add("--length", type=int, default=2048, help="tokens of a row")
     add("--steps", type=int, default=200)

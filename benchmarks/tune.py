@@ -20,6 +20,7 @@ from jax.experimental.mosaic.gpu import profiler
 from pallas_kernels.device import device_kind, unsupported_device
 from pallas_kernels.quadratic import table
 from pallas_kernels.quadratic.attention import Attention, attention
+from pallas_kernels.quadratic.mosaic_gpu import KERNELS as MOSAIC_GPU
 from pallas_kernels.quadratic.tuning import Tiles, Tuning
 
 KERNELS = ("forward", "backward_queries", "backward_keys")
@@ -57,7 +58,8 @@ def arrays(score: str, tokens: int, head_dim: int) -> tuple[jax.Array, ...]:
 
 def measure(score: str, tiles: tuple[dict, dict, dict], inputs) -> tuple[dict[str, float], list[jax.Array]]:
     """Milliseconds of each kernel (the median), and y and the gradients."""
-    spec = Attention(score, True, inputs[0].shape[-1] ** -0.5, 2.0**-100, Tuning(*(Tiles(**t) for t in tiles)))
+    tuning = Tuning(*(Tiles(**t) for t in tiles))
+    spec = Attention(MOSAIC_GPU, score, True, inputs[0].shape[-1] ** -0.5, 2.0**-100, tuning)
 
     def both(q, k, v, log_decay, dy):
         y, pull = jax.vjp(lambda *x: attention(spec, *x, None), q, k, v, log_decay)

@@ -15,10 +15,25 @@ def unsupported_device() -> str | None:
         return None
     if jax.default_backend() != "gpu":
         return f"it needs a Hopper GPU, and the default backend is {jax.default_backend()!r}"
-    capability = jax.devices()[0].compute_capability
-    if capability != HOPPER:
-        return f"it needs a Hopper GPU (compute capability {HOPPER}), and {device_kind()} has {capability}"
-    return None
+    if not is_hopper():
+        return f"it needs a Hopper GPU (compute capability {HOPPER}), and {device_kind()} has {compute_capability()}"
+    return several_kinds()
+
+
+def is_hopper() -> bool:
+    """Whether the default device is one."""
+    return compute_capability() == HOPPER
+
+
+def compute_capability() -> str:
+    """That of the default device, as "9.0"; what is no NVIDIA GPU has "none"."""
+    return getattr(jax.devices()[0], "compute_capability", "none")
+
+
+def several_kinds() -> str | None:
+    """Says so where devices differ: a program has kernels for one of them only."""
+    kinds = sorted({device.device_kind for device in jax.devices()})
+    return f"it needs devices of one kind, and these are {' and '.join(kinds)}" if len(kinds) > 1 else None
 
 
 def device_kind() -> str:

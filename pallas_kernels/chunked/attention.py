@@ -14,17 +14,14 @@ what depends on phi.
 
 import dataclasses
 import functools
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.chunked.decays import Weights, chunk_weights, decay_gradient
-from pallas_kernels.chunked.linear import LINEAR
-from pallas_kernels.chunked.problem import Problem, Tiles
-from pallas_kernels.chunked.scan import scan
-from pallas_kernels.chunked.squared import SQUARED
+from pallas_kernels.chunked.problem import Problem
 from pallas_kernels.chunked.stages import Stages, StateArrays, States
 from pallas_kernels.device import in_32_bits
 from pallas_kernels.interpreter import interpreting
@@ -32,18 +29,17 @@ from pallas_kernels.quadratic.attention import Attention, attend, differentiate
 from pallas_kernels.quadratic.context import Context
 from pallas_kernels.residuals import STATES, named, named_small
 
-STAGES = {"linear": LINEAR, "squared": SQUARED}
-
 
 @dataclasses.dataclass(frozen=True)
 class ChunkedAttention:
     """What to compute, apart from the arrays.
 
     Attributes:
-      inside: the attention inside a chunk, of a score in STAGES.
+      inside: the attention inside a chunk.
+      stages: of its score.
       chunk: tokens of a chunk, a multiple of what the score asks for; shorter sequences are one chunk. None: the
         score's own.
-      tiles: how the kernels cut a chunk.
+      tiles: how the kernels cut a chunk; None: as the stages say.
       final_state: whether to return the state after the last token.
       enter: where devices share a sequence, the function (weights, added, initial, reverse) -> the state before this
         device's first step, of N steps S_c = weights_c S_{c-1} + added_c on every device; weights are [N, B, G], the
@@ -51,31 +47,32 @@ class ChunkedAttention:
     """
 
     inside: Attention
+    stages: Stages
     chunk: int | None = None
-    tiles: Tiles = dataclasses.field(default_factory=Tiles)
+    tiles: Any = None
     final_state: bool = True
     enter: Callable | None = None
 
-    @property
-    def stages(self) -> Stages:
-        """Of the score."""
-        return STAGES[self.inside.score]
+    def problem(self, batch: int, tokens: int, heads: int, groups: int) -> Problem:
+        """What the stages are told of a call."""
+        tiles = self.tiles or self.stages.tiles
+        return Problem(batch, tokens, heads, groups, self.chunk_of(tokens), tiles, interpreting())
 
     def chunk_of(self, tokens: int) -> int:
         """Tokens of a chunk of a sequence of `tokens`."""
-        multiple = self.stages.multiple(self.tiles)
+        multiple = self.stages.multiple(self.tiles or self.stages.tiles)
         return min(self.chunk or self.stages.chunk, -(-tokens // multiple) * multiple)
 
 
-def unsupported(q, *, score: str, chunk_size: int | None) -> str | None:
-    """Why these kernels cannot compute a call that the quadratic ones can compute in their chunks, or None."""
-    if score not in STAGES:
-        return f"in chunks it has {' and '.join(STAGES)} scores only, got {score!r}"
-    stages = STAGES[score]
+def unsupported(of_scores: Mapping[str, Stages], q, *, score: str, chunk_size: int | None) -> str | None:
+    """Why kernels with these stages cannot compute a call that the quadratic ones can in their chunks, or None."""
+    if score not in of_scores:
+        return f"in chunks it has {' and '.join(of_scores)} scores only, got {score!r}"
+    stages = of_scores[score]
     if q.shape[-1] not in stages.head_dims:
         dims = " and ".join(map(str, stages.head_dims))
         return f"in chunks it has a head dim of {dims} only for score={score!r}, got {q.shape[-1]}"
-    multiple = stages.multiple(Tiles())
+    multiple = stages.multiple(stages.tiles)
     if chunk_size is not None and chunk_size % multiple:
         return f"its chunks have a multiple of {multiple} tokens for score={score!r}, got chunk_size={chunk_size}"
     return None
@@ -123,8 +120,7 @@ def _around(spec, q, k, log_decay, run) -> _Around:
 def _problems(spec, q, k) -> list[Problem]:
     """Of the queries' heads and of the keys'."""
     batch, tokens, heads, _ = q.shape
-    groups, chunk = k.shape[2], spec.chunk_of(tokens)
-    return [Problem(batch, tokens, n, groups, chunk, spec.tiles, interpreting()) for n in (heads, groups)]
+    return [spec.problem(batch, tokens, n, k.shape[2]) for n in (heads, k.shape[2])]
 
 
 def _states(spec: ChunkedAttention, added, keep, initial: StateArrays | None, reverse=False):
@@ -138,7 +134,7 @@ def _states(spec: ChunkedAttention, added, keep, initial: StateArrays | None, re
         first = spec.enter(steps[0], tuple(steps[1:]), first, reverse)
     dtypes = jnp.bfloat16, jnp.float32
     scans = [
-        scan(part, keep, start, reverse=reverse, dtype=dtype)
+        spec.stages.scan(part, keep, start, reverse=reverse, dtype=dtype)
         for part, start, dtype in zip(added, first or (None, None), dtypes, strict=True)
     ]
     before, final = zip(*scans, strict=True)

@@ -10,6 +10,8 @@ from pallas_kernels.chunked.decays import TILE
 from pallas_kernels.chunked.linear_gradient import gradient
 from pallas_kernels.chunked.linear_query import query
 from pallas_kernels.chunked.linear_update import update
+from pallas_kernels.chunked.problem import Tiles
+from pallas_kernels.chunked.scan import scan
 from pallas_kernels.chunked.stages import Stages, StateArrays, States
 
 HEIGHT = 16  # rows of a tile of a state, which a program of `scan` carries: one head alone fills few multiprocessors
@@ -57,10 +59,12 @@ LINEAR = Stages(
     head_dims=(64, 128),
     rows=lambda head_dim: head_dim,
     chunk=512,
+    tiles=Tiles(),
     multiple=lambda tiles: TILE,
     pack=_pack,
     unpack=_unpack,
     add=_add,
+    scan=scan,
     query=_query,
     gradient=_gradient,
     inner=_inner,

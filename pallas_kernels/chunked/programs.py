@@ -6,8 +6,10 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.chunked.attention import STAGES, ChunkedAttention, StateArrays, chunked_attention
+from pallas_kernels.chunked.attention import ChunkedAttention, StateArrays, chunked_attention
+from pallas_kernels.chunked.mosaic_gpu import STAGES
 from pallas_kernels.quadratic.attention import Attention
+from pallas_kernels.quadratic.mosaic_gpu import KERNELS
 from pallas_kernels.quadratic.programs import Program
 from pallas_kernels.quadratic.tuning import tuning
 
@@ -22,8 +24,10 @@ def programs() -> Iterator[Program]:
 
 def _program(name: str, score: str, dim: int, decay: bool, normalize: bool, states: bool) -> Program:
     batch, tokens, heads, groups = 2, 32768, 8, 4  # many pieces of work to a program
-    inside = Attention(score, normalize, dim**-0.5, 2.0**-100, tuning("NVIDIA H200", score, dim, STAGES[score].chunk))
-    spec = ChunkedAttention(inside, final_state=states)
+    stages = STAGES[score]
+    tiles = tuning("NVIDIA H200", score, dim, stages.chunk)
+    inside = Attention(KERNELS, score, normalize, dim**-0.5, 2.0**-100, tiles)
+    spec = ChunkedAttention(inside, stages, final_state=states)
 
     def shape(*sizes, dtype=jnp.bfloat16):
         return jax.ShapeDtypeStruct(sizes, dtype)

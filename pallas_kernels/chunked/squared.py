@@ -3,7 +3,9 @@
 from pallas_kernels.chunked.gradient import gradient
 from pallas_kernels.chunked.layout import HEAD_DIM, TILES
 from pallas_kernels.chunked.normalizer import normalizer
+from pallas_kernels.chunked.problem import Tiles
 from pallas_kernels.chunked.query import query
+from pallas_kernels.chunked.scan import scan
 from pallas_kernels.chunked.squared_state import inner, pack_state, scaled, two_parts, unpack_state
 from pallas_kernels.chunked.stages import Stages, States
 from pallas_kernels.chunked.update import update
@@ -30,10 +32,12 @@ SQUARED = Stages(
     head_dims=(HEAD_DIM,),
     rows=lambda head_dim: TILES * HEAD_DIM,
     chunk=1024,
+    tiles=Tiles(),
     multiple=lambda tiles: tiles.rows,
     pack=pack_state,
     unpack=unpack_state,
     add=_add,
+    scan=scan,
     query=_query,
     gradient=_gradient,
     inner=inner,

@@ -2,11 +2,9 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
-
-from pallas_kernels.chunked.problem import Tiles
 
 
 class StateArrays(NamedTuple):
@@ -35,11 +33,14 @@ class Stages:
       head_dims: K = V that its kernels have.
       rows: (K) -> D, the rows of a state in its tiles.
       chunk: tokens of a chunk where nothing else is asked for.
+      tiles: how the kernels cut a chunk where nothing else is asked for.
       multiple: (tiles) -> what the tokens of a chunk are a multiple of.
       pack: (StateArrays) -> a state without the axis N; so are gradients of states packed.
       unpack: the inverse of `pack`, of (kv, normaliser).
       add: (problem, x, w, weight, factor) -> what each chunk adds to the state: sum_t weight_t phi(x_t) w_t^T and
         sum_t factor_t phi(x_t), over the heads of a group too, float32.
+      scan: (added [B, G, N, ...], weight [B, G, N], initial, reverse, dtype) -> the state before each step, in dtype,
+        and after the last, float32: S_c = weight_c S_{c-1} + added_c.
       query: (problem, x, states, weight, added, power, own_norm, floor) -> added + weight S^T phi(power x); the weight
         is [B, G, T]. With own_norm it divides: see `query.query`.
       gradient: (problem, x, w, weight, states, added, factor, want_sums) -> added + dx, of the gradient dx of
@@ -52,10 +53,12 @@ class Stages:
     head_dims: tuple[int, ...]
     rows: Callable[[int], int]
     chunk: int
-    multiple: Callable[[Tiles], int]
+    tiles: Any
+    multiple: Callable[[Any], int]
     pack: Callable
     unpack: Callable
     add: Callable
+    scan: Callable
     query: Callable
     gradient: Callable
     inner: Callable

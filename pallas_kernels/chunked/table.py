@@ -41,19 +41,23 @@ TABLE = (
 )
 
 
-def crossover(device: str, score: str, head_dim: int, direction: str, sequences: int) -> int:
+def crossover(device: str, score: str, head_dim: int, direction: str, sequences: int) -> int | None:
     """The longest T for the quadratic kernels, at `sequences` = B H.
 
     That of the device's entry with the nearest B H, by ratio; where the device has none, of any device's, since all are
-    Hopper's; where the score, head dim or direction has none, the T at which both do the same number of products: a
-    token's T (K + V) flops against C (K + V) + 4 D V, of states of D rows.
+    Hopper's; None where the score, head dim or direction has none.
     """
     key = score, head_dim, direction
     entries = [entry for entry in TABLE if (entry.score, entry.head_dim, entry.direction) == key]
     entries = [entry for entry in entries if entry.device == device] or entries
-    if entries:
-        return min(entries, key=lambda entry: abs(math.log(entry.sequences / sequences))).tokens
-    from pallas_kernels.chunked.attention import STAGES  # with the kernels, which are slow to import
+    if not entries:
+        return None
+    return min(entries, key=lambda entry: abs(math.log(entry.sequences / sequences))).tokens
 
-    stages = STAGES[score]
-    return stages.chunk + 2 * stages.rows(head_dim)
+
+def equal_products(chunk: int, rows: int) -> int:
+    """The T at which both do the same number of products: T (K + V) flops a token against C (K + V) + 4 D V, K = V.
+
+    Of chunks of C tokens, and states of D rows.
+    """
+    return chunk + 2 * rows

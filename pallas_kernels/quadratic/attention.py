@@ -3,19 +3,16 @@
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.device import device_kind, in_32_bits
+from pallas_kernels.device import in_32_bits
 from pallas_kernels.interpreter import interpreting
-from pallas_kernels.quadratic.backward_keys import backward_keys
-from pallas_kernels.quadratic.backward_queries import backward_queries
 from pallas_kernels.quadratic.context import Context
 from pallas_kernels.quadratic.decay_gradient import decay_gradient
-from pallas_kernels.quadratic.forward import forward
 from pallas_kernels.quadratic.operands import LOG2E, Problem
-from pallas_kernels.quadratic.tuning import Tuning, tuning
 from pallas_kernels.residuals import named, named_small
 
 HEAD_DIMS = (64, 128)
@@ -23,22 +20,47 @@ SCORES = ("linear", "squared", "exp")
 
 
 @dataclasses.dataclass(frozen=True)
+class Kernels:
+    """The three kernels in one language.
+
+    A tuning has `forward`, `queries` and `keys`, the tiles of each kernel; `own` is how many tokens a program of it
+    owns.
+
+    Attributes:
+      forward: (problem, tuning, q, k, v, decay, first_visible, save_norm) -> y [B, T, H, V] and, if `save_norm`, log2
+        of the row sums [B, H, T padded] (+inf where the row is 0).
+      backward_queries: (problem, tuning, q, k, v, dy, norm, delta, decay, first_visible) -> dq and, with a decay,
+        sum_j W_ij [B, H, T padded], with W as in `operands.slope_of`.
+      backward_keys: (problem, tuning, q, k, v, dy, logit, delta, decay, last_visible) -> dk, dv and, with a decay,
+        sum_i W_ij [B, G, T padded].
+      tuning: (score, head dim, tokens) -> the tuning on this device.
+    """
+
+    forward: Callable
+    backward_queries: Callable
+    backward_keys: Callable
+    tuning: Callable
+
+
+@dataclasses.dataclass(frozen=True)
 class Attention:
     """What to compute, apart from the arrays and their sizes.
 
     Attributes:
+      kernels: that compute it.
       score: `linear`, `squared` or `exp`.
       normalize: divide each row by the sum of its weights.
       scale: factor on <q, k>.
       floor: rows whose weights sum to less are 0.
-      tuning: tile sizes; None takes them from the table.
+      tuning: tile sizes; None takes the kernels' own.
     """
 
+    kernels: Kernels
     score: str
     normalize: bool
     scale: float
     floor: float
-    tuning: Tuning | None = None
+    tuning: object | None = None
 
     def problem(self, q, k) -> Problem:
         """The kernels' view of a call."""
@@ -64,9 +86,9 @@ class Attention:
             interpret=interpreting(),
         )
 
-    def tiles(self, q) -> Tuning:
-        """The tile sizes of a call."""
-        return self.tuning or tuning(device_kind(), self.score, q.shape[3], q.shape[1])
+    def tiles(self, q):
+        """The tuning of a call."""
+        return self.tuning or self.kernels.tuning(self.score, q.shape[3], q.shape[1])
 
 
 def unsupported(q, k, v, *, score: str, precision: str | None) -> str | None:
@@ -127,16 +149,14 @@ def differentiate(attention: Attention, q, k, v, context: Context, y, norm, dy):
         delta = jnp.einsum("bthv,bthv->bht", dy, y, preferred_element_type=jnp.float32)
 
     own = tuning.queries.own
-    dq, *row_sums = backward_queries(
+    dq, *row_sums = attention.kernels.backward_queries(
         problem,
-        tuning.queries,
-        tuning.programs,
+        tuning,
         *(q, k, v, dy),
         _pad(norm, own),
         _pad(delta, own),
         context.decay(own),
         _pad(context.first_visible, own, "edge"),
-        late_delta=tuning.keys.lean,
     )
 
     own = tuning.keys.own
@@ -145,10 +165,9 @@ def differentiate(attention: Attention, q, k, v, context: Context, y, norm, dy):
     if decay is not None:
         prefix = jnp.repeat(decay.prefix, heads // kv_heads, axis=1)
         logit = prefix if logit is None else prefix + logit
-    dk, dv, *column_sums = backward_keys(
+    dk, dv, *column_sums = attention.kernels.backward_keys(
         problem,
-        tuning.keys,
-        tuning.programs,
+        tuning,
         *(q, k, v, dy),
         logit,
         _pad(delta, own),
@@ -171,10 +190,9 @@ def attend(attention: Attention, q, k, v, context: Context, save_norm: bool):
     """y, and log2 of the sums of its rows' weights [B, H, T] float32 (+inf where y is 0) if `save_norm`, or None."""
     tuning = attention.tiles(q)
     own = tuning.forward.own
-    y, *norm = forward(
+    y, *norm = attention.kernels.forward(
         attention.problem(q, k),
-        tuning.forward,
-        tuning.programs,
+        tuning,
         *(q, k, v),
         context.decay(own),
         _pad(context.first_visible, own, "edge"),

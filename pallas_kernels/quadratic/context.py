@@ -7,7 +7,6 @@ import jax.numpy as jnp
 
 from pallas_kernels.device import in_32_bits
 from pallas_kernels.quadratic.operands import Decay
-from pallas_kernels.quadratic.tuning import Tuning
 
 
 class Context(NamedTuple):
@@ -25,8 +24,8 @@ class Context(NamedTuple):
 
     @staticmethod
     @in_32_bits
-    def make(log_decay, run, tuning: Tuning) -> "Context":
-        """Of log_decay [B, T, G] float32 and run [B, T] int32, either None, for kernels with these tiles."""
+    def make(log_decay, run, tuning) -> "Context":
+        """Of log_decay [B, T, G] float32 and run [B, T] int32, either None, for kernels with this tuning."""
         owns = sorted({tuning.forward.own, tuning.queries.own, tuning.keys.own})
         decays = None if log_decay is None else {own: Decay.make(log_decay, own) for own in owns}
         if run is None:

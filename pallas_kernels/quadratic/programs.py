@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.quadratic.attention import Attention, attention
+from pallas_kernels.quadratic.mosaic_gpu import KERNELS
 from pallas_kernels.quadratic.table import TABLE
 from pallas_kernels.quadratic.tuning import tuning
 
@@ -34,7 +35,7 @@ def programs() -> Iterator[Program]:
 
 
 def _program(name, score, head_dim, tiles, decay, segments, normalize) -> Program:
-    spec = Attention(score, normalize, scale=head_dim**-0.5, floor=2.0**-100, tuning=tiles)
+    spec = Attention(KERNELS, score, normalize, scale=head_dim**-0.5, floor=2.0**-100, tuning=tiles)
     batch, tokens, heads, kv_heads = 2, 8192, 8, 4  # many tiles to a program
 
     def shape(*sizes, dtype=jnp.bfloat16):

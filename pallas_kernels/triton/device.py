@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import jax
 
-from pallas_kernels.device import device_kind
+from pallas_kernels.device import compute_capability, device_kind, several_kinds
 from pallas_kernels.triton.interpreter import interpreting
 
 OLDEST = 80  # compute capability of the first with tensor cores for bfloat16 and asynchronous copies
@@ -34,7 +34,7 @@ def capability() -> int:
         return named
     if interpreting():
         return OLDEST
-    return int(jax.devices()[0].compute_capability.replace(".", ""))
+    return _as_number(compute_capability())
 
 
 def like(capability: int) -> int:
@@ -47,10 +47,16 @@ def unsupported_device() -> str | None:
     if not interpreting():
         if jax.default_backend() != "gpu":
             return f"it needs an NVIDIA GPU, and the default backend is {jax.default_backend()!r}"
-        found = getattr(jax.devices()[0], "compute_capability", "none")  # other vendors' GPUs have none
-        if not found.replace(".", "").isdigit() or int(found.replace(".", "")) < OLDEST:
+        found = compute_capability()
+        if _as_number(found) < OLDEST:
             return f"it needs an NVIDIA GPU of compute capability 8.0 or later, and {device_kind()} has {found}"
     missing = [name for name in ("triton", "jax_triton") if importlib.util.find_spec(name) is None]
     if missing:
         return f"{' and '.join(missing)} cannot be imported: pip install 'twomamba-jax[triton]'"
-    return None
+    return several_kinds()
+
+
+def _as_number(capability: str) -> int:
+    """90 of "9.0", and 0 of what is no number: other vendors' GPUs."""
+    digits = capability.replace(".", "")
+    return int(digits) if digits.isdigit() else 0

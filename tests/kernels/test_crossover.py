@@ -7,7 +7,7 @@ import pytest
 from pallas_kernels.chunked import table
 from pallas_kernels.chunked.table import Crossover, crossover
 from twomamba_jax import decay_attention
-from twomamba_jax.ops import dispatch, mosaic_gpu
+from twomamba_jax.ops import dispatch, kernels, mosaic_gpu
 
 ROWS = (
     Crossover("a GPU", "squared", 64, "forward", sequences=8, tokens=5000),
@@ -24,16 +24,27 @@ ROWS = (
         ("a GPU", "squared", 64, "forward+backward", 33, 2000),
         ("a GPU", "squared", 64, "forward+backward", 4096, 2000),
         ("another", "squared", 64, "forward+backward", 8, 3000),
-        ("a GPU", "squared", 32, "forward", 8, 6144),  # 1024 (K + V) + 4 * 2560 V flops, K = V
-        ("a GPU", "linear", 64, "forward", 8, 640),  # 512 (K + V) + 4 K V
-        ("a GPU", "linear", 128, "forward", 8, 768),
+        ("a GPU", "squared", 32, "forward", 8, None),
+        ("a GPU", "linear", 64, "forward", 8, None),
     ],
 )
-def test_the_nearest_entry_or_equal_numbers_of_products(
-    monkeypatch, device, score, head_dim, direction, sequences, tokens
-):
+def test_the_nearest_entry(monkeypatch, device, score, head_dim, direction, sequences, tokens):
     monkeypatch.setattr(table, "TABLE", ROWS)
     assert crossover(device, score, head_dim, direction, sequences) == tokens
+
+
+@pytest.mark.parametrize(
+    ("score", "head_dim", "tokens"),
+    [
+        ("squared", 64, 6144),  # 1024 (K + V) + 4 * 2560 V flops, K = V
+        ("linear", 64, 640),  # 512 (K + V) + 4 K V
+        ("linear", 128, 768),
+    ],
+)
+def test_without_an_entry_both_do_equal_numbers_of_products(monkeypatch, score, head_dim, tokens):
+    monkeypatch.setattr(table, "TABLE", ())
+    monkeypatch.setattr(mosaic_gpu, "device_kind", lambda: "a GPU")
+    assert mosaic_gpu.crossover(score, head_dim, 8) == tokens
 
 
 @pytest.mark.parametrize("implementation", [None, "mosaic_gpu"])
@@ -47,15 +58,15 @@ def test_no_form_is_what_the_table_says(monkeypatch, score, implementation, cros
 def forms(monkeypatch, score, implementation, lengths) -> list[str]:
     """Those that the kernels are asked for."""
     monkeypatch.setattr(table, "TABLE", ROWS)
-    monkeypatch.setattr(dispatch, "unsupported_device", lambda: None)
+    monkeypatch.setitem(dispatch.UNSUPPORTED_DEVICE, "mosaic_gpu", lambda: None)
     monkeypatch.setattr(mosaic_gpu, "device_kind", lambda: "a GPU")
     taken = []
 
-    def attend(op, form, chunk_size, return_final_state, q, *rest):
+    def attend(self, op, form, chunk_size, return_final_state, q, *rest):
         taken.append(form)
         return q, None
 
-    monkeypatch.setattr(mosaic_gpu, "attend", attend)
+    monkeypatch.setattr(kernels.Kernels, "attend", attend)
     for tokens in lengths:
         q = jax.ShapeDtypeStruct((4, tokens, 32, 64), jnp.bfloat16)
         jax.eval_shape(lambda q: decay_attention(q, q, q, None, score=score, implementation=implementation), q)

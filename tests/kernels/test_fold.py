@@ -203,7 +203,7 @@ def test_rolls_back_to_the_bit():
 
 @pytest.mark.parametrize(("implementation", "folds"), [("mosaic_gpu", 1), ("xla", 0)])
 def test_a_mixer_folds_by_its_implementation(implementation, folds, monkeypatch):
-    monkeypatch.setattr(dispatch, "unsupported_device", lambda: None)
+    monkeypatch.setitem(dispatch.UNSUPPORTED_DEVICE, "mosaic_gpu", lambda: None)
     config = config_of("mamba2", num_heads=1, num_kv_heads=1, head_dim=64)
     mixer = Mixer(config.mixers[0], 1, 64, execution=Execution(implementation=implementation))
     x = normal(0, 2, 1, config.d_model)
@@ -218,7 +218,7 @@ def test_a_mixer_folds_by_its_implementation(implementation, folds, monkeypatch)
 @pytest.mark.parametrize(("implementation", "aliases"), [("mosaic_gpu", 2), ("xla", 0)])
 def test_a_model_folds_all_layers_at_once(implementation, aliases, monkeypatch):
     """One kernel that works in place, on a kv and a key_sum: three layers, lowered without a GPU."""
-    monkeypatch.setattr(dispatch, "unsupported_device", lambda: None)
+    monkeypatch.setitem(dispatch.UNSUPPORTED_DEVICE, "mosaic_gpu", lambda: None)
     config = config_of("2mamba", 3, num_heads=1, num_kv_heads=1, head_dim=64)
     model, tokens = LanguageModel(config, Execution(implementation=implementation)), jnp.ones((2, 1), jnp.int32)
 

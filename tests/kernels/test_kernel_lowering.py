@@ -106,7 +106,7 @@ def test_every_program_of_decoding_lowers(program):
 
 @pytest.fixture(autouse=True)
 def pretend_hopper(monkeypatch):
-    monkeypatch.setattr(dispatch, "unsupported_device", lambda: None)
+    monkeypatch.setitem(dispatch.UNSUPPORTED_DEVICE, "mosaic_gpu", lambda: None)
 
 
 B, T, H, G, K = 2, 256, 4, 2, 64

@@ -204,7 +204,8 @@ def test_the_table_is_read_by_device_and_bucket(monkeypatch, kind, tokens, stage
 def test_warns_of_a_jax_whose_kernels_spill(monkeypatch, caplog, first, warns):
     """Where they are chosen on a GPU."""
     monkeypatch.setattr(dispatch.jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(dispatch, "unsupported_device", lambda: None)
+    monkeypatch.setattr(dispatch.hopper, "is_hopper", lambda: True)
+    monkeypatch.setitem(dispatch.UNSUPPORTED_DEVICE, "mosaic_gpu", lambda: None)
     monkeypatch.setattr(dispatch, "SPILLING_JAX", first)
     dispatch._log_choice.cache_clear()
     with caplog.at_level("WARNING", logger="twomamba_jax"):

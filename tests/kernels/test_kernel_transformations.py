@@ -13,6 +13,7 @@ from support.kernel_cases import INPUTS, Case, assert_close
 
 from pallas_kernels.interpreter import interpreted
 from pallas_kernels.quadratic.attention import Attention, attention
+from pallas_kernels.quadratic.mosaic_gpu import KERNELS
 from pallas_kernels.quadratic.tuning import Tiles, Tuning
 from twomamba_jax import decay_attention
 
@@ -36,7 +37,7 @@ def assert_same_bits(got, want):
 def run_tuned(call, tuning):
     """`Call.run` with tiles of one's own."""
     scale = call.q.shape[-1] ** -0.5
-    spec = Attention(call.options["score"], call.options["normalize"], scale, floor=2.0**-100, tuning=tuning)
+    spec = Attention(KERNELS, call.options["score"], call.options["normalize"], scale, floor=2.0**-100, tuning=tuning)
 
     def gradients(dy, *inputs):
         y, pull = jax.vjp(lambda *inputs: attention(spec, *inputs, None), *inputs)

@@ -11,9 +11,11 @@ from support.exhaustive import EXHAUSTIVE
 from pallas_kernels.chunked import attention
 from pallas_kernels.chunked.attention import ChunkedAttention, StateArrays
 from pallas_kernels.chunked.decays import chunk_weights
+from pallas_kernels.chunked.mosaic_gpu import STAGES
 from pallas_kernels.chunked.problem import Problem, Tiles
 from pallas_kernels.interpreter import interpreted
 from pallas_kernels.quadratic.attention import Attention
+from pallas_kernels.quadratic.mosaic_gpu import KERNELS
 from twomamba_jax import decay_attention
 from twomamba_jax.ops import dispatch, steps
 from twomamba_jax.ops.score import features
@@ -43,7 +45,7 @@ def test_the_states_of_two_devices_are_those_of_one(score, reverse):
     initial = StateArrays(jnp.einsum("bgtd,bgtv->bgdv", phi, normal(4, 1, 1, 70, 64, dtype=jnp.float32)), phi.sum(2))
 
     def states(enter, devices, initial):
-        spec = ChunkedAttention(Attention(score, True, 1.0, 0.0), CHUNK, TILES, enter=enter)
+        spec = ChunkedAttention(Attention(KERNELS, score, True, 1.0, 0.0), STAGES[score], CHUNK, TILES, enter=enter)
         problem = Problem(devices, TOKENS // devices, 1, 1, CHUNK, TILES, True)
         arrays = [y.reshape(devices, TOKENS // devices, 1, 64) for y in (x, values)]
         weights = [y.reshape(devices, 1, -1) for y in (factor, keep)]
@@ -70,7 +72,7 @@ def test_a_segment_that_begins_with_a_device_sees_no_state():
 
 def test_devices_pass_on_states_and_gather_nothing(monkeypatch):
     """Forward and backward on a mesh that tracing needs no devices for."""
-    monkeypatch.setattr(dispatch, "unsupported_device", lambda: None)
+    monkeypatch.setitem(dispatch.UNSUPPORTED_DEVICE, "mosaic_gpu", lambda: None)
     mesh = AbstractMesh((2, 4), ("data", "sequence"), axis_types=(AxisType.Auto,) * 2)
     array = jax.ShapeDtypeStruct((2, 1024, 1, 64), jnp.bfloat16)
     ids = jax.ShapeDtypeStruct((2, 1024), jnp.int32)

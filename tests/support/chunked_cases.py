@@ -85,7 +85,7 @@ class Case:
             **options,
         )
 
-    def results(self, wrap=lambda f: f, **options) -> dict[str, jax.Array]:
+    def results(self, wrap=lambda f: f, implementation="mosaic_gpu", **options) -> dict[str, jax.Array]:
         """y, the final state, and the gradients of every input, of the kernels; named as the oracle names them.
 
         Under the interpreter `wrap` must not be `jax.jit`: kernels that run at the same time wait for each other.
@@ -93,7 +93,7 @@ class Case:
 
         def run(inputs, cotangents):
             def operation(inputs):
-                return self.operation(**inputs, segment_ids=self.segment_ids, implementation="mosaic_gpu", **options)
+                return self.operation(**inputs, segment_ids=self.segment_ids, implementation=implementation, **options)
 
             (y, final), pull = jax.vjp(operation, inputs)
             return y, final, pull(cotangents)[0]

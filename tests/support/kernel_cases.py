@@ -51,6 +51,7 @@ class Call:
     log_decay: jax.Array | None
     dy: jax.Array
     options: dict
+    implementation: str = "mosaic_gpu"
 
     def replace(self, **changes) -> "Call":
         """The call with other arrays, or other keywords."""
@@ -64,7 +65,8 @@ class Call:
 
     def operation(self, *inputs, **options) -> jax.Array:
         """The kernels' y, of other inputs."""
-        return decay_attention(*inputs, form="parallel", implementation="mosaic_gpu", **self.options, **options)
+        how = {"form": "parallel", "implementation": self.implementation}
+        return decay_attention(*inputs, **how, **self.options, **options)
 
     def gradients(self, dy, *inputs) -> dict[str, jax.Array]:
         """y, and the gradients of <dy, y> by their input, as the kernels compute them."""
@@ -75,7 +77,7 @@ class Call:
         """The same of the call's own arrays; calls that differ in numbers alone compile once."""
         rows = {name: x for name, x in self.options.items() if isinstance(x, jax.Array)}
         rest = tuple((name, x) for name, x in self.options.items() if name not in rows)
-        return _run(self.dy, self.inputs, rows, rest)
+        return _run(self.dy, self.inputs, rows, rest, self.implementation)
 
     def oracle(self) -> dict[str, np.ndarray]:
         """The same from the definition in float64."""
@@ -83,9 +85,9 @@ class Call:
         return {"y": y} | oracle.gradients(self.dy, None, *self.inputs, **self.options)
 
 
-@functools.partial(jax.jit, static_argnums=3)
-def _run(dy, inputs, rows, rest):
-    return Call(*inputs, dy, rows | dict(rest)).gradients(dy, *inputs)
+@functools.partial(jax.jit, static_argnums=(3, 4))
+def _run(dy, inputs, rows, rest, implementation):
+    return Call(*inputs, dy, rows | dict(rest), implementation).gradients(dy, *inputs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,6 +103,7 @@ class Case:
     head_dim: int = 64
     tokens: int = 130
     batch: int = 1
+    implementation: str = "mosaic_gpu"
 
     def __str__(self):
         flags = [name for name in ("normalize", "decay", "segments", "lengths") if getattr(self, name)]
@@ -124,7 +127,7 @@ class Case:
         options = {"score": self.score, "normalize": self.normalize}
         options |= {"segment_ids": ids} if self.segments else {}
         options |= {"lengths": lengths} if self.lengths else {}
-        return Call(q, k, v, decay if self.decay else None, dy, options)
+        return Call(q, k, v, decay if self.decay else None, dy, options, self.implementation)
 
 
 def assert_close(call: Call, got: dict[str, jax.Array]) -> None:

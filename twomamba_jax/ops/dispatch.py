@@ -1,18 +1,18 @@
 """The form and the implementation of a call: what is named runs or raises, and what is not is chosen here.
 
-`xla` are the forms of `ops.forms`, for every call. `mosaic_gpu` are kernels, which say of a call why they cannot
-compute it, and are imported where there is a device for them.
+`xla` are the forms of `ops.forms`, for every call. `mosaic_gpu` and `triton` are kernels, which say of a call why they
+cannot compute it, and are imported where there is a device for them.
 """
 
 import functools
 import logging
 from collections.abc import Callable
-from types import ModuleType
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import jax
 
-from pallas_kernels.device import unsupported_device
+from pallas_kernels import device as hopper
+from pallas_kernels.triton import device as triton
 from twomamba_jax.ops import xla
 from twomamba_jax.ops.operation import Operation
 from twomamba_jax.ops.score import SCORES, num_features
@@ -20,9 +20,11 @@ from twomamba_jax.ops.sequence import SequenceAxis
 
 Form = Literal["parallel", "chunked", "recurrent"]
 FORMS = get_args(Form)
-Implementation = Literal["xla", "mosaic_gpu"]
+Implementation = Literal["xla", "mosaic_gpu", "triton"]
 IMPLEMENTATIONS = get_args(Implementation)
-MOSAIC_GPU = "mosaic_gpu"
+
+# Of the kernels in each language, why there is no device for them, or None.
+UNSUPPORTED_DEVICE = {"mosaic_gpu": hopper.unsupported_device, "triton": triton.unsupported_device}
 
 # The parallel exponential form holds T^2 weights per head; beyond this many tokens the blockwise form is chosen.
 LONGEST_PARALLEL_SOFTMAX = 2048
@@ -32,18 +34,28 @@ SPILLING_JAX = (0, 12)  # from this version on kernels spill (docs/kernels.md)
 _log = logging.getLogger("twomamba_jax")
 
 
-def load(implementation: Implementation) -> ModuleType:
-    """The module of an implementation: its `attend`, and for kernels what else they compute and why they cannot."""
-    if implementation == "xla":
-        return xla
-    from twomamba_jax.ops import mosaic_gpu  # slow to import, and not there on every platform
+def load(implementation: Implementation) -> Any:
+    """An implementation: `xla`, which has `attend`, or `Kernels`, which also say what they cannot compute."""
+    # Kernels are slow to import, and not there on every platform.
+    if implementation == "mosaic_gpu":
+        from twomamba_jax.ops.mosaic_gpu import MOSAIC_GPU
 
-    return mosaic_gpu
+        return MOSAIC_GPU
+    if implementation == "triton":
+        from twomamba_jax.ops.triton import TRITON
+
+        return TRITON
+    return xla
 
 
-def refusal(ask: Callable[[ModuleType], str | None]) -> str | None:
-    """Why the kernels cannot do something here: for want of a device, or what `ask(kernels)` says; None if they can."""
-    return unsupported_device() or ask(load(MOSAIC_GPU))
+def kernels_of_device() -> Implementation:
+    """The kernels that are chosen on this machine where they can compute a call: Triton's on GPUs other than Hopper."""
+    return "triton" if jax.default_backend() == "gpu" and not hopper.is_hopper() else "mosaic_gpu"
+
+
+def refusal(implementation: Implementation, ask: Callable[[Any], str | None]) -> str | None:
+    """Why kernels cannot do something here: for want of a device, or what `ask(kernels)` says; None if they can."""
+    return UNSUPPORTED_DEVICE[implementation]() or ask(load(implementation))
 
 
 def choose(
@@ -65,6 +77,7 @@ def choose(
       ValueError: an unknown form or implementation, one that cannot compute the call, or a `chunk_size` for a form that
         has no chunks.
     """
+    check_name(implementation)
     check_form(op, form, chunk_size)
 
     def ask(form, kernels):
@@ -73,16 +86,16 @@ def choose(
     if form is None and chunk_size:
         form = "chunked"
     if form is None and implementation != "xla":
-        form = _fastest_of_kernels(op, q, v, axis, ask)
+        form = _fastest_of_kernels(implementation or kernels_of_device(), op, q, v, axis, ask)
     if form is None:
         form = _fewest_flops(op, _tokens_of_a_device(q, axis), q.shape[-1], v.shape[-1])
     return form, choose_implementation(implementation, form, functools.partial(ask, form))
 
 
 def choose_implementation(
-    implementation: Implementation | None, form: str, ask: Callable[[ModuleType], str | None]
+    implementation: Implementation | None, form: str, ask: Callable[[Any], str | None]
 ) -> Implementation:
-    """The implementation named, or for None the kernels where they can compute the call; that is logged once.
+    """The implementation named, or for None the device's kernels where they can compute the call; that is logged once.
 
     `ask` is as in `refusal`. Raises ValueError for an unknown implementation, and for kernels that are named and
     cannot.
@@ -90,13 +103,13 @@ def choose_implementation(
     check_name(implementation)
     if implementation == "xla":
         return implementation
-    reason = refusal(ask)
-    if implementation == MOSAIC_GPU:
-        if reason:
-            raise ValueError(f"implementation='mosaic_gpu' cannot compute this call: {reason}; use 'xla', or None")
-        return implementation
-    _log_choice(form, "xla" if reason else MOSAIC_GPU, reason)
-    return "xla" if reason else MOSAIC_GPU
+    kernels = implementation or kernels_of_device()
+    reason = refusal(kernels, ask)
+    if implementation is None:
+        _log_choice(form, kernels, reason)
+    elif reason:
+        raise ValueError(f"implementation={kernels!r} cannot compute this call: {reason}; use 'xla', or None")
+    return "xla" if reason else kernels
 
 
 def check_name(implementation: Implementation | None) -> None:
@@ -124,10 +137,10 @@ def _tokens_of_a_device(q, axis: SequenceAxis | None) -> int:
     return q.shape[1] if axis is None else q.shape[1] // axis.size
 
 
-def _fastest_of_kernels(op: Operation, q, v, axis: SequenceAxis | None, ask) -> Form | None:
-    """The form in which the kernels are the fastest that there is, or None."""
-    in_chunks, at_once = (refusal(functools.partial(ask, form)) is None for form in ("chunked", "parallel"))
-    if at_once and _tokens_of_a_device(q, axis) <= load(MOSAIC_GPU).longest_parallel(op, q, v, in_chunks):
+def _fastest_of_kernels(kernels: Implementation, op: Operation, q, v, axis: SequenceAxis | None, ask) -> Form | None:
+    """The form in which these kernels are the fastest that there is, or None."""
+    in_chunks, at_once = (refusal(kernels, functools.partial(ask, form)) is None for form in ("chunked", "parallel"))
+    if at_once and _tokens_of_a_device(q, axis) <= load(kernels).longest_parallel(op, q, v, in_chunks):
         return "parallel"
     return "chunked" if in_chunks else None
 
@@ -142,9 +155,9 @@ def _fewest_flops(op: Operation, size: int, head_dim: int, value_dim: int) -> Fo
 
 
 @functools.cache
-def _log_choice(form, implementation, reason) -> None:
+def _log_choice(form, kernels, reason) -> None:
     """Says once what None chose, for each form and reason."""
-    why = f" (mosaic_gpu: {reason})" if reason else ""
-    _log.info("decay_attention: form=%s, implementation=%s%s", form, implementation, why)
-    if implementation == MOSAIC_GPU and jax.default_backend() == "gpu" and jax.__version_info__ >= SPILLING_JAX:
+    chosen, why = (kernels, "") if reason is None else ("xla", f" ({kernels}: {reason})")
+    _log.info("decay_attention: form=%s, implementation=%s%s", form, chosen, why)
+    if chosen == "mosaic_gpu" and jax.default_backend() == "gpu" and jax.__version_info__ >= SPILLING_JAX:
         _log.warning("JAX %s compiles the kernels with spilled registers: take JAX 0.11.2", jax.__version__)

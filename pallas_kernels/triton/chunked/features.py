@@ -78,8 +78,10 @@ def multiplicity(KIND: tl.constexpr, row):
 @triton.jit
 def row_of(a, b):
     """The row of a state that holds the pair (a, b) or, if b lies in an earlier block of 16 than a, the pair (b, a)."""
-    mirrored = b // 16 < a // 16
-    first, second = tl.where(mirrored, b, a), tl.where(mirrored, a, b)
-    third_block = 2048 + (first - 32) * 32 + (second - 32)
-    fourth_block = (first - 32) * 64 + (second - 48)
-    return tl.where(first < 32, first * 64 + second, tl.where(first < 48, third_block, fourth_block))
+    return tl.where(b < a // 16 * 16, _start(b) + a, _start(a) + b)
+
+
+@triton.jit
+def _start(a):
+    """The row that (a, 0) would have."""
+    return tl.where(a < 32, a * 64, tl.where(a < 48, a * 32 + 992, a * 64 - 2096))

@@ -6,6 +6,7 @@ from pallas_kernels.chunked.stages import Stages, States
 from pallas_kernels.triton.chunked.gradient import gradient
 from pallas_kernels.triton.chunked.normalizer import normalizer
 from pallas_kernels.triton.chunked.query import query
+from pallas_kernels.triton.chunked.scan import scan
 from pallas_kernels.triton.chunked.tiles import CHUNK_MULTIPLE
 from pallas_kernels.triton.chunked.update import update
 
@@ -31,10 +32,12 @@ SQUARED = Stages(
     head_dims=(HEAD_DIM,),
     rows=lambda head_dim: TILES * HEAD_DIM,
     chunk=1024,
-    multiple=lambda tiles: CHUNK_MULTIPLE,
+    tiles=None,
+    multiple=lambda _: CHUNK_MULTIPLE,
     pack=pack_state,
     unpack=unpack_state,
     add=_add,
+    scan=scan,
     query=_query,
     gradient=_gradient,
     inner=inner,

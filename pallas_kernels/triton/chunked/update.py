@@ -43,7 +43,7 @@ def _sum_tiles(
             added = ()
             for j in tl.static_range(0, HELD, 2):
                 one, two = left(words_ptr + start + token, TOKENS, KIND, tile + j, row[:, None], 0)
-                added = (*added, tl.dot(x * one, w, sums[j]), tl.dot(x * two, w, sums[j + 1]))
+                added = added + (tl.dot(x * one, w, sums[j]), tl.dot(x * two, w, sums[j + 1]))  # noqa: RUF005 (Triton)
             sums = added
         x_ptr += DIM
         w_ptr += DIM

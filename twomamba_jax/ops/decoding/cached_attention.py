@@ -149,8 +149,9 @@ def cached_attention(
             def ask(kernels):
                 return kernels.unsupported_in_cache(q, k, alone.state)
 
-            if dispatch.choose_implementation(implementation, "cached", ask) == dispatch.MOSAIC_GPU:
-                in_kernel = dispatch.load(dispatch.MOSAIC_GPU).attend_in_cache
+            chosen = dispatch.choose_implementation(implementation, "cached", ask)
+            if chosen != "xla":
+                in_kernel = dispatch.load(chosen).attend_in_cache
                 few = functools.partial(in_kernel, call.op, cache=cache, partition=partition)
         y, new = _attend_finite(call, whole, few, run, counts, alone, is_empty)
     else:
@@ -191,9 +192,14 @@ def append(
         return attention_cache.append(new, cache, partition)
     op = make_operation(cache.keys.shape[-1], score, True, None, precision)
     arrays = cache.state.kv, cache.keys, cache.values
-    fold = None
-    if implementation != "xla" and dispatch.refusal(lambda x: x.unsupported_fold(*arrays, cache.fold_size)) is None:
-        fold = functools.partial(dispatch.load(dispatch.MOSAIC_GPU).fold, op)
+    kernels, fold = implementation or dispatch.kernels_of_device(), None
+    if kernels != "xla":
+
+        def ask(kernels):
+            return kernels.unsupported_fold(*arrays, cache.fold_size)
+
+        if dispatch.refusal(kernels, ask) is None:
+            fold = functools.partial(dispatch.load(kernels).fold, op)
     return recurrent_cache.append(op, new, cache, partition, fold)
 
 

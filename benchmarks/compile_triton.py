@@ -1,0 +1,224 @@
+"""Compiles the Triton kernels for every architecture, without a GPU: `python benchmarks/compile_triton.py --only fold`.
+
+Prints a Markdown table: registers, spills, shared and tensor memory, and the warps that a multiprocessor holds at once.
+The exit status is 1 if a kernel spills, does not fit its architecture, or does not compile; 2 if nothing can be
+compiled here. It needs Triton: `pip install triton`. XLA's ptxas, which assembles the same PTX where a kernel runs, may
+allot registers a little differently.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import functools
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import clone  # noqa: F401
+
+KIB = 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+    """What a multiprocessor has, by the table of compute capabilities in NVIDIA's CUDA C++ Programming Guide.
+
+    Attributes:
+      gpu: one with it.
+      block_kib: KiB of shared memory that a program can have.
+      multiprocessor_kib: KiB that all its programs share; each takes 1 more than it asks for.
+      warps: at once.
+      programs: at once.
+      ptx_version: that XLA's ptxas of CUDA 13.0 reads.
+    """
+
+    gpu: str
+    block_kib: int
+    multiprocessor_kib: int
+    warps: int
+    programs: int
+    ptx_version: int
+
+
+ARCHITECTURES = {
+    80: Architecture("A100", 163, 164, 64, 32, 87),
+    86: Architecture("RTX 3090", 99, 100, 48, 16, 87),
+    89: Architecture("RTX 4090, L40S", 99, 100, 48, 24, 87),
+    90: Architecture("H100, H200", 227, 228, 64, 32, 87),
+    100: Architecture("B200", 227, 228, 64, 32, 90),
+    120: Architecture("RTX 5090", 99, 100, 48, 24, 90),
+}
+TENSOR_COLUMNS = 512  # of a multiprocessor's tensor memory, where it has one
+REGISTERS_OF_WARPS = 16384  # registers of each of a multiprocessor's four parts
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """A kernel on an architecture. spill_bytes: stored and loaded. resident_warps: that a multiprocessor holds."""
+
+    kernel: str
+    architecture: int
+    registers: int = 0
+    spill_bytes: int = 0
+    shared_bytes: int = 0
+    tensor_columns: int = 0
+    warps: int = 0
+    resident_warps: int = 0
+    problems: tuple[str, ...] = ()
+
+    def __str__(self):
+        cells = self.kernel, f"sm_{self.architecture}", self.registers, self.spill_bytes, self.shared_bytes
+        cells += self.tensor_columns, self.warps, self.resident_warps, "; ".join(self.problems)
+        return f"| {' | '.join(map(str, cells))} |"
+
+
+HEADER = """\
+| kernel | for | registers | spilled bytes | shared bytes | tensor columns | warps | resident warps | problems |
+|---|---|---:|---:|---:|---:|---:|---:|---|"""
+
+
+def ptx_of(entry: dict, architecture: int) -> tuple[str, dict]:
+    """PTX of an entry of `programs`, with what jax-triton takes for granted: pointers are multiples of 16 bytes."""
+    import triton._C.libtriton as libtriton
+    from triton.backends.compiler import GPUTarget, Language
+    from triton.compiler.compiler import ASTSource, make_backend
+
+    kernel, constexprs = entry["kernel"], entry["constexprs"]
+    types = {name: "constexpr" if name in constexprs else entry["args"][name] for name in kernel.arg_names}
+    pointers = [i for i, name in enumerate(types) if types[name].startswith("*")]
+    source = ASTSource(kernel, types, constexprs, {(i,): [["tt.divisibility", 16]] for i in pointers})
+    target = GPUTarget("cuda", architecture, 32)
+    backend = make_backend(target)
+    sizes = {"num_warps": entry["num_warps"], "num_stages": entry["num_stages"]}
+    options = backend.parse_options(sizes | {"ptx_version": ARCHITECTURES[architecture].ptx_version})
+    context = libtriton.ir.context()
+    libtriton.ir.load_dialects(context)
+    backend.load_dialects(context)
+    codegen = backend.get_codegen_implementation(options)
+    module = source.make_ir(target, options, codegen, backend.get_module_map(), context)
+    stages, metadata = {}, {"num_warps": options.num_warps}
+    backend.add_stages(stages, options, Language.TRITON)
+    for name in ("ttir", "ttgir", "llir", "ptx"):
+        module = stages[name](module, metadata)
+    return str(module), metadata
+
+
+def assemble(ptx: str, architecture: int) -> str:
+    """What ptxas says of the PTX. Raises RuntimeError with its words where it refuses it."""
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "kernel.ptx")
+        source.write_text(ptx)
+        name = f"sm_{architecture}{'a' if architecture >= 90 else ''}"
+        command = get_ptxas(architecture).path, "-v", f"--gpu-name={name}", str(source), "-o", f"{source}.cubin"
+        done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(done.stderr.strip())
+    return done.stderr
+
+
+def resident_programs(report: Report) -> int:
+    """How many programs a multiprocessor holds at once."""
+    limits = ARCHITECTURES[report.architecture]
+    of_warp = -(-max(report.registers, 1) * 32 // 256) * 256
+    bounds = [limits.programs, limits.warps // report.warps]
+    bounds.append(4 * (REGISTERS_OF_WARPS // of_warp) // report.warps)
+    bounds.append(limits.multiprocessor_kib * KIB // (report.shared_bytes + KIB))
+    if report.tensor_columns:
+        bounds.append(TENSOR_COLUMNS // report.tensor_columns)
+    return min(bounds)
+
+
+def read_report(entry: dict, architecture: int, log: str, metadata: dict) -> Report:
+    """The report of a kernel, from what ptxas said."""
+
+    def largest(pattern: str) -> int:
+        return max((int(number) for number in re.findall(pattern, log)), default=0)
+
+    report = Report(
+        kernel=entry["name"],
+        architecture=architecture,
+        registers=largest(r"Used (\d+) registers"),
+        spill_bytes=largest(r"(\d+) bytes spill stores") + largest(r"(\d+) bytes spill loads"),
+        shared_bytes=metadata["shared"],
+        tensor_columns=metadata.get("tmem_size") or 0,
+        warps=metadata["num_warps"],
+    )
+    limit, problems = ARCHITECTURES[architecture].block_kib * KIB, []
+    if report.spill_bytes:
+        problems.append(f"spills {report.spill_bytes} bytes")
+    if report.shared_bytes > limit:
+        problems.append(f"{report.shared_bytes} bytes of shared memory, of {limit}")
+    if report.warps != entry["num_warps"]:
+        problems.append(f"needs {report.warps} warps, and {entry['num_warps']} are launched")
+    warps = resident_programs(report) * report.warps
+    if not warps:
+        problems.append("no program fits a multiprocessor")
+    return dataclasses.replace(report, resident_warps=warps, problems=tuple(problems))
+
+
+def compile_entry(entry: dict, architecture: int) -> Report:
+    """The report of one kernel on one architecture, whatever becomes of it."""
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # the compiler prints the whole PTX where it fails
+            ptx, metadata = ptx_of(entry, architecture)
+        return read_report(entry, architecture, assemble(ptx, architecture), metadata)
+    except Exception as error:  # of whatever class a compiler's are
+        problem = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        return Report(entry["name"], architecture, problems=(problem,))
+
+
+def one_of_each(entries: Sequence[dict]) -> list[dict]:
+    """The first entry of every kernel, for every architecture that any of its entries serves."""
+    found = {}
+    for entry in entries:
+        for architecture in entry["arch"]:
+            found.setdefault((entry["kernel"].__name__, architecture), entry | {"arch": (architecture,)})
+    return list(found.values())
+
+
+def reports(entries: Sequence[dict], architectures: Sequence[int]) -> Iterator[Report]:
+    """Of every entry, on those architectures that it serves."""
+    for entry in entries:
+        yield from map(functools.partial(compile_entry, entry), [a for a in architectures if a in entry["arch"]])
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs the command line; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--architectures", type=int, nargs="+", default=list(ARCHITECTURES), choices=ARCHITECTURES)
+    parser.add_argument("--only", default="", metavar="TEXT", help="kernels whose name holds this")
+    parser.add_argument("--one_of_each", action="store_true", help="one tile of each kernel")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="the reports as JSON")
+    options = parser.parse_args(arguments)
+    os.environ.pop("TRITON_INTERPRET", None)  # interpreted kernels cannot be compiled
+    try:
+        import triton
+
+        from pallas_kernels.triton.programs import programs
+    except ImportError as error:
+        print(f"nothing can be compiled here: {error}: pip install 'twomamba-jax[triton]'", file=sys.stderr)
+        return 2
+    entries = [entry for entry in programs() if options.only in entry["name"]]
+    entries = one_of_each(entries) if options.one_of_each else entries
+    print(f"Triton {triton.__version__}\n\n{HEADER}")
+    found = []
+    for report in reports(entries, options.architectures):
+        print(report, flush=True)
+        found.append(report)
+    failed = sum(bool(report.problems) for report in found)
+    print(f"\n{len(found) - failed} compiled cleanly, {failed} did not")
+    if options.out:
+        options.out.write_text(json.dumps([dataclasses.asdict(report) for report in found], indent=1) + "\n")
+    return int(failed > 0 or not found)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
