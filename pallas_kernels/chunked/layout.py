@@ -62,6 +62,7 @@ KINDS = (
     Kind(16, 16, (Band(48, 1, 48), Band(16, 1, 16))),
     Kind(32, 8, (Band(32, 2, 32), Band(33, 2, 32))),
 )
+STARTS = (*(kind.start for kind in KINDS), TILES)
 
 
 @functools.cache

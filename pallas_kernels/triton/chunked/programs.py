@@ -1,0 +1,94 @@
+"""The chunked kernels as programs that can be compiled without a GPU."""
+
+import itertools
+from collections.abc import Iterator
+
+from pallas_kernels.chunked.layout import HEAD_DIM, STARTS, TILES
+from pallas_kernels.triton.chunked.gradient import gradient_kernel
+from pallas_kernels.triton.chunked.normalizer import normalizer_kernel
+from pallas_kernels.triton.chunked.query import query_kernel
+from pallas_kernels.triton.chunked.scan import scan_kernel
+from pallas_kernels.triton.chunked.tiles import TABLE
+from pallas_kernels.triton.chunked.update import update_kernel
+from pallas_kernels.triton.device import LIKE, OLDEST, like
+
+SIZES = {"TOKENS": 65536, "HEADS": 16, "GROUPS": 8, "CHUNK": 1024}
+BF16, F32 = "*bf16", "*fp32"
+
+
+def _flags(*names: str) -> Iterator[dict[str, bool]]:
+    """Every choice of what a call has."""
+    for values in itertools.product((True, False), repeat=len(names)):
+        yield dict(zip(names, values, strict=True))
+
+
+def _squared_update(tiles, dim):
+    arguments = {"x_ptr": BF16, "words_ptr": "*i32", "w_ptr": BF16, "s_ptr": F32}
+    yield "", update_kernel, arguments, SIZES | {"BLOCK": tiles.block, "HELD": tiles.held, "DIM": dim, "STARTS": STARTS}
+
+
+def _squared_query(tiles, dim):
+    constexprs = {"ROWS": tiles.block, "DIM": dim, "STARTS": STARTS, "SQUARED_POWER": 0.25, "FLOOR": 2.0**-100}
+    for has in _flags("weight", "normalizer"):
+        arguments = {f"{name}_ptr": BF16 for name in ("x", "s", "added", "y")} | {"words_ptr": "*i32"}
+        arguments["weight_ptr"] = F32 if has["weight"] else None
+        arguments["normalizer_ptr"] = BF16 if has["normalizer"] else None
+        arguments |= dict.fromkeys(("own_norm_ptr", "norm_ptr"), F32 if has["normalizer"] else None)
+        yield _name(has), query_kernel, arguments, SIZES | constexprs
+
+
+def _squared_gradient(tiles, dim):
+    for has in _flags("normalizer", "sums"):
+        arguments = {f"{name}_ptr": BF16 for name in ("x", "w", "s", "added", "y")} | {"words_ptr": "*i32"}
+        arguments["normalizer_ptr"] = BF16 if has["normalizer"] else None
+        arguments["factor_ptr"] = F32 if has["normalizer"] else None
+        arguments["sums_ptr"] = F32 if has["sums"] else None
+        yield _name(has), gradient_kernel, arguments, SIZES | {"ROWS": tiles.block, "DIM": dim, "TILES": TILES}
+
+
+def _squared_normalizer(tiles, dim):
+    for has in _flags("factor"):
+        arguments = {"x_ptr": BF16, "factor_ptr": F32 if has["factor"] else None, "z_ptr": F32}
+        yield _name(has), normalizer_kernel, arguments, SIZES | {"BLOCK": tiles.block, "DIM": dim}
+
+
+def _scan(tiles):
+    for has in _flags("initial", "reverse"):
+        arguments = {"added_ptr": F32, "weight_ptr": F32, "initial_ptr": F32 if has["initial"] else None}
+        arguments |= {"before_ptr": BF16, "final_ptr": F32}
+        constexprs = {"SIZE": TILES * HEAD_DIM**2, "CHUNKS": 64, "REVERSE": has["reverse"]}
+        yield _name(has), scan_kernel, arguments, constexprs | {"BLOCK": tiles.block, "AHEAD": tiles.num_stages}
+
+
+ENTRIES = {
+    "squared_update": _squared_update,
+    "squared_query": _squared_query,
+    "squared_gradient": _squared_gradient,
+    "squared_normalizer": _squared_normalizer,
+    "scan": _scan,
+}
+
+
+def _name(has: dict[str, bool]) -> str:
+    return " ".join(name for name, value in has.items() if value)
+
+
+def programs() -> Iterator[dict]:
+    """Every kernel with every entry of the table and all that a call may have or lack: what to compile.
+
+    Attributes of each: name, kernel, args (types of the pointers), constexprs (absent pointers too, as None),
+    num_warps, num_stages, arch (the capabilities that the entry serves), mma (whether tensor cores are used).
+    """
+    for (kernel, capability, *dim), tiles in TABLE.items():
+        for flags, function, arguments, constexprs in ENTRIES[kernel](tiles, *dim):
+            absent = {name: None for name, type in arguments.items() if type is None}
+            yield {
+                "name": " ".join([kernel, *map(str, dim), *flags.split()]),
+                "kernel": function,
+                "args": {name: type for name, type in arguments.items() if type is not None},
+                "constexprs": constexprs | absent,
+                "num_warps": tiles.num_warps,
+                "num_stages": tiles.num_stages,
+                "arch": [served for served in (OLDEST, *LIKE) if like(served) == capability],
+                "mma": kernel != "scan",
+            }

@@ -1,0 +1,47 @@
+"""How the kernels cut their work on each architecture."""
+
+import dataclasses
+
+from pallas_kernels.triton.device import capability, like
+
+CHUNK_MULTIPLE = 128  # what the tokens of a chunk are a multiple of
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """The tiles of a kernel.
+
+    Attributes:
+      block: tokens, or entries of a state, that a program takes at a time.
+      num_warps: of a program.
+      num_stages: of its loop's pipeline.
+      held: tiles of a state that a program sums at a time.
+    """
+
+    block: int
+    num_warps: int
+    num_stages: int
+    held: int = 1
+
+
+# (kernel, capability, head dim).
+TABLE = {
+    ("squared_update", 80, 64): Tiles(64, 4, 3, held=2),
+    ("squared_update", 86, 64): Tiles(64, 4, 3, held=2),
+    ("squared_update", 90, 64): Tiles(64, 4, 3, held=4),
+    ("squared_query", 80, 64): Tiles(128, 4, 3),
+    ("squared_query", 86, 64): Tiles(128, 4, 3),
+    ("squared_query", 90, 64): Tiles(128, 4, 4),
+    ("squared_gradient", 80, 64): Tiles(128, 4, 3),
+    ("squared_gradient", 86, 64): Tiles(128, 4, 3),
+    ("squared_gradient", 90, 64): Tiles(128, 4, 4),
+    ("squared_normalizer", 80, 64): Tiles(64, 4, 3),
+    ("squared_normalizer", 86, 64): Tiles(64, 4, 3),
+    ("squared_normalizer", 90, 64): Tiles(64, 4, 3),
+    **{("scan", capability): Tiles(1024, 4, 4) for capability in (80, 86, 90)},
+}
+
+
+def tiles_of(kernel: str, *head_dim: int) -> Tiles:
+    """Those of a kernel on the GPU that it is compiled for."""
+    return TABLE[(kernel, like(capability()), *head_dim)]

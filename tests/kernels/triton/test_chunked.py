@@ -1,0 +1,122 @@
+"""The chunked kernels in Triton, each against its definition."""
+
+import os
+
+os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from support.chunked_cases import assert_near, normal, wide
+
+from pallas_kernels.chunked import layout
+from pallas_kernels.chunked.problem import Problem, Tiles
+from pallas_kernels.triton.chunked.gradient import gradient
+from pallas_kernels.triton.chunked.normalizer import normalizer
+from pallas_kernels.triton.chunked.query import query
+from pallas_kernels.triton.chunked.scan import scan
+from pallas_kernels.triton.chunked.update import update
+
+BATCH, TOKENS, HEADS, GROUPS, CHUNK = 1, 256, 2, 1, 128
+CHUNKS = TOKENS // CHUNK
+PROBLEM = Problem(BATCH, TOKENS, HEADS, GROUPS, CHUNK, Tiles(), True)
+PAIRS = layout.pairs()
+
+
+def by_chunk(x):
+    return wide(x).reshape(BATCH, CHUNKS, CHUNK, HEADS, -1)
+
+
+def full_state(seed):
+    """Tiles of a state in bfloat16, and the same as a symmetric array [B, G, N, 64, 64, V]."""
+    tiles = wide(normal(seed, BATCH, GROUPS, CHUNKS, layout.TILES, 64, 64))
+    rows = tiles.reshape(BATCH, GROUPS, CHUNKS, -1, 64)
+    # Pairs inside a block have two rows, of one value in a real state: that of the first.
+    first = np.full((64, 64), -1)
+    for row, (a, b) in reversed(list(enumerate(PAIRS.reshape(-1, 2)))):
+        first[a, b] = first[b, a] = row
+    assert (first >= 0).all()
+    tiles = rows[..., first[PAIRS[..., 0], PAIRS[..., 1]], :]
+    return jnp.asarray(tiles, jnp.bfloat16), rows[..., first, :]
+
+
+def two_parts(seed):
+    """A normaliser as a sum of two bfloat16 matrices, and in float64."""
+    z = wide(normal(seed, BATCH, GROUPS, CHUNKS, 64, 64, dtype=jnp.float32))
+    z = (z @ z.swapaxes(-1, -2)).astype(np.float32)
+    high = jnp.asarray(z, jnp.bfloat16)
+    return jnp.stack([high, jnp.asarray(z - np.asarray(high, np.float32), jnp.bfloat16)], axis=3), wide(z)
+
+
+def test_squared_update():
+    x, w = normal(0, BATCH, TOKENS, HEADS, 64), normal(1, BATCH, TOKENS, HEADS, 64)
+    got = jax.jit(lambda x, w: update(PROBLEM, x, w))(x, w)
+    features = by_chunk(x)[..., PAIRS].prod(-1)
+    want = np.einsum("bnchtr,bnchv->bntrv", features, by_chunk(w))[:, None]
+    assert_near(got, want, 2**-8)
+
+
+@pytest.mark.parametrize("weighted", [True, False])
+def test_squared_normalizer(weighted):
+    """Of factors of both signs, to float32 or nearly so."""
+    x = normal(0, BATCH, TOKENS, HEADS, 64)
+    factor = normal(1, BATCH, HEADS, TOKENS, dtype=jnp.float32) if weighted else None
+    got = jax.jit(lambda x: normalizer(PROBLEM, x, factor))(x)
+    factors = by_chunk(factor.swapaxes(1, 2))[..., 0] if weighted else np.ones((BATCH, CHUNKS, CHUNK, HEADS))
+    want = np.einsum("bnch,bncha,bnche->bnae", factors, by_chunk(x), by_chunk(x))[:, None]
+    assert_near(got, want, 1e-5)
+
+
+@pytest.mark.parametrize(("reverse", "starts"), [(False, True), (True, False), (True, True)])
+def test_scan(reverse, starts):
+    added = normal(0, 1, 2, 3, 2, 64, 64, dtype=jnp.float32)
+    weight = abs(normal(1, 1, 2, 3, dtype=jnp.float32))
+    initial = normal(2, 1, 2, 2, 64, 64, dtype=jnp.float32) if starts else None
+    before, final = scan(added, weight, initial, reverse=reverse, dtype=jnp.float32)
+    state = np.zeros((1, 2, 2, 64, 64)) if initial is None else wide(initial)
+    for c in reversed(range(3)) if reverse else range(3):
+        np.testing.assert_allclose(before[:, :, c], state, atol=1e-5)
+        state = wide(weight)[:, :, c, None, None, None] * state + wide(added[:, :, c])
+    np.testing.assert_allclose(final, state, atol=1e-5)
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_squared_query(normalize, weighted):
+    x, added = normal(0, BATCH, TOKENS, HEADS, 64), normal(1, BATCH, TOKENS, HEADS, 64)
+    tiles, full = full_state(2)
+    parts, z = two_parts(3)
+    weight = abs(normal(4, BATCH, GROUPS, TOKENS, dtype=jnp.float32))
+    own_norm = normal(5, BATCH, HEADS, TOKENS, dtype=jnp.float32) + 8
+    extra = {"normalizer": parts, "own_norm": own_norm} if normalize else {}
+    run = jax.jit(lambda *args: query(PROBLEM, *args, power=0.5, **extra))
+    got = run(x, tiles, weight if weighted else None, added)
+    weight = wide(weight) if weighted else np.ones(weight.shape)
+    xs = by_chunk(x) / 2
+    y = np.einsum("bncha,bnche,bnaev->bnchv", xs, xs, full[:, 0]).reshape(added.shape)
+    y, want = y * weight[:, 0, :, None, None], wide(added)
+    if normalize:
+        through = np.einsum("bncha,bnche,bnae->bnch", xs, xs, z[:, 0]).reshape(BATCH, TOKENS, HEADS)
+        inside = 2 ** wide(own_norm).swapaxes(1, 2)
+        total = inside + through * weight[:, 0, :, None]
+        got, norm = got
+        np.testing.assert_allclose(norm, np.log2(total).swapaxes(1, 2), atol=1e-5)
+        want, y = want * (inside / total)[..., None], y / total[..., None]
+    assert_near(got, want + y, 2**-7)
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_squared_gradient(normalize):
+    x, w, added = (normal(seed, BATCH, TOKENS, HEADS, 64) for seed in range(3))
+    tiles, full = full_state(3)
+    parts, z = two_parts(4)
+    factor = normal(5, BATCH, HEADS, TOKENS, dtype=jnp.float32)
+    extra = {"normalizer": parts, "factor": factor} if normalize else {}
+    got, sums = jax.jit(lambda *args: gradient(PROBLEM, *args, want_sums=True, **extra))(x, w, tiles, added)
+    half = np.einsum("bncha,bnaev,bnchv->bnche", by_chunk(x), full[:, 0], by_chunk(w)).reshape(x.shape)
+    if normalize:
+        zx = np.einsum("bncha,bnae->bnche", by_chunk(x), z[:, 0]).reshape(x.shape)
+        half = half + zx * wide(factor).swapaxes(1, 2)[..., None]
+    assert_near(got, wide(added) + 2 * half, 2**-7)
+    assert_near(sums, (wide(x) * half).sum(-1).swapaxes(1, 2), 2**-7)
