@@ -39,9 +39,9 @@ class FoldTiles:
 
 
 TILES = {
-    80: FoldTiles(height=64, num_warps=8, num_stages=1),
-    86: FoldTiles(height=64, num_warps=8, num_stages=1),
-    90: FoldTiles(height=64, num_warps=8, num_stages=1),
+    80: FoldTiles(height=32, num_warps=4, num_stages=1),
+    86: FoldTiles(height=32, num_warps=4, num_stages=1),
+    90: FoldTiles(height=32, num_warps=4, num_stages=1),
 }
 
 
