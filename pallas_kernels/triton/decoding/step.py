@@ -19,7 +19,6 @@ from pallas_kernels.triton.decoding.features import features
 from pallas_kernels.triton.device import capability, like
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-RING = 32  # slots at a time
 PROGRAMS = 2048  # that share the work where there is enough of it: several for each multiprocessor of any GPU
 
 unsupported = unsupported_step
@@ -32,20 +31,22 @@ class StepTiles:
     Attributes:
       height: rows of the state that a program loads at a time.
       tiles: that a program reads one after the other, at most.
+      ring: slots of the ring at a time. Its registers, beside those for the state, decide which of them ptxas spills.
       num_warps: of a program.
       num_stages: tiles in flight within a program; 1 leaves that to the many programs.
     """
 
     height: int
     tiles: int
+    ring: int
     num_warps: int
     num_stages: int
 
 
 TILES = {
-    80: StepTiles(height=64, tiles=8, num_warps=4, num_stages=1),
-    86: StepTiles(height=64, tiles=8, num_warps=4, num_stages=1),
-    90: StepTiles(height=64, tiles=8, num_warps=4, num_stages=1),
+    80: StepTiles(height=64, tiles=8, ring=16, num_warps=4, num_stages=1),
+    86: StepTiles(height=64, tiles=8, ring=32, num_warps=4, num_stages=1),
+    90: StepTiles(height=64, tiles=8, ring=32, num_warps=4, num_stages=1),
 }
 
 
@@ -242,7 +243,7 @@ def constexprs(spec: DecodeStep, cut: StepTiles, batch: int, groups: int, repeat
         "HEIGHT": cut.height,
         "LANES": 32 * cut.num_warps * 16 // (SIZE * kv.dtype.itemsize),
         "STAGES": cut.num_stages,
-        "RING": RING,
+        "RING": cut.ring,
     }
 
 

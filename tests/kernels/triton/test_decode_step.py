@@ -18,7 +18,7 @@ from pallas_kernels.triton.decoding import step as kernel
 @pytest.fixture
 def large_tiles(monkeypatch):
     """Eight offsets of the features in a tile, three tiles in a program: few, for the interpreter."""
-    large = kernel.StepTiles(height=512, tiles=3, num_warps=4, num_stages=2)
+    large = kernel.StepTiles(height=512, tiles=3, ring=32, num_warps=4, num_stages=2)
     monkeypatch.setattr(kernel, "TILES", dict.fromkeys(kernel.TILES, large))
     monkeypatch.setattr(kernel, "PROGRAMS", 1)
 
