@@ -13,7 +13,7 @@ FEATURES = {"linear": 64, "squared": 2080}
 
 
 def normal(seed, *shape, dtype=jnp.float32):
-    return jax.random.normal(jax.random.key(seed), shape, dtype)
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape, np.float32).astype(dtype))
 
 
 def problem(score, size, rows, *, layers=2, groups=1, dtype=jnp.float32, of_tokens=jnp.float32, previous=False):

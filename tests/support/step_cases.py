@@ -13,7 +13,11 @@ from twomamba_jax.ops.state import FiniteState
 
 
 def normal(seed, *shape, dtype=jnp.float32):
-    return jax.random.normal(jax.random.key(seed), shape, dtype)
+    return jnp.asarray(_normal(seed, *shape, dtype=dtype))
+
+
+def _normal(seed, *shape, dtype=jnp.float32):
+    return np.random.default_rng(seed).standard_normal(shape, np.float32).astype(dtype)
 
 
 def phi(score, x):
@@ -38,10 +42,10 @@ def problem(score, repeats, dtype, state_dtype, fold, waiting):
     Then the same sums of magnitudes. What is in the other layer, and in slots without a token that waits, is NaN.
     """
     rows, features, capacity = len(waiting), num_features(score, 64), 2 * fold
-    kv, key_sum = normal(0, rows, 1, features, 64, dtype=state_dtype), normal(1, rows, 1, features)
-    q = normal(2, rows, 1, repeats, 64, dtype=dtype)
-    keys, values = normal(3, 2, rows, 1, max(waiting) + 1, 64, dtype=dtype)  # in order, the new token's the last
-    decays = -jnp.abs(normal(4, rows, 1, max(waiting) + 1)) / 4
+    kv, key_sum = _normal(0, rows, 1, features, 64, dtype=state_dtype), _normal(1, rows, 1, features)
+    q = _normal(2, rows, 1, repeats, 64, dtype=dtype)
+    keys, values = _normal(3, 2, rows, 1, max(waiting) + 1, 64, dtype=dtype)  # in order, the new token's the last
+    decays = -np.abs(_normal(4, rows, 1, max(waiting) + 1)) / 4
 
     folded = np.arange(rows) * 7 * fold
     rings = np.full((2, rows, 1, capacity, 64), np.nan, np.float32)
@@ -61,14 +65,14 @@ def problem(score, repeats, dtype, state_dtype, fold, waiting):
         numerators, *denominators = map(np.stack, zip(*rows, strict=True))
         return np.stack([numerators, *(np.repeat(x[..., None], 64, -1) for x in denominators)], axis=2)[:, None]
 
-    last, at = jnp.asarray(waiting), jnp.arange(rows)
-    ends = jnp.asarray(folded, jnp.int32), jnp.asarray(folded + waiting, jnp.int32)
-    cache = RecurrentCache(FiniteState(kv, key_sum), None, *jnp.asarray(rings, dtype), jnp.asarray(ring_decays), *ends)
-    stack = jax.tree.map(lambda x: jnp.stack([jnp.full_like(x, jnp.nan if x.ndim > 1 else 0), x]), cache)
-    log_decay = waiting_decays(decays[at, :, last][..., None], cache, padded(capacity))
+    last, at = np.asarray(waiting), np.arange(rows)
+    ends = (np.asarray(x, np.int32) for x in (folded, folded + waiting))
+    cache = RecurrentCache(FiniteState(kv, key_sum), None, *rings.astype(dtype), ring_decays, *ends)
+    stack = jax.tree.map(lambda x: np.stack([np.full_like(x, np.nan if x.ndim > 1 else 0), x]), cache)
+    log_decay = jax.jit(waiting_decays, static_argnums=2)(decays[at, :, last][..., None], cache, padded(capacity))
     of_token = q, keys[at, :, last], values[at, :, last], log_decay
-    arguments = jnp.int32(1), *stack.state, stack.keys, stack.values, stack.folded, stack.length, *of_token
-    return arguments, together(want), together(size)
+    arguments = np.int32(1), *stack.state, stack.keys, stack.values, stack.folded, stack.length, *of_token
+    return jax.tree.map(jnp.asarray, arguments), together(want), together(size)
 
 
 CASES = [

@@ -20,7 +20,7 @@ from pallas_kernels.triton.decoding.features import features
 from pallas_kernels.triton.device import capability, like
 
 PROGRAMS = 4096  # at most: several for each that a GPU runs at once, so that the last ones leave little of it idle
-TOKENS = 16, 32  # the fewest of a product on tensor cores; the most at a time for which there are registers
+TOKENS = 16  # at a time: the fewest of a product on tensor cores
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,9 +39,9 @@ class FoldTiles:
 
 
 TILES = {
-    80: FoldTiles(height=64, num_warps=4, num_stages=1),
-    86: FoldTiles(height=64, num_warps=4, num_stages=1),
-    90: FoldTiles(height=64, num_warps=4, num_stages=1),
+    80: FoldTiles(height=32, num_warps=4, num_stages=1),
+    86: FoldTiles(height=32, num_warps=4, num_stages=1),
+    90: FoldTiles(height=32, num_warps=4, num_stages=1),
 }
 
 
@@ -188,6 +188,6 @@ def constexprs(score: str, cut: FoldTiles, shape: tuple[int, ...], slots: int, t
         "SQUARED": DEGREE[score] == 2,
         "PROGRAMS": min(PROGRAMS, layers * batch * groups * cdiv(size, cut.height)),
         "HEIGHT": cut.height,
-        "TOKENS": min(max(triton.next_power_of_2(tokens), TOKENS[0]), TOKENS[1]),
+        "TOKENS": TOKENS,
         "STAGES": cut.num_stages,
     }

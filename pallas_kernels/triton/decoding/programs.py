@@ -3,6 +3,8 @@
 import itertools
 from collections.abc import Iterator
 
+import jax
+
 from pallas_kernels.decoding.contract import SIZE, DecodeStep
 from pallas_kernels.triton.decoding import fold, step
 from pallas_kernels.triton.device import like
@@ -33,6 +35,7 @@ def programs() -> Iterator[dict]:
 
 def _step(name, entry, score, dtype, size, normalize, heads) -> dict:
     cut, spec = step.TILES[entry], DecodeStep(score, normalize, SIZE**-0.5)
+    kv = jax.ShapeDtypeStruct((LAYERS, BATCH, GROUPS, FEATURES[score], SIZE), dtype)
     integers = dict.fromkeys(("layer_ptr", "folded_ptr", "length_ptr"), "*i32")
     tokens = dict.fromkeys(("keys_ptr", "values_ptr", "q_ptr", "k_ptr", "v_ptr"), "*bf16")
     sums = dict.fromkeys(("z_ptr", "decay_ptr", "y_ptr"), "*fp32")
@@ -40,7 +43,7 @@ def _step(name, entry, score, dtype, size, normalize, heads) -> dict:
         "name": name,
         "kernel": step.decode_step_kernel,
         "args": integers | tokens | sums | {"kv_ptr": DTYPES[dtype]},
-        "constexprs": step.constexprs(spec, cut, BATCH, GROUPS, heads, FEATURES[score], 2 * size),
+        "constexprs": step.constexprs(spec, cut, BATCH, GROUPS, heads, kv, 2 * size),
         "num_warps": cut.num_warps,
         "num_stages": cut.num_stages,
         "mma": False,

@@ -2,8 +2,8 @@
 
 It reads the state once and does little else, so it needs many loads in flight: small programs, each with a few tiles
 of one head's state, so many that any GPU is full of them whatever its number of multiprocessors; and one program per
-head for the ring. A tile is laid out in groups of rows [groups, rows, values] so that the sum over groups stays within
-a thread; the sum over the rest is taken once, at the end.
+head for the ring. A tile is an array [groups, lanes, values] with as many lanes, its rows, as the threads of a program
+load at once, 16 bytes each: the sum over groups stays within a thread, and that over lanes is taken once, at the end.
 """
 
 import dataclasses
@@ -19,7 +19,6 @@ from pallas_kernels.triton.decoding.features import features
 from pallas_kernels.triton.device import capability, like
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-RING = 32  # slots at a time
 PROGRAMS = 2048  # that share the work where there is enough of it: several for each multiprocessor of any GPU
 
 unsupported = unsupported_step
@@ -30,24 +29,24 @@ class StepTiles:
     """How the work is cut.
 
     Attributes:
-      height: rows of the state that a program loads at a time; a multiple of `lanes`.
-      lanes: of these, the rows that are summed up apart from one another until the end.
+      height: rows of the state that a program loads at a time.
       tiles: that a program reads one after the other, at most.
+      ring: slots of the ring at a time. Its registers, beside those for the state, decide which of them ptxas spills.
       num_warps: of a program.
       num_stages: tiles in flight within a program; 1 leaves that to the many programs.
     """
 
     height: int
-    lanes: int
     tiles: int
+    ring: int
     num_warps: int
     num_stages: int
 
 
 TILES = {
-    80: StepTiles(height=64, lanes=16, tiles=8, num_warps=4, num_stages=1),
-    86: StepTiles(height=64, lanes=16, tiles=8, num_warps=4, num_stages=1),
-    90: StepTiles(height=64, lanes=16, tiles=8, num_warps=4, num_stages=1),
+    80: StepTiles(height=64, tiles=8, ring=16, num_warps=4, num_stages=1),
+    86: StepTiles(height=64, tiles=8, ring=32, num_warps=4, num_stages=1),
+    90: StepTiles(height=64, tiles=8, ring=32, num_warps=4, num_stages=1),
 }
 
 
@@ -207,7 +206,7 @@ def decode_step(spec: DecodeStep, layer, kv, key_sum, keys, values, folded, leng
     """
     batch, groups, repeats, _ = q.shape
     cut = TILES[like(capability())]
-    sizes = constexprs(spec, cut, batch, groups, repeats, kv.shape[3], keys.shape[3])
+    sizes = constexprs(spec, cut, batch, groups, repeats, kv, keys.shape[3])
     parts = num_parts(kv.shape[3], cut, sizes)
     shape = parts, batch, groups, repeats, 3 if spec.normalize else 1, SIZE
     (y,) = call(
@@ -223,8 +222,9 @@ def decode_step(spec: DecodeStep, layer, kv, key_sum, keys, values, folded, leng
     return y
 
 
-def constexprs(spec: DecodeStep, cut: StepTiles, batch: int, groups: int, repeats: int, size: int, slots: int) -> dict:
-    """What is compiled into the kernel, for states of `size` features and rings of `slots`."""
+def constexprs(spec: DecodeStep, cut: StepTiles, batch: int, groups: int, repeats: int, kv, slots: int) -> dict:
+    """What is compiled into the kernel, for states kv [L, B, G, D, 64] and rings of `slots`."""
+    size = kv.shape[3]
     count = cdiv(size, cut.height)
     per_program = min(max(count * batch * groups // PROGRAMS, 1), cut.tiles)
     return {
@@ -241,9 +241,9 @@ def constexprs(spec: DecodeStep, cut: StepTiles, batch: int, groups: int, repeat
         "NORMALIZE": spec.normalize,
         "TILES": cdiv(count, cdiv(count, per_program)),  # alike in all programs of a head
         "HEIGHT": cut.height,
-        "LANES": cut.lanes,
+        "LANES": 32 * cut.num_warps * 16 // (SIZE * kv.dtype.itemsize),
         "STAGES": cut.num_stages,
-        "RING": RING,
+        "RING": cut.ring,
     }
 
 

@@ -4,8 +4,8 @@ import os
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported
 
-import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ from pallas_kernels.triton.decoding import step as kernel
 @pytest.fixture
 def large_tiles(monkeypatch):
     """Eight offsets of the features in a tile, three tiles in a program: few, for the interpreter."""
-    large = kernel.StepTiles(height=512, lanes=16, tiles=3, num_warps=4, num_stages=2)
+    large = kernel.StepTiles(height=512, tiles=3, ring=32, num_warps=4, num_stages=2)
     monkeypatch.setattr(kernel, "TILES", dict.fromkeys(kernel.TILES, large))
     monkeypatch.setattr(kernel, "PROGRAMS", 1)
 
@@ -39,25 +39,31 @@ def test_heads_of_a_layer_are_those_that_each_would_be_alone():
     heads = 3, 2, 2
     state = normal(0, *heads, 2080, 64), normal(1, *heads, 2080)
     rings = normal(2, *heads, 8, 64), normal(3, *heads, 8, 64)
-    ends = jnp.tile(jnp.array([4, 8], jnp.int32), (3, 1)), jnp.tile(jnp.array([7, 9], jnp.int32), (3, 1))
+    ends = [np.tile(np.array(x, np.int32), (3, 1)) for x in ((4, 8), (7, 9))]
     token = normal(4, 2, 2, 2, 64), normal(5, 2, 2, 64), normal(6, 2, 2, 64)
-    decays = jnp.zeros((2, 2, 64)).at[:, :, 4:8].set(-jnp.abs(normal(7, 2, 2, 4)))
-    step = functools.partial(kernel.decode_step, DecodeStep("squared", True, 1 / 8))
-    got = step(jnp.int32(2), *state, *rings, *ends, *token, decays).sum(0)
+    decays = -np.abs(normal(7, 2, 2, 64)) * (np.arange(64) < 8)
+
+    @jax.jit
+    def step(layer, *arguments):
+        return kernel.decode_step(DecodeStep("squared", True, 1 / 8), layer, *arguments)
+
+    got = step(jnp.int32(2), *state, *rings, *ends, *token, decays)
+    of_layers, of_token = jax.tree.map(np.asarray, ((*state, *rings), (*token, decays)))
     for b, g in np.ndindex(2, 2):
-        stack = (x[2:, b : b + 1, g : g + 1] for x in (*state, *rings))
-        alone = (x[b : b + 1, g : g + 1] for x in (*token, decays))
-        want = step(jnp.int32(0), *stack, *(x[2:, b : b + 1] for x in ends), *alone).sum(0)
-        np.testing.assert_array_equal(got[b, g], want[0, 0])
-    assert np.abs(got).min() > 0
+        row, head = slice(b, b + 1), slice(g, g + 1)
+        alone = *(x[2:, row, head] for x in of_layers), *(x[2:, row] for x in ends), *(x[row, head] for x in of_token)
+        want = step(jnp.int32(0), *alone)
+        np.testing.assert_array_equal(np.asarray(got)[:, b, g], np.asarray(want)[:, 0, 0])
+    assert np.abs(got).sum(0).min() > 0
 
 
 def test_every_program_has_tiles():
     """However many states share the GPU, the parts of one cover it once."""
     spec = DecodeStep("squared", True, 1 / 8)
+    kv = jax.ShapeDtypeStruct((20, 64, 16, 2080, 64), jnp.float32)
     for cut in kernel.TILES.values():
         for batch in (1, 2, 3, 64, 1000):
-            sizes = kernel.constexprs(spec, cut, batch, 16, 1, 2080, 32)
+            sizes = kernel.constexprs(spec, cut, batch, 16, 1, kv, 32)
             count = -(-2080 // cut.height)
             assert 1 <= sizes["TILES"] <= cut.tiles
             assert (kernel.num_parts(2080, cut, sizes) - 2) * sizes["TILES"] < count
