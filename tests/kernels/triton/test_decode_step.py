@@ -1,15 +1,11 @@
-"""The step of decoding in Triton, interpreted, against the definition in float64."""
-
-import os
-
-os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported
-
+"""The step of decoding in Triton: interpreted without a GPU, compiled with one, against the definition in float64."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from support.step_cases import CASES, check, normal
+from support.triton import COMPILED  # before triton
 
 from pallas_kernels.decoding.contract import DecodeStep
 from pallas_kernels.triton.decoding import step as kernel
@@ -18,6 +14,8 @@ from pallas_kernels.triton.decoding import step as kernel
 @pytest.fixture
 def large_tiles(monkeypatch):
     """Eight offsets of the features in a tile, three tiles in a program: few, for the interpreter."""
+    if COMPILED:
+        return
     large = kernel.StepTiles(height=512, tiles=3, ring=32, num_warps=4, num_stages=2)
     monkeypatch.setattr(kernel, "TILES", dict.fromkeys(kernel.TILES, large))
     monkeypatch.setattr(kernel, "PROGRAMS", 1)

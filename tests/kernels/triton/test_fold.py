@@ -1,8 +1,4 @@
-"""The fold of decoding in Triton, interpreted, against the formula in float64."""
-
-import os
-
-os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported
+"""The fold of decoding in Triton: interpreted without a GPU, compiled with one, against the formula in float64."""
 
 import functools
 
@@ -11,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from support.fold_cases import CASES, check, problem
+from support.triton import COMPILED  # before triton
 
 from pallas_kernels.triton.decoding import fold as kernel
 
@@ -19,6 +16,8 @@ from pallas_kernels.triton.decoding import fold as kernel
 def few_programs(monkeypatch):
     """Two in all, each with tiles of several states and several tiles of one: large ones, for the interpreter."""
     monkeypatch.setattr(kernel, "PROGRAMS", 2)
+    if COMPILED:
+        return
     large = kernel.FoldTiles(height=512, num_warps=4, num_stages=1)
     monkeypatch.setattr(kernel, "TILES", dict.fromkeys(kernel.TILES, large))
 
