@@ -117,42 +117,43 @@ def keys_kernel(
     dv = tl.zeros((OWN, DIM), tl.float32)
     sums = tl.zeros((OWN,), tl.float32)
 
-    for r in range(0, REPEATS):
-        between = 0.0  # decay of the chunks between the keys' and a query's
-        for i in range(0, count):
-            at = after + i * STREAMED
-            query = load_tile(q_ptr + r * DIM, at, Q_STRIDE, STREAMED, DIM, TOKENS, False)
-            dy = load_tile(dy_ptr + r * DIM, at, Q_STRIDE, STREAMED, DIM, TOKENS, False)
-            column = None
-            delta = None
-            seen = None
-            if logit_ptr is not None:
-                column = tl.load(logit_ptr + r * (TILES * OWN) + at + columns)
-            if delta_ptr is not None:
-                delta = tl.load(delta_ptr + r * (TILES * OWN) + at + columns)
-            if DECAY:
-                column += between
-                between += tl.load(total_ptr + at // OWN, mask=(i + 1) % PER_TILE == 0, other=0.0)
-            if last_ptr is not None:
-                seen = (at + columns)[None, :] <= last[:, None]
-            dk, dv, sums = differentiate(
-                dk,
-                dv,
-                sums,
-                key,
-                value,
-                query,
-                dy,
-                delta,
-                row,
-                column,
-                seen,
-                DECAY,
-                SCORE,
-                NORMALIZE,
-                SCORE_SCALE,
-                LOGIT_SCALE,
-            )
+    between = 0.0  # decay of the chunks between the keys' and a query's
+    for step in range(0, REPEATS * count):  # one loop: accumulators that leave it in between take registers
+        r, i = head_and_tile(step, count, REPEATS)
+        at = after + i * STREAMED
+        query = load_tile(q_ptr + r * DIM, at, Q_STRIDE, STREAMED, DIM, TOKENS, False)
+        dy = load_tile(dy_ptr + r * DIM, at, Q_STRIDE, STREAMED, DIM, TOKENS, False)
+        column = None
+        delta = None
+        seen = None
+        if logit_ptr is not None:
+            column = tl.load(logit_ptr + r * (TILES * OWN) + at + columns)
+        if delta_ptr is not None:
+            delta = tl.load(delta_ptr + r * (TILES * OWN) + at + columns)
+        if DECAY:
+            column += between
+            between += tl.load(total_ptr + at // OWN, mask=(i + 1) % PER_TILE == 0, other=0.0)
+            between = tl.where(i + 1 < count, between, 0.0)
+        if last_ptr is not None:
+            seen = (at + columns)[None, :] <= last[:, None]
+        dk, dv, sums = differentiate(
+            dk,
+            dv,
+            sums,
+            key,
+            value,
+            query,
+            dy,
+            delta,
+            row,
+            column,
+            seen,
+            DECAY,
+            SCORE,
+            NORMALIZE,
+            SCORE_SCALE,
+            LOGIT_SCALE,
+        )
 
     # From here on weights count from the key itself, no longer from the end of its tile.
     if DECAY:
@@ -161,43 +162,55 @@ def keys_kernel(
             factor = tl.exp2(suffix)
             dk, dv, sums = dk * factor[:, None], dv * factor[:, None], sums * factor
 
-    for r in range(0, REPEATS):
-        for i in range(0, tl.minimum(PER_TILE, tl.cdiv(TOKENS - start, STREAMED))):
-            at = start + i * STREAMED
-            query = load_tile(q_ptr + r * DIM, at, Q_STRIDE, STREAMED, DIM, TOKENS, False)
-            dy = load_tile(dy_ptr + r * DIM, at, Q_STRIDE, STREAMED, DIM, TOKENS, False)
-            column = None
-            delta = None
-            if logit_ptr is not None:
-                column = tl.load(logit_ptr + r * (TILES * OWN) + at + columns)
-            if delta_ptr is not None:
-                delta = tl.load(delta_ptr + r * (TILES * OWN) + at + columns)
-            seen = (at + columns)[None, :] >= rows[:, None]
-            if last_ptr is not None:
-                seen &= (at + columns)[None, :] <= last[:, None]
-            dk, dv, sums = differentiate(
-                dk,
-                dv,
-                sums,
-                key,
-                value,
-                query,
-                dy,
-                delta,
-                row,
-                column,
-                seen,
-                DECAY,
-                SCORE,
-                NORMALIZE,
-                SCORE_SCALE,
-                LOGIT_SCALE,
-            )
+    count = tl.minimum(PER_TILE, tl.cdiv(TOKENS - start, STREAMED))
+    for step in range(0, REPEATS * count):
+        r, i = head_and_tile(step, count, REPEATS)
+        at = start + i * STREAMED
+        query = load_tile(q_ptr + r * DIM, at, Q_STRIDE, STREAMED, DIM, TOKENS, False)
+        dy = load_tile(dy_ptr + r * DIM, at, Q_STRIDE, STREAMED, DIM, TOKENS, False)
+        column = None
+        delta = None
+        if logit_ptr is not None:
+            column = tl.load(logit_ptr + r * (TILES * OWN) + at + columns)
+        if delta_ptr is not None:
+            delta = tl.load(delta_ptr + r * (TILES * OWN) + at + columns)
+        seen = (at + columns)[None, :] >= rows[:, None]
+        if last_ptr is not None:
+            seen &= (at + columns)[None, :] <= last[:, None]
+        dk, dv, sums = differentiate(
+            dk,
+            dv,
+            sums,
+            key,
+            value,
+            query,
+            dy,
+            delta,
+            row,
+            column,
+            seen,
+            DECAY,
+            SCORE,
+            NORMALIZE,
+            SCORE_SCALE,
+            LOGIT_SCALE,
+        )
 
     if DECAY:
         tl.store(sums_ptr + head * TILES * OWN + rows, sums * OUTPUT_SCALE)
     store_tile(dk_ptr, dk * GRADIENT_SCALE, start, KV_STRIDE, OWN, DIM, TOKENS)
     store_tile(dv_ptr, dv * OUTPUT_SCALE, start, KV_STRIDE, OWN, DIM, TOKENS)
+
+
+@triton.jit
+def head_and_tile(step, count, REPEATS: tl.constexpr):
+    """The number of the query head and of its tile, each of `count`, at a step of a loop over both."""
+    if REPEATS == 1:
+        r, i = 0, step
+    else:
+        count = tl.maximum(count, 1)  # there is no step where it is 0, but it is divided by in advance
+        r, i = step // count, step % count
+    return r, i
 
 
 @triton.jit

@@ -44,23 +44,22 @@ def slope_of(
             exponent = tl.minimum(exponent, 0.0)  # logits of 2^60 differ by more than they are apart
         if seen is not None:
             exponent = tl.where(seen, exponent, -float("inf"))
-        return tl.exp2(exponent)
-    if row is not None:
-        factor = tl.exp2(tl.where(seen, row[:, None] + column[None, :], -float("inf"))) * SCORE_SCALE
+        slope = tl.exp2(exponent)
     else:
-        factor = tl.full((1, 1), SCORE_SCALE, tl.float32)
-        if column is not None:
-            factor *= tl.exp2(column)[None, :]
-        if seen is not None:
-            factor = tl.where(seen, factor, 0.0)
-    if SCORE == "squared":
-        factor = factor * s
-    return factor
+        if row is not None:
+            slope = tl.exp2(tl.where(seen, row[:, None] + column[None, :], -float("inf"))) * SCORE_SCALE
+        else:
+            slope = tl.full((1, 1), SCORE_SCALE, tl.float32)
+            if column is not None:
+                slope *= tl.exp2(column)[None, :]
+            if seen is not None:
+                slope = tl.where(seen, slope, 0.0)
+        if SCORE == "squared":
+            slope = slope * s
+    return slope
 
 
 @triton.jit
 def weights_of(slope, s, SCORE: tl.constexpr):
     """The weights that go with `slope_of`."""
-    if SCORE == "exp":
-        return slope
-    return slope * s
+    return slope if SCORE == "exp" else slope * s
