@@ -37,7 +37,7 @@ def backward_keys(problem: Problem, tiles: Tiles, q, k, v, dy, logit, delta, dec
             grid=grid,
             name=f"{problem.score}_backward_keys",
             GROUP=group,
-            GRADIENT_SCALE=problem.gradient_scale,
+            GRADIENT_SCALE=problem.gradient_scale / problem.query_power,
             **tiles.constants(problem),
             **({"sums_ptr": None} if decay is None else {}),
         )
@@ -62,7 +62,7 @@ def keys_kernel(
     sums_ptr,
     SCORE: tl.constexpr,
     NORMALIZE: tl.constexpr,
-    POWER: tl.constexpr,
+    SCORE_SCALE: tl.constexpr,
     LOGIT_SCALE: tl.constexpr,
     OUTPUT_SCALE: tl.constexpr,
     GRADIENT_SCALE: tl.constexpr,
@@ -111,33 +111,49 @@ def keys_kernel(
         end = tl.load(last_ptr + after - 1) + 1
     count = tl.cdiv(tl.maximum(end - after, 0), STREAMED)
 
-    key = load_tile(k_ptr, start, KV_STRIDE, OWN, DIM, TOKENS, False) * POWER
+    key = load_tile(k_ptr, start, KV_STRIDE, OWN, DIM, TOKENS, False)
     value = load_tile(v_ptr, start, KV_STRIDE, OWN, DIM, TOKENS, False)
     dk = tl.zeros((OWN, DIM), tl.float32)
     dv = tl.zeros((OWN, DIM), tl.float32)
     sums = tl.zeros((OWN,), tl.float32)
 
-    for r in range(0, REPEATS):
-        between = 0.0  # decay of the chunks between the keys' and a query's
-        for i in range(0, count):
-            at = after + i * STREAMED
-            query = load_tile(q_ptr + r * DIM, at, Q_STRIDE, STREAMED, DIM, TOKENS, False)
-            dy = load_tile(dy_ptr + r * DIM, at, Q_STRIDE, STREAMED, DIM, TOKENS, False)
-            column = None
-            delta = None
-            seen = None
-            if logit_ptr is not None:
-                column = tl.load(logit_ptr + r * (TILES * OWN) + at + columns)
-            if delta_ptr is not None:
-                delta = tl.load(delta_ptr + r * (TILES * OWN) + at + columns)
-            if DECAY:
-                column += between
-                between += tl.load(total_ptr + at // OWN, mask=(i + 1) % PER_TILE == 0, other=0.0)
-            if last_ptr is not None:
-                seen = (at + columns)[None, :] <= last[:, None]
-            dk, dv, sums = differentiate(
-                dk, dv, sums, key, value, query, dy, delta, row, column, seen, DECAY, SCORE, NORMALIZE, LOGIT_SCALE
-            )
+    between = 0.0  # decay of the chunks between the keys' and a query's
+    for step in range(0, REPEATS * count):  # one loop: accumulators that leave it in between take registers
+        r, i = head_and_tile(step, count, REPEATS)
+        at = after + i * STREAMED
+        query = load_tile(q_ptr + r * DIM, at, Q_STRIDE, STREAMED, DIM, TOKENS, False)
+        dy = load_tile(dy_ptr + r * DIM, at, Q_STRIDE, STREAMED, DIM, TOKENS, False)
+        column = None
+        delta = None
+        seen = None
+        if logit_ptr is not None:
+            column = tl.load(logit_ptr + r * (TILES * OWN) + at + columns)
+        if delta_ptr is not None:
+            delta = tl.load(delta_ptr + r * (TILES * OWN) + at + columns)
+        if DECAY:
+            column += between
+            between += tl.load(total_ptr + at // OWN, mask=(i + 1) % PER_TILE == 0, other=0.0)
+            between = tl.where(i + 1 < count, between, 0.0)
+        if last_ptr is not None:
+            seen = (at + columns)[None, :] <= last[:, None]
+        dk, dv, sums = differentiate(
+            dk,
+            dv,
+            sums,
+            key,
+            value,
+            query,
+            dy,
+            delta,
+            row,
+            column,
+            seen,
+            DECAY,
+            SCORE,
+            NORMALIZE,
+            SCORE_SCALE,
+            LOGIT_SCALE,
+        )
 
     # From here on weights count from the key itself, no longer from the end of its tile.
     if DECAY:
@@ -146,28 +162,55 @@ def keys_kernel(
             factor = tl.exp2(suffix)
             dk, dv, sums = dk * factor[:, None], dv * factor[:, None], sums * factor
 
-    for r in range(0, REPEATS):
-        for i in range(0, tl.minimum(PER_TILE, tl.cdiv(TOKENS - start, STREAMED))):
-            at = start + i * STREAMED
-            query = load_tile(q_ptr + r * DIM, at, Q_STRIDE, STREAMED, DIM, TOKENS, False)
-            dy = load_tile(dy_ptr + r * DIM, at, Q_STRIDE, STREAMED, DIM, TOKENS, False)
-            column = None
-            delta = None
-            if logit_ptr is not None:
-                column = tl.load(logit_ptr + r * (TILES * OWN) + at + columns)
-            if delta_ptr is not None:
-                delta = tl.load(delta_ptr + r * (TILES * OWN) + at + columns)
-            seen = (at + columns)[None, :] >= rows[:, None]
-            if last_ptr is not None:
-                seen &= (at + columns)[None, :] <= last[:, None]
-            dk, dv, sums = differentiate(
-                dk, dv, sums, key, value, query, dy, delta, row, column, seen, DECAY, SCORE, NORMALIZE, LOGIT_SCALE
-            )
+    count = tl.minimum(PER_TILE, tl.cdiv(TOKENS - start, STREAMED))
+    for step in range(0, REPEATS * count):
+        r, i = head_and_tile(step, count, REPEATS)
+        at = start + i * STREAMED
+        query = load_tile(q_ptr + r * DIM, at, Q_STRIDE, STREAMED, DIM, TOKENS, False)
+        dy = load_tile(dy_ptr + r * DIM, at, Q_STRIDE, STREAMED, DIM, TOKENS, False)
+        column = None
+        delta = None
+        if logit_ptr is not None:
+            column = tl.load(logit_ptr + r * (TILES * OWN) + at + columns)
+        if delta_ptr is not None:
+            delta = tl.load(delta_ptr + r * (TILES * OWN) + at + columns)
+        seen = (at + columns)[None, :] >= rows[:, None]
+        if last_ptr is not None:
+            seen &= (at + columns)[None, :] <= last[:, None]
+        dk, dv, sums = differentiate(
+            dk,
+            dv,
+            sums,
+            key,
+            value,
+            query,
+            dy,
+            delta,
+            row,
+            column,
+            seen,
+            DECAY,
+            SCORE,
+            NORMALIZE,
+            SCORE_SCALE,
+            LOGIT_SCALE,
+        )
 
     if DECAY:
         tl.store(sums_ptr + head * TILES * OWN + rows, sums * OUTPUT_SCALE)
     store_tile(dk_ptr, dk * GRADIENT_SCALE, start, KV_STRIDE, OWN, DIM, TOKENS)
     store_tile(dv_ptr, dv * OUTPUT_SCALE, start, KV_STRIDE, OWN, DIM, TOKENS)
+
+
+@triton.jit
+def head_and_tile(step, count, REPEATS: tl.constexpr):
+    """The number of the query head and of its tile, each of `count`, at a step of a loop over both."""
+    if REPEATS == 1:
+        r, i = 0, step
+    else:
+        count = tl.maximum(count, 1)  # there is no step where it is 0, but it is divided by in advance
+        r, i = step // count, step % count
+    return r, i
 
 
 @triton.jit
@@ -186,6 +229,7 @@ def differentiate(
     DECAY: tl.constexpr,
     SCORE: tl.constexpr,
     NORMALIZE: tl.constexpr,
+    SCORE_SCALE: tl.constexpr,
     LOGIT_SCALE: tl.constexpr,
 ):
     """(dk, dv, sums) with a tile of queries: of the gradients of the keys and values, and of W.
@@ -196,7 +240,7 @@ def differentiate(
     ds = tl.dot(value, tl.trans(dy))
     if delta is not None:
         ds -= delta[None, :]
-    slope = slope_of(s, row, column, seen, SCORE, LOGIT_SCALE, NORMALIZE)
+    slope = slope_of(s, row, column, seen, SCORE, NORMALIZE, SCORE_SCALE, LOGIT_SCALE)
     ds *= slope
     dv = tl.dot(weights_of(slope, s, SCORE).to(dy.dtype), dy, dv)
     dk = tl.dot(ds.to(query.dtype), query, dk)
