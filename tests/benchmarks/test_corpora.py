@@ -66,18 +66,44 @@ def test_prose_has_a_tokenizer_of_what_is_not_held_out(tmp_path, monkeypatch):
     )
 
 
-def test_c_is_cut_at_whole_documents_of_utf8(tmp_path, monkeypatch):
-    sources = tmp_path / "sources"
-    sources.mkdir()
-    for name, content in {"a.c": b"int a;\r\n", "b.h": b"int b;\n", "c.c": b"\xff", "d.txt": b"no"}.items():
-        (sources / name).write_bytes(content)
-    with tarfile.open(tmp_path / "linux-source-6.tar.xz", "w:xz") as archive:
-        archive.add(sources, "linux")
-    files = {"linux-source-6.tar.xz": (tmp_path / "linux-source-6.tar.xz").read_bytes()}
-    monkeypatch.setattr(corpora, "run", unpacked(files))
+@pytest.fixture
+def linux(tmp_path, monkeypatch):
+    """Makes linux-source of these files."""
+
+    def pack(files):
+        sources = tmp_path / "sources"
+        sources.mkdir()
+        for name, content in files.items():
+            (sources / name).write_bytes(content)
+        with tarfile.open(tmp_path / "linux-source-6.tar.xz", "w:xz") as archive:
+            archive.add(sources, "linux")
+        package = {"linux-source-6.tar.xz": (tmp_path / "linux-source-6.tar.xz").read_bytes()}
+        monkeypatch.setattr(corpora, "run", unpacked(package))
+
+    return pack
+
+
+def test_c_is_cut_at_whole_documents_of_utf8(linux, tmp_path):
+    linux({"a.c": b"int a;\r\n", "b.h": b"int b;\n", "c.c": b"\xff", "d.txt": b"no"})
     corpora.make("c", tmp_path / "c", None)
     assert sorted(documents(tmp_path / "c")) == ["int a;\r\n", "int b;\n"]
     assert corpora.make("c", tmp_path / "c", 9)["documents"] == 1
+
+
+def test_c_has_no_file_above_a_megabyte(linux, tmp_path):
+    linux({"table.h": b"/" * 1_000_001, "long.c": b"/" * 1_000_000, "a.c": b"int a;\n"})
+    assert corpora.make("c", tmp_path / "c", None)["documents"] == 2
+    assert sorted(map(len, documents(tmp_path / "c"))) == [7, 1_000_000]
+
+
+def test_file_of_one_text_is_the_same_at_any_time(tmp_path, monkeypatch):
+    for now in (1, 2):
+        (tmp_path / str(now)).mkdir()
+        monkeypatch.setattr(gzip.time, "time", lambda now=now: now)
+        corpora.write_text(["int a;\n"], tmp_path / str(now) / corpora.TEXT, None)
+    first, second = ((tmp_path / now / corpora.TEXT).read_bytes() for now in "12")
+    assert first == second
+    assert documents(tmp_path / "1") == ["int a;\n"]
 
 
 @pytest.mark.parametrize(
