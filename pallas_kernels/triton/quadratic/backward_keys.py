@@ -37,7 +37,7 @@ def backward_keys(problem: Problem, tiles: Tiles, q, k, v, dy, logit, delta, dec
             grid=grid,
             name=f"{problem.score}_backward_keys",
             GROUP=group,
-            GRADIENT_SCALE=problem.gradient_scale,
+            GRADIENT_SCALE=problem.gradient_scale / problem.query_power,
             **tiles.constants(problem),
             **({"sums_ptr": None} if decay is None else {}),
         )
@@ -62,7 +62,7 @@ def keys_kernel(
     sums_ptr,
     SCORE: tl.constexpr,
     NORMALIZE: tl.constexpr,
-    POWER: tl.constexpr,
+    SCORE_SCALE: tl.constexpr,
     LOGIT_SCALE: tl.constexpr,
     OUTPUT_SCALE: tl.constexpr,
     GRADIENT_SCALE: tl.constexpr,
@@ -111,7 +111,7 @@ def keys_kernel(
         end = tl.load(last_ptr + after - 1) + 1
     count = tl.cdiv(tl.maximum(end - after, 0), STREAMED)
 
-    key = load_tile(k_ptr, start, KV_STRIDE, OWN, DIM, TOKENS, False) * POWER
+    key = load_tile(k_ptr, start, KV_STRIDE, OWN, DIM, TOKENS, False)
     value = load_tile(v_ptr, start, KV_STRIDE, OWN, DIM, TOKENS, False)
     dk = tl.zeros((OWN, DIM), tl.float32)
     dv = tl.zeros((OWN, DIM), tl.float32)
@@ -136,7 +136,22 @@ def keys_kernel(
             if last_ptr is not None:
                 seen = (at + columns)[None, :] <= last[:, None]
             dk, dv, sums = differentiate(
-                dk, dv, sums, key, value, query, dy, delta, row, column, seen, DECAY, SCORE, NORMALIZE, LOGIT_SCALE
+                dk,
+                dv,
+                sums,
+                key,
+                value,
+                query,
+                dy,
+                delta,
+                row,
+                column,
+                seen,
+                DECAY,
+                SCORE,
+                NORMALIZE,
+                SCORE_SCALE,
+                LOGIT_SCALE,
             )
 
     # From here on weights count from the key itself, no longer from the end of its tile.
@@ -161,7 +176,22 @@ def keys_kernel(
             if last_ptr is not None:
                 seen &= (at + columns)[None, :] <= last[:, None]
             dk, dv, sums = differentiate(
-                dk, dv, sums, key, value, query, dy, delta, row, column, seen, DECAY, SCORE, NORMALIZE, LOGIT_SCALE
+                dk,
+                dv,
+                sums,
+                key,
+                value,
+                query,
+                dy,
+                delta,
+                row,
+                column,
+                seen,
+                DECAY,
+                SCORE,
+                NORMALIZE,
+                SCORE_SCALE,
+                LOGIT_SCALE,
             )
 
     if DECAY:
@@ -186,6 +216,7 @@ def differentiate(
     DECAY: tl.constexpr,
     SCORE: tl.constexpr,
     NORMALIZE: tl.constexpr,
+    SCORE_SCALE: tl.constexpr,
     LOGIT_SCALE: tl.constexpr,
 ):
     """(dk, dv, sums) with a tile of queries: of the gradients of the keys and values, and of W.
@@ -196,7 +227,7 @@ def differentiate(
     ds = tl.dot(value, tl.trans(dy))
     if delta is not None:
         ds -= delta[None, :]
-    slope = slope_of(s, row, column, seen, SCORE, LOGIT_SCALE, NORMALIZE)
+    slope = slope_of(s, row, column, seen, SCORE, NORMALIZE, SCORE_SCALE, LOGIT_SCALE)
     ds *= slope
     dv = tl.dot(weights_of(slope, s, SCORE).to(dy.dtype), dy, dv)
     dk = tl.dot(ds.to(query.dtype), query, dk)

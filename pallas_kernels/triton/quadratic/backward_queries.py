@@ -33,7 +33,7 @@ def backward_queries(problem: Problem, tiles: Tiles, q, k, v, dy, norm, delta, d
             grid=grid,
             name=f"{problem.score}_backward_queries",
             GROUP=group,
-            GRADIENT_SCALE=problem.gradient_scale,
+            GRADIENT_SCALE=problem.gradient_scale / problem.query_power,
             **tiles.constants(problem),
             **({"sums_ptr": None} if decay is None else {}),
         )
@@ -57,7 +57,7 @@ def queries_kernel(
     sums_ptr,
     SCORE: tl.constexpr,
     NORMALIZE: tl.constexpr,
-    POWER: tl.constexpr,
+    SCORE_SCALE: tl.constexpr,
     LOGIT_SCALE: tl.constexpr,
     OUTPUT_SCALE: tl.constexpr,
     GRADIENT_SCALE: tl.constexpr,
@@ -113,7 +113,7 @@ def queries_kernel(
         whole = tl.maximum(before - tl.cdiv(tl.load(first_ptr + start + OWN - 1), STREAMED), 0)
         before -= tl.load(first_ptr + start) // STREAMED
 
-    query = load_tile(q_ptr, start, Q_STRIDE, OWN, DIM, TOKENS, False) * POWER
+    query = load_tile(q_ptr, start, Q_STRIDE, OWN, DIM, TOKENS, False)
     dy = load_tile(dy_ptr, start, Q_STRIDE, OWN, DIM, TOKENS, False)
     acc = tl.zeros((OWN, DIM), tl.float32)
     sums = tl.zeros((OWN,), tl.float32)
@@ -128,7 +128,21 @@ def queries_kernel(
             column = tl.load(suffix_ptr + at + columns) + between
             between += tl.load(total_ptr + at // OWN, mask=(i + 1) % PER_TILE == 0, other=0.0)
         acc, sums = differentiate(
-            acc, sums, query, dy, key, value, delta, logit, column, None, DECAY, SCORE, NORMALIZE, LOGIT_SCALE
+            acc,
+            sums,
+            query,
+            dy,
+            key,
+            value,
+            delta,
+            logit,
+            column,
+            None,
+            DECAY,
+            SCORE,
+            NORMALIZE,
+            SCORE_SCALE,
+            LOGIT_SCALE,
         )
     if first_ptr is not None:
         for i in range(whole, before):
@@ -141,7 +155,21 @@ def queries_kernel(
                 column = tl.load(suffix_ptr + at + columns) + between
                 between += tl.load(total_ptr + at // OWN, mask=(i + 1) % PER_TILE == 0, other=0.0)
             acc, sums = differentiate(
-                acc, sums, query, dy, key, value, delta, logit, column, seen, DECAY, SCORE, NORMALIZE, LOGIT_SCALE
+                acc,
+                sums,
+                query,
+                dy,
+                key,
+                value,
+                delta,
+                logit,
+                column,
+                seen,
+                DECAY,
+                SCORE,
+                NORMALIZE,
+                SCORE_SCALE,
+                LOGIT_SCALE,
             )
 
     # From here on weights count from the row itself, no longer from the start of its tile.
@@ -161,7 +189,21 @@ def queries_kernel(
         if DECAY:
             column = -tl.load(prefix_ptr + at + columns)
         acc, sums = differentiate(
-            acc, sums, query, dy, key, value, delta, logit, column, seen, DECAY, SCORE, NORMALIZE, LOGIT_SCALE
+            acc,
+            sums,
+            query,
+            dy,
+            key,
+            value,
+            delta,
+            logit,
+            column,
+            seen,
+            DECAY,
+            SCORE,
+            NORMALIZE,
+            SCORE_SCALE,
+            LOGIT_SCALE,
         )
 
     if NORMALIZE and SCORE != "exp":
@@ -187,6 +229,7 @@ def differentiate(
     DECAY: tl.constexpr,
     SCORE: tl.constexpr,
     NORMALIZE: tl.constexpr,
+    SCORE_SCALE: tl.constexpr,
     LOGIT_SCALE: tl.constexpr,
 ):
     """(acc, sums) with a tile of keys: of the gradients of the rows, and of W.
@@ -197,7 +240,7 @@ def differentiate(
     ds = tl.dot(dy, tl.trans(value))
     if delta is not None:
         ds -= delta[:, None]
-    ds *= slope_of(s, row, column, seen, SCORE, LOGIT_SCALE, NORMALIZE)
+    ds *= slope_of(s, row, column, seen, SCORE, NORMALIZE, SCORE_SCALE, LOGIT_SCALE)
     acc = tl.dot(ds.to(key.dtype), key, acc)
     if DECAY:
         sums += tl.sum(ds if SCORE == "exp" else ds * s, 1)

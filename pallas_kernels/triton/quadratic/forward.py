@@ -56,7 +56,7 @@ def forward_kernel(
     norm_ptr,
     SCORE: tl.constexpr,
     NORMALIZE: tl.constexpr,
-    POWER: tl.constexpr,
+    SCORE_SCALE: tl.constexpr,
     LOGIT_SCALE: tl.constexpr,
     OUTPUT_SCALE: tl.constexpr,
     FLOOR: tl.constexpr,
@@ -100,7 +100,7 @@ def forward_kernel(
         whole = tl.maximum(before - tl.cdiv(tl.load(first_ptr + start + OWN - 1), STREAMED), 0)
         before -= tl.load(first_ptr + start) // STREAMED
 
-    query = load_tile(q_ptr, start, Q_STRIDE, OWN, DIM, TOKENS, False) * POWER
+    query = load_tile(q_ptr, start, Q_STRIDE, OWN, DIM, TOKENS, False)
     acc = tl.zeros((OWN, DIM), tl.float32)
     total = tl.zeros((OWN,), tl.float32)
     largest = tl.full((OWN,), -1e30, tl.float32)  # below every logit, and finite: differences of it are no NaN
@@ -109,27 +109,29 @@ def forward_kernel(
     for i in range(0, whole):
         at = start - (i + 1) * STREAMED
         key = load_tile(k_ptr, at, KV_STRIDE, STREAMED, DIM, TOKENS, True)
-        value = load_tile(v_ptr, at, KV_STRIDE, STREAMED, DIM, TOKENS, True)
         column = None
         if DECAY:
             column = tl.load(suffix_ptr + at + columns) + between
             between += tl.load(total_ptr + at // OWN, mask=(i + 1) % PER_TILE == 0, other=0.0)
-        acc, total, largest = attend(
-            acc, total, largest, query, key, value, None, column, None, SCORE, NORMALIZE, LOGIT_SCALE
+        rounded, acc, total, largest = weigh(
+            acc, total, largest, query, key, None, column, None, SCORE, NORMALIZE, SCORE_SCALE, LOGIT_SCALE
         )
+        value = load_tile(v_ptr, at, KV_STRIDE, STREAMED, DIM, TOKENS, True)
+        acc = tl.dot(rounded, value, acc)
     if first_ptr is not None:
         for i in range(whole, before):
             at = start - (i + 1) * STREAMED
             key = load_tile(k_ptr, at, KV_STRIDE, STREAMED, DIM, TOKENS, True)
-            value = load_tile(v_ptr, at, KV_STRIDE, STREAMED, DIM, TOKENS, True)
             seen = (at + columns)[None, :] >= first[:, None]
             column = None
             if DECAY:
                 column = tl.load(suffix_ptr + at + columns) + between
                 between += tl.load(total_ptr + at // OWN, mask=(i + 1) % PER_TILE == 0, other=0.0)
-            acc, total, largest = attend(
-                acc, total, largest, query, key, value, None, column, seen, SCORE, NORMALIZE, LOGIT_SCALE
+            rounded, acc, total, largest = weigh(
+                acc, total, largest, query, key, None, column, seen, SCORE, NORMALIZE, SCORE_SCALE, LOGIT_SCALE
             )
+            value = load_tile(v_ptr, at, KV_STRIDE, STREAMED, DIM, TOKENS, True)
+            acc = tl.dot(rounded, value, acc)
 
     # From here on weights count from the row itself, no longer from the start of its tile.
     if DECAY:
@@ -142,16 +144,17 @@ def forward_kernel(
     for i in range(0, tl.minimum(PER_TILE, tl.cdiv(TOKENS - start, STREAMED))):
         at = start + i * STREAMED
         key = load_tile(k_ptr, at, KV_STRIDE, STREAMED, DIM, TOKENS, False)
-        value = load_tile(v_ptr, at, KV_STRIDE, STREAMED, DIM, TOKENS, False)
         seen = (at + columns)[None, :] <= rows[:, None]
         if first_ptr is not None:
             seen &= (at + columns)[None, :] >= first[:, None]
         column = None
         if DECAY:
             column = -tl.load(prefix_ptr + at + columns)
-        acc, total, largest = attend(
-            acc, total, largest, query, key, value, prefix, column, seen, SCORE, NORMALIZE, LOGIT_SCALE
+        rounded, acc, total, largest = weigh(
+            acc, total, largest, query, key, prefix, column, seen, SCORE, NORMALIZE, SCORE_SCALE, LOGIT_SCALE
         )
+        value = load_tile(v_ptr, at, KV_STRIDE, STREAMED, DIM, TOKENS, False)
+        acc = tl.dot(rounded, value, acc)
 
     if NORMALIZE:
         dead = total < FLOOR
@@ -168,23 +171,24 @@ def forward_kernel(
 
 
 @triton.jit
-def attend(
+def weigh(
     acc,
     total,
     largest,
     query,
     key,
-    value,
     row,
     column,
     seen,
     SCORE: tl.constexpr,
     NORMALIZE: tl.constexpr,
+    SCORE_SCALE: tl.constexpr,
     LOGIT_SCALE: tl.constexpr,
 ):
-    """(acc, total, largest) with a tile of keys: sums of weighted values and weights; largest logits.
+    """The weights of a tile of keys, rounded for the product with their values, and (acc, total, largest) beside them.
 
-    row, column: log2 of the decays of rows and columns, or None; seen: which pairs count, None is all.
+    acc: sums of weighted values; total: of weights; largest: of logits so far (exp, normalised), which weights are
+    relative to. row, column: log2 of the decays of rows and columns, or None; seen: which pairs count, None is all.
     """
     s = tl.dot(query, tl.trans(key))
     if SCORE == "exp" and NORMALIZE:
@@ -197,9 +201,8 @@ def attend(
         acc, total = acc * shrink[:, None], total * shrink
         weights = tl.exp2(logits - largest[:, None])
     else:
-        weights = weights_of(slope_of(s, row, column, seen, SCORE, LOGIT_SCALE, NORMALIZE), s, SCORE)
-    rounded = weights.to(value.dtype)
-    acc = tl.dot(rounded, value, acc)
+        weights = weights_of(slope_of(s, row, column, seen, SCORE, NORMALIZE, SCORE_SCALE, LOGIT_SCALE), s, SCORE)
+    rounded = weights.to(key.dtype)
     if NORMALIZE:
         total += tl.sum(weights if seen is None else rounded.to(tl.float32), 1)
-    return acc, total, largest
+    return rounded, acc, total, largest

@@ -52,7 +52,7 @@ def program(name: str, score: str, head_dim: int, tiles: Tiles, decay: bool, seg
     constants = tiles.constants(problem) | {
         "GROUP": 2,
         "FLOOR": problem.floor,
-        "GRADIENT_SCALE": problem.gradient_scale,
+        "GRADIENT_SCALE": problem.gradient_scale / problem.query_power,
     }
     pointers = [x for x in kernel.arg_names if x.endswith("_ptr")]
     types = {"first_ptr": "*i32", "last_ptr": "*i32"}

@@ -38,7 +38,7 @@ class Tiles:
         return {
             "SCORE": problem.score,
             "NORMALIZE": problem.normalize,
-            "POWER": problem.query_power,
+            "SCORE_SCALE": problem.query_power ** (2 if problem.score == "squared" else 1),
             "LOGIT_SCALE": problem.logit_scale,
             "OUTPUT_SCALE": problem.output_scale,
             "TOKENS": problem.tokens,

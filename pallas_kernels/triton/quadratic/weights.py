@@ -16,7 +16,16 @@ def exponents(s, row, column, LOGIT_SCALE: tl.constexpr):
 
 
 @triton.jit
-def slope_of(s, row, column, seen, SCORE: tl.constexpr, LOGIT_SCALE: tl.constexpr, NORMALIZE: tl.constexpr):
+def slope_of(
+    s,
+    row,
+    column,
+    seen,
+    SCORE: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    SCORE_SCALE: tl.constexpr,
+    LOGIT_SCALE: tl.constexpr,
+):
     """d weight / d s of a tile of pairs up to a constant, as `quadratic.operands.slope_of`: for `exp` the weight.
 
     Args:
@@ -24,8 +33,10 @@ def slope_of(s, row, column, seen, SCORE: tl.constexpr, LOGIT_SCALE: tl.constexp
       row, column: log2 of what multiplies the score, of the rows and of the columns; None is 0. Scores that are powers
         have a row only where it must be added to the column before the exponential, and then `seen` too.
       seen: which pairs count; None: all.
-      SCORE, LOGIT_SCALE: of the problem.
+      SCORE: of the problem.
       NORMALIZE: whether no weight of `exp` is to exceed 1.
+      SCORE_SCALE: the score of 1, of a power; `query_power` is in it, not in s.
+      LOGIT_SCALE: of the problem.
     """
     if SCORE == "exp":
         exponent = exponents(s, row, column, LOGIT_SCALE)
@@ -35,9 +46,11 @@ def slope_of(s, row, column, seen, SCORE: tl.constexpr, LOGIT_SCALE: tl.constexp
             exponent = tl.where(seen, exponent, -float("inf"))
         return tl.exp2(exponent)
     if row is not None:
-        factor = tl.exp2(tl.where(seen, row[:, None] + column[None, :], -float("inf")))
+        factor = tl.exp2(tl.where(seen, row[:, None] + column[None, :], -float("inf"))) * SCORE_SCALE
     else:
-        factor = tl.full((1, 1), 1.0, tl.float32) if column is None else tl.exp2(column)[None, :]
+        factor = tl.full((1, 1), SCORE_SCALE, tl.float32)
+        if column is not None:
+            factor *= tl.exp2(column)[None, :]
         if seen is not None:
             factor = tl.where(seen, factor, 0.0)
     if SCORE == "squared":
