@@ -15,10 +15,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.accumulator import COLUMN, ROW, TILE, columns, rows
+from pallas_kernels.decoding.contract import DEGREE, SIZE, merged, plan, unsupported_fold
 from pallas_kernels.device import in_32_bits
 
 HEIGHT = 64  # rows of a tile in registers: the features of one cyclic offset
-WIDTH = 64  # values, and numbers of a key
+WIDTH = SIZE  # values, and numbers of a key
 LONGEST = 128  # tokens, whose keys and values lie in shared memory
 BUFFERS = 3  # tiles in shared memory: one in registers, two on their way
 MULTIPROCESSORS = 132  # of an H200
@@ -28,12 +29,8 @@ AT_ONCE = 8  # tokens whose keys and values are on their way together
 
 def unsupported(kv, keys, values, size: int) -> str | None:
     """Why the kernel cannot fold `size` tokens, of rings [..., K] and [..., V], into states [..., D, V], or None."""
-    if (keys.shape[-1], values.shape[-1]) != (WIDTH, WIDTH):
-        found = f"{keys.shape[-1]} and {values.shape[-1]}"
-        return f"it folds keys and values of {WIDTH} numbers, and these have {found}"
-    for name, array in (("states", kv), ("keys", keys), ("values", values)):
-        if array.dtype not in (jnp.float32, jnp.bfloat16):
-            return f"it folds {name} in float32 or bfloat16, and these are {array.dtype}"
+    if reason := unsupported_fold(kv, keys, values):
+        return reason
     if size > LONGEST:
         return f"it has shared memory for {LONGEST} tokens at a time, and these are {size}"
     return None
@@ -66,7 +63,7 @@ def fold(score: Literal["linear", "squared"], state, previous, keys, values, sta
     height = min(features, 2 * HEIGHT)
     whole = features // height  # tiles, but for the last where it is cut off
     tiles = -(-features // height)
-    degree = {"linear": 1, "squared": 2}[score]
+    degree = DEGREE[score]
     dtype = arrays[0].dtype
     of_program = BUFFERS * height * (WIDTH * dtype.itemsize + 4) + 3 * WIDTH * 4 * size + 1200
     programs = min(MULTIPROCESSORS * (SHARED_MEMORY // of_program), layers * batch * groups * tiles)
@@ -213,19 +210,13 @@ def fold(score: Literal["linear", "squared"], state, previous, keys, values, sta
         kernel_name="fold",
     )
 
-    def merged(x):
-        """L, B and G as one axis."""
-        return x.reshape(-1, *x.shape[3:])
-
     # XLA would merge the kernel with slices that it takes, or that its results become, whatever arrays they belong to;
     # and nothing would say then that it works in place. Barriers keep them apart.
     arrays, keys, values = lax.optimization_barrier((arrays, keys, values))
     refs = [jax.new_ref(merged(x)) for x in arrays]
     root = jnp.exp(log_weights / degree)
-    # How many rows are due, which, and where their tokens begin.
-    plan = jnp.concatenate([due.sum()[None], jnp.argsort(~due, stable=True), start]).astype(jnp.int32)
     kernel(
-        plan,
+        plan(due, start),
         merged(keys),
         merged(values),
         merged(root),

@@ -15,7 +15,6 @@ Caches lie in one stack for all layers of a model, from which the kernel reads t
 stack as its operand would be a copy.
 """
 
-import dataclasses
 import math
 
 import jax
@@ -25,46 +24,15 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.accumulator import COLUMN, ROW, TILE, columns, rows
+from pallas_kernels.decoding.contract import SIZE, DecodeStep, padded, unsupported_step
 from pallas_kernels.device import in_32_bits
 
-SIZE = 64  # of queries, keys and values, and so of a tile: features of the state, or slots of the ring, by values
-TILE_SHAPE = (SIZE, SIZE)
-HEADS = 4  # query heads per key/value head for which there are registers
+TILE_SHAPE = (SIZE, SIZE)  # features of the state, or slots of the ring, by values
 PROGRAMS = 1056  # that share the work, at least: eight for each multiprocessor of an H200
 STAGES = 3  # tiles of the state in flight for each program
 
 
-@dataclasses.dataclass(frozen=True)
-class DecodeStep:
-    """What is computed, apart from the arrays.
-
-    Attributes:
-      score: "linear" or "squared".
-      normalize: whether there are denominators.
-      scale: s, the factor on q.
-    """
-
-    score: str
-    normalize: bool
-    scale: float
-
-
-def unsupported(q, kv, heads: int) -> str | None:
-    """Why the kernel cannot read states kv [..., D, V] with `heads` queries q [..., K] for each, or None."""
-    if (q.shape[-1], kv.shape[-1]) != (SIZE, SIZE):
-        return f"it has keys and values of {SIZE}, and these are of {q.shape[-1]} and {kv.shape[-1]}"
-    if kv.dtype not in (jnp.float32, jnp.bfloat16):
-        return f"it reads states in float32 or bfloat16, and these are {kv.dtype}"
-    if q.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
-        return f"it computes in float32, and the queries are {q.dtype}"
-    if heads > HEADS:
-        return f"it has registers for {HEADS} query heads per key/value head, and these are {heads}"
-    return None
-
-
-def padded(slots: int) -> int:
-    """The slots of a ring, up to the end of its last tile."""
-    return -(-slots // SIZE) * SIZE
+unsupported = unsupported_step
 
 
 @in_32_bits

@@ -18,9 +18,13 @@ def call(
     num_warps: int,
     num_stages: int,
     name: str,
+    aliases: tuple[int, ...] = (),
     **constexprs,
 ) -> tuple[jax.Array, ...]:
     """The outputs of a kernel, in the order of the parameters that no operand and no constexpr fills.
+
+    What the operands named by `aliases` have become follows. A buffer that is donated, or carried by a loop, is changed
+    where it lies; XLA copies any other first.
 
     Args:
       kernel: a `triton.jit` function. Its parameters: pointers to the operands, pointers to the outputs, constexprs.
@@ -30,15 +34,17 @@ def call(
       num_warps: of a program.
       num_stages: of its loops' pipelines.
       name: of the kernel in profiles.
+      aliases: positions of the operands that the kernel writes to.
       constexprs: sizes and flags, compiled in.
     """
     if interpreter.interpreting():
-        outputs = interpreter.call(kernel, operands, out_type, grid, constexprs)
+        outputs = interpreter.call(kernel, operands, out_type, grid, aliases, constexprs)
     else:
         import jax_triton  # where it is installed
 
+        refs = {i: jax.new_ref(operands[i]) for i in aliases}
         outputs = jax_triton.triton_call(
-            *operands,
+            *(refs.get(i, operand) for i, operand in enumerate(operands)),
             kernel=kernel,
             out_type=out_type,
             grid=grid,
@@ -50,9 +56,15 @@ def call(
             backend_options={"ptx_version": 87 if capability() < 100 else 90},
             **constexprs,
         )
+        outputs = (*outputs, *map(jax.freeze, refs.values()))
     # Inside `jax.shard_map` the outputs vary over the mesh axes over which any operand does.
     axes = frozenset().union(*(jax.typeof(x).mat.varying for x in operands if x is not None))
-    return jax.lax.pcast(outputs, tuple(axes), to="varying") if axes else outputs
+    return tuple(_varying(x, axes) for x in outputs)
+
+
+def _varying(x, axes: frozenset):
+    missing = tuple(axes - jax.typeof(x).mat.varying)
+    return jax.lax.pcast(x, missing, to="varying") if missing else x
 
 
 def batched(function: Callable) -> Callable:

@@ -68,8 +68,8 @@ class _Operand:
         """Nothing to copy: the interpreter's copy of an operand is the operand."""
 
 
-def call(kernel, operands: tuple, out_type: tuple, grid: tuple[int, ...], constexprs: dict) -> tuple:
-    """The outputs of a kernel. Operands are arrays, or None for those that are absent."""
+def call(kernel, operands: tuple, out_type: tuple, grid: tuple[int, ...], aliases: tuple, constexprs: dict) -> tuple:
+    """The outputs of a kernel, and the operands `aliases` after it. Operands are arrays, or None for absent ones."""
     _patch()
     present = [i for i, operand in enumerate(operands) if operand is not None]
     names = [name for name in kernel.arg_names if name not in constexprs]
@@ -82,10 +82,11 @@ def call(kernel, operands: tuple, out_type: tuple, grid: tuple[int, ...], conste
         arguments = dict(zip(names, [*everything, *map(_Operand, results)], strict=True))
         with _one_at_a_time:
             kernel[grid](**arguments, **constexprs)
-        return tuple(results)
+        return (*results, *(everything[i].array for i in aliases))
 
     arrays = [operands[i] for i in present]
-    return jax.pure_callback(run, out_type, *arrays, vmap_method="sequential")
+    changed = tuple(jax.ShapeDtypeStruct(operands[i].shape, operands[i].dtype) for i in aliases)
+    return jax.pure_callback(run, (*out_type, *changed), *arrays, vmap_method="sequential")
 
 
 @functools.cache

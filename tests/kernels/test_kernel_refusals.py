@@ -200,13 +200,23 @@ def test_the_table_is_read_by_device_and_bucket(monkeypatch, kind, tokens, stage
     assert tuning(kind, "exp", 128, tokens).forward.stages == 9
 
 
-@pytest.mark.parametrize(("first", "warns"), [(jax.__version_info__, True), ((99,), False)])
-def test_warns_of_a_jax_whose_kernels_spill(monkeypatch, caplog, first, warns):
+@pytest.mark.parametrize(
+    ("first", "packages", "library", "warns"),
+    [
+        (jax.__version_info__, ["nvidia-nvjitlink"], None, True),
+        (jax.__version_info__, [], "libnvJitLink.so.13", True),
+        (jax.__version_info__, ["nvidia-cublas"], None, False),
+        ((99,), ["nvidia-nvjitlink"], None, False),
+    ],
+)
+def test_warns_of_a_jax_whose_kernels_spill(monkeypatch, caplog, first, packages, library, warns):
     """Where they are chosen on a GPU."""
     monkeypatch.setattr(dispatch.jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(dispatch.hopper, "is_hopper", lambda: True)
     monkeypatch.setitem(dispatch.UNSUPPORTED_DEVICE, "mosaic_gpu", lambda: None)
     monkeypatch.setattr(dispatch, "SPILLING_JAX", first)
+    monkeypatch.setattr(dispatch.importlib.metadata, "packages_distributions", lambda: {"nvidia": packages})
+    monkeypatch.setattr(dispatch.ctypes.util, "find_library", lambda name: library)
     dispatch._log_choice.cache_clear()
     with caplog.at_level("WARNING", logger="twomamba_jax"):
         assert dispatch.choose_implementation(None, "parallel", lambda kernels: None) == "mosaic_gpu"

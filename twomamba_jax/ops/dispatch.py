@@ -4,7 +4,9 @@
 cannot compute it, and are imported where there is a device for them.
 """
 
+import ctypes.util
 import functools
+import importlib.metadata
 import logging
 from collections.abc import Callable
 from typing import Any, Literal, get_args
@@ -29,7 +31,8 @@ UNSUPPORTED_DEVICE = {"mosaic_gpu": hopper.unsupported_device, "triton": triton.
 # The parallel exponential form holds T^2 weights per head; beyond this many tokens the blockwise form is chosen.
 LONGEST_PARALLEL_SOFTMAX = 2048
 
-SPILLING_JAX = (0, 12)  # from this version on kernels spill (docs/kernels.md)
+# From this version on kernels spill where libnvJitLink is there (docs/measurements/jax_0_12.md).
+SPILLING_JAX = (0, 12)
 
 _log = logging.getLogger("twomamba_jax")
 
@@ -159,5 +162,17 @@ def _log_choice(form, kernels, reason) -> None:
     """Says once what None chose, for each form and reason."""
     chosen, why = (kernels, "") if reason is None else ("xla", f" ({kernels}: {reason})")
     _log.info("decay_attention: form=%s, implementation=%s%s", form, chosen, why)
-    if chosen == "mosaic_gpu" and jax.default_backend() == "gpu" and jax.__version_info__ >= SPILLING_JAX:
-        _log.warning("JAX %s compiles the kernels with spilled registers: take JAX 0.11.2", jax.__version__)
+    if chosen == "mosaic_gpu" and jax.default_backend() == "gpu" and _spills():
+        _log.warning(
+            "JAX %s compiles the kernels with spilled registers: take JAX 0.11.2, or pip uninstall nvidia-nvjitlink "
+            "(docs/measurements/jax_0_12.md)",
+            jax.__version__,
+        )
+
+
+def _spills() -> bool:
+    """Whether this JAX assembles kernels through libnvJitLink, which may be a package's or the system's."""
+    if jax.__version_info__ < SPILLING_JAX:
+        return False
+    packages = {name.lower() for name in importlib.metadata.packages_distributions().get("nvidia", ())}
+    return any("nvjitlink" in name for name in packages) or ctypes.util.find_library("nvJitLink") is not None
