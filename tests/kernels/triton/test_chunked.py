@@ -1,11 +1,14 @@
 """The chunked kernels in Triton, each against its definition."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import support.triton  # noqa: F401 (before triton)
 from support.chunked_cases import assert_near, normal, wide
+from support.exhaustive import EXHAUSTIVE
 
 from pallas_kernels.chunked import layout
 from pallas_kernels.chunked.problem import Problem, Tiles
@@ -79,8 +82,9 @@ def test_scan(reverse, starts):
     np.testing.assert_allclose(final, state, atol=1e-5)
 
 
-@pytest.mark.parametrize("normalize", [False, True])
-@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize(
+    ("normalize", "weighted"), [(True, True), (False, False), (True, False), (False, True)][: 4 if EXHAUSTIVE else 1]
+)
 def test_squared_query(normalize, weighted):
     x, added = normal(0, BATCH, TOKENS, HEADS, 64), normal(1, BATCH, TOKENS, HEADS, 64)
     tiles, full = full_state(2)
@@ -104,7 +108,7 @@ def test_squared_query(normalize, weighted):
     assert_near(got, want + y, 2**-7)
 
 
-@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("normalize", [True, False] if EXHAUSTIVE else [True])
 def test_squared_gradient(normalize):
     x, w, added = (normal(seed, BATCH, TOKENS, HEADS, 64) for seed in range(3))
     tiles, full = full_state(3)
@@ -159,6 +163,26 @@ def test_linear_query(dim, normalize, weighted):
         np.testing.assert_allclose(norm, np.log2(total).swapaxes(1, 2), atol=1e-5)
         want, y = want * (inside / total)[..., None], y / total[..., None]
     assert_near(got, want + y, 2**-7)
+
+
+def test_a_mapped_axis_is_more_batch():
+    x, added = (normal(seed, 3, BATCH, TOKENS, HEADS, 64) for seed in (0, 1))
+    state = normal(2, BATCH, GROUPS, CHUNKS, 64, 64)
+    run = functools.partial(linear_query.query, PROBLEM)
+    got = jax.jit(jax.vmap(lambda x, added: run(x, state, None, added)))(x, added)
+    np.testing.assert_array_equal(got, jnp.stack([run(x[i], state, None, added[i]) for i in range(3)]))
+
+
+def test_a_row_without_weights_is_zero():
+    """Its denominator is 0 both inside its chunk and through the state."""
+    x = normal(0, BATCH, TOKENS, HEADS, 64).at[:, 1].set(0)
+    own_norm = jnp.zeros((BATCH, HEADS, TOKENS), jnp.float32).at[..., 1].set(jnp.inf)
+    z = jnp.ones((BATCH, GROUPS, CHUNKS, 64), jnp.float32)
+    state = normal(2, BATCH, GROUPS, CHUNKS, 64, 64)
+    y, norm = linear_query.query(PROBLEM, x, state, None, x, normalizer=z, own_norm=own_norm, floor=2.0**-100)
+    assert (y[:, 1] == 0).all()
+    assert (norm[..., 1] == jnp.inf).all()
+    assert jnp.isfinite(y).all()
 
 
 @pytest.mark.parametrize(("dim", "normalize"), [(64, False), (64, True), (128, True)])
