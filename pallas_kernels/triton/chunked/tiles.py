@@ -26,6 +26,8 @@ class Tiles:
     parts: int = 1
 
 
+READING = "query", "gradient"
+
 # (kernel, capability, head dim).
 TABLE = {
     ("squared_update", 80, 64): Tiles(64, 4, 3, held=2),
@@ -40,16 +42,10 @@ TABLE = {
     ("squared_normalizer", 80, 64): Tiles(64, 4, 3),
     ("squared_normalizer", 86, 64): Tiles(64, 4, 3),
     ("squared_normalizer", 90, 64): Tiles(64, 4, 3),
-    **{
-        (f"linear_{kernel}", capability, 64): Tiles(128, 4, 1)
-        for kernel in ("query", "gradient")
-        for capability in (80, 86, 90)
-    },
-    **{
-        (f"linear_{kernel}", capability, 128): Tiles(64, 4, 1)
-        for kernel in ("query", "gradient")
-        for capability in (80, 86, 90)
-    },
+    **{(f"linear_{kernel}", capability, 64): Tiles(128, 8, 1) for kernel in READING for capability in (80, 86)},
+    **{(f"linear_{kernel}", capability, 128): Tiles(64, 8, 1) for kernel in READING for capability in (80, 86)},
+    **{(f"linear_{kernel}", 90, 64): Tiles(128, 4, 1) for kernel in READING},
+    **{(f"linear_{kernel}", 90, 128): Tiles(64, 4, 1) for kernel in READING},
     **{("linear_update", capability, 64): Tiles(64, 4, 3) for capability in (80, 86, 90)},
     **{("linear_update", capability, 128): Tiles(64, 4, 2, parts=2) for capability in (80, 86, 90)},
     **{("scan", capability): Tiles(1024, 4, 4) for capability in (80, 86, 90)},
