@@ -11,7 +11,7 @@ import triton.language as tl
 from pallas_kernels.chunked.layout import HEAD_DIM, TILES
 from pallas_kernels.chunked.problem import Problem
 from pallas_kernels.triton.call import batched, call
-from pallas_kernels.triton.chunked.features import halves, row_of, words
+from pallas_kernels.triton.chunked.features import row_of, transposed
 from pallas_kernels.triton.chunked.place import place, sizes
 from pallas_kernels.triton.chunked.tiles import tiles_of
 
@@ -19,7 +19,7 @@ from pallas_kernels.triton.chunked.tiles import tiles_of
 @triton.jit
 def gradient_kernel(
     x_ptr,
-    words_ptr,
+    xt_ptr,
     w_ptr,
     s_ptr,
     added_ptr,
@@ -43,14 +43,14 @@ def gradient_kernel(
     state = (b * GROUPS + g) * (TOKENS // CHUNK) + c
     row, feature = tl.arange(0, ROWS), tl.arange(0, DIM)
     of_head = (b * HEADS + h) * TOKENS + start
-    words_ptr += (b * HEADS + h) * (DIM // 2) * TOKENS + start
+    xt_ptr += (b * HEADS + h) * DIM * TOKENS + start
     s_ptr += state * TILES * DIM * DIM
     at = ((b * TOKENS + start) * HEADS + h) * DIM + row[:, None] * (HEADS * DIM) + feature[None, :]
 
     w = tl.load(w_ptr + at)
     dx = tl.zeros((ROWS, DIM), tl.float32)
     for a in range(0, DIM, 2):
-        one, two = halves(tl.load(words_ptr + a // 2 * TOKENS + row))
+        one, two = tl.load(xt_ptr + a * TOKENS + row), tl.load(xt_ptr + (a + 1) * TOKENS + row)
         s = tl.load(s_ptr + row_of(a, feature)[:, None] * DIM + feature[None, :])
         dx = tl.dot(w * one[:, None], tl.trans(s), dx)
         s = tl.load(s_ptr + row_of(a + 1, feature)[:, None] * DIM + feature[None, :])
@@ -89,7 +89,7 @@ def gradient(problem: Problem, x, w, state, added, *, normalizer=None, factor=No
     rows = math.gcd(tiles.block, p.chunk)
 
     @batched
-    def run(x, words_of_x, w, state, added, normalizer, factor):
+    def run(x, xt, w, state, added, normalizer, factor):
         batch = x.shape[0]
         outputs = [jax.ShapeDtypeStruct(added.shape, added.dtype)]
         absent = (None,)  # sums_ptr
@@ -98,7 +98,7 @@ def gradient(problem: Problem, x, w, state, added, *, normalizer=None, factor=No
             absent = ()
         return call(
             gradient_kernel,
-            *(x, words_of_x, w, state, added, normalizer, factor, *absent),
+            *(x, xt, w, state, added, normalizer, factor, *absent),
             out_type=tuple(outputs),
             grid=(batch * p.heads * (p.tokens // rows),),
             num_warps=tiles.num_warps,
@@ -110,4 +110,4 @@ def gradient(problem: Problem, x, w, state, added, *, normalizer=None, factor=No
             **sizes(p),
         )[::-1]
 
-    return run(x, words(x), w, state, added, normalizer, factor)
+    return run(x, transposed(x), w, state, added, normalizer, factor)

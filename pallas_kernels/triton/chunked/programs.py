@@ -5,6 +5,9 @@ from collections.abc import Iterator
 
 from pallas_kernels.chunked.layout import HEAD_DIM, STARTS, TILES
 from pallas_kernels.triton.chunked.gradient import gradient_kernel
+from pallas_kernels.triton.chunked.linear_gradient import linear_gradient_kernel
+from pallas_kernels.triton.chunked.linear_query import linear_query_kernel
+from pallas_kernels.triton.chunked.linear_update import linear_update_kernel
 from pallas_kernels.triton.chunked.normalizer import normalizer_kernel
 from pallas_kernels.triton.chunked.query import query_kernel
 from pallas_kernels.triton.chunked.scan import scan_kernel
@@ -23,14 +26,14 @@ def _flags(*names: str) -> Iterator[dict[str, bool]]:
 
 
 def _squared_update(tiles, dim):
-    arguments = {"x_ptr": BF16, "words_ptr": "*i32", "w_ptr": BF16, "s_ptr": F32}
+    arguments = {"xt_ptr": BF16, "row_ptr": "*i32", "w_ptr": BF16, "s_ptr": F32}
     yield "", update_kernel, arguments, SIZES | {"BLOCK": tiles.block, "HELD": tiles.held, "DIM": dim, "STARTS": STARTS}
 
 
 def _squared_query(tiles, dim):
-    constexprs = {"ROWS": tiles.block, "DIM": dim, "STARTS": STARTS, "SQUARED_POWER": 0.25, "FLOOR": 2.0**-100}
+    constexprs = {"ROWS": tiles.block, "DIM": dim, "TILES": TILES, "SQUARED_POWER": 0.25, "FLOOR": 2.0**-100}
     for has in _flags("weight", "normalizer"):
-        arguments = {f"{name}_ptr": BF16 for name in ("x", "s", "added", "y")} | {"words_ptr": "*i32"}
+        arguments = {f"{name}_ptr": BF16 for name in ("x", "xt", "s", "added", "y")}
         arguments["weight_ptr"] = F32 if has["weight"] else None
         arguments["normalizer_ptr"] = BF16 if has["normalizer"] else None
         arguments |= dict.fromkeys(("own_norm_ptr", "norm_ptr"), F32 if has["normalizer"] else None)
@@ -39,7 +42,7 @@ def _squared_query(tiles, dim):
 
 def _squared_gradient(tiles, dim):
     for has in _flags("normalizer", "sums"):
-        arguments = {f"{name}_ptr": BF16 for name in ("x", "w", "s", "added", "y")} | {"words_ptr": "*i32"}
+        arguments = {f"{name}_ptr": BF16 for name in ("x", "xt", "w", "s", "added", "y")}
         arguments["normalizer_ptr"] = BF16 if has["normalizer"] else None
         arguments["factor_ptr"] = F32 if has["normalizer"] else None
         arguments["sums_ptr"] = F32 if has["sums"] else None
@@ -50,6 +53,34 @@ def _squared_normalizer(tiles, dim):
     for has in _flags("factor"):
         arguments = {"x_ptr": BF16, "factor_ptr": F32 if has["factor"] else None, "z_ptr": F32}
         yield _name(has), normalizer_kernel, arguments, SIZES | {"BLOCK": tiles.block, "DIM": dim}
+
+
+def _linear_update(tiles, dim):
+    for has in _flags("weight", "factor"):
+        arguments = {"x_ptr": BF16, "w_ptr": BF16, "s_ptr": F32, "z_ptr": F32}
+        arguments |= {f"{name}_ptr": F32 if has[name] else None for name in has}
+        constexprs = {"BLOCK": tiles.block, "DIM": dim, "FEATURES": dim // tiles.parts}
+        yield _name(has), linear_update_kernel, arguments, SIZES | constexprs
+
+
+def _linear_query(tiles, dim):
+    constexprs = {"ROWS": tiles.block, "DIM": dim, "POWER": 0.5, "FLOOR": 2.0**-100}
+    for has in _flags("weight", "normalizer"):
+        arguments = {f"{name}_ptr": BF16 for name in ("x", "s", "added", "y")}
+        arguments["weight_ptr"] = F32 if has["weight"] else None
+        normalizer = F32 if has["normalizer"] else None
+        arguments |= dict.fromkeys(("normalizer_ptr", "own_norm_ptr", "norm_ptr"), normalizer)
+        yield _name(has), linear_query_kernel, arguments, SIZES | constexprs
+
+
+def _linear_gradient(tiles, dim):
+    for has in _flags("weight", "normalizer", "factor", "sums"):
+        if has["factor"] and not has["normalizer"]:
+            continue
+        arguments = {f"{name}_ptr": BF16 for name in ("w", "s", "added", "y")}
+        arguments["x_ptr"] = BF16 if has["sums"] else None
+        arguments |= {f"{name}_ptr": F32 if has[name] else None for name in has}
+        yield _name(has), linear_gradient_kernel, arguments, SIZES | {"ROWS": tiles.block, "DIM": dim}
 
 
 def _scan(tiles):
@@ -65,6 +96,9 @@ ENTRIES = {
     "squared_query": _squared_query,
     "squared_gradient": _squared_gradient,
     "squared_normalizer": _squared_normalizer,
+    "linear_update": _linear_update,
+    "linear_query": _linear_query,
+    "linear_gradient": _linear_gradient,
     "scan": _scan,
 }
 

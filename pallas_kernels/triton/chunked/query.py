@@ -8,45 +8,70 @@ import jax.numpy as jnp
 import triton
 import triton.language as tl
 
-from pallas_kernels.chunked.layout import HEAD_DIM, STARTS
+from pallas_kernels.chunked.layout import HEAD_DIM, TILES
 from pallas_kernels.chunked.problem import Problem
 from pallas_kernels.triton.call import batched, call
-from pallas_kernels.triton.chunked.features import left, multiplicity, right, words
+from pallas_kernels.triton.chunked.features import transposed
 from pallas_kernels.triton.chunked.place import place, sizes
+from pallas_kernels.triton.chunked.quotient import quotient
 from pallas_kernels.triton.chunked.tiles import tiles_of
 
 
 @triton.jit
-def _add_kind(
-    sums,
-    x_ptr,
-    words_ptr,
-    s_ptr,
-    KIND: tl.constexpr,
-    START: tl.constexpr,
-    END: tl.constexpr,
-    SQUARED_POWER: tl.constexpr,
-    TOKENS: tl.constexpr,
-    STRIDE: tl.constexpr,
-    ROWS: tl.constexpr,
-    DIM: tl.constexpr,
+def _features(x_ptr, FIRST: tl.constexpr, SIZE: tl.constexpr, STRIDE: tl.constexpr, ROWS: tl.constexpr):
+    """SIZE features of the rows, from FIRST on."""
+    return tl.load(x_ptr + tl.arange(0, ROWS)[:, None] * STRIDE + FIRST + tl.arange(0, SIZE)[None, :])
+
+
+@triton.jit
+def _add(sums, x, a, s_ptr, START: tl.constexpr):
+    """Adds what the rows read from the rows of a tile from START on: their features x times another one, a."""
+    DIM: tl.constexpr = sums.shape[1]
+    row, e = START + tl.arange(0, x.shape[1]), tl.arange(0, DIM)
+    return tl.dot(x * a[:, None], tl.load(s_ptr + row[:, None] * DIM + e[None, :]), sums)
+
+
+@triton.jit
+def _read_state(
+    x_ptr, xt_ptr, s_ptr, TOKENS: tl.constexpr, STRIDE: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr
 ):
-    """Adds what the rows read from the tiles of one kind, START to END."""
-    row, feature = tl.arange(0, ROWS), tl.arange(0, DIM)
-    x = tl.load(x_ptr + row[:, None] * STRIDE + right(KIND, feature)[None, :])
-    x = x * (multiplicity(KIND, feature) * SQUARED_POWER)[None, :].to(x.dtype)
-    tile_at = feature[:, None] * DIM + feature[None, :]
-    for tile in range(START, END, 2):
-        one, two = left(words_ptr + row, TOKENS, KIND, tile, feature[None, :], 1)
-        sums = tl.dot(x * one, tl.load(s_ptr + tile * DIM * DIM + tile_at), sums)
-        sums = tl.dot(x * two, tl.load(s_ptr + (tile + 1) * DIM * DIM + tile_at), sums)
+    """S^T phi(x) of the rows.
+
+    By kinds of `layout.KINDS`; rows of a tile that stand for two entries of a full matrix apart from those for one.
+    """
+    TILE: tl.constexpr = DIM * DIM
+    row = tl.arange(0, ROWS)
+    sums = tl.zeros((ROWS, DIM), tl.float32)
+    x = _features(x_ptr, 0, 16, STRIDE, ROWS)
+    y = _features(x_ptr, 16, 16, STRIDE, ROWS) * 2
+    z = _features(x_ptr, 32, 32, STRIDE, ROWS) * 2
+    for tile in range(0, 16):
+        a = tl.load(xt_ptr + tile * TOKENS + row)
+        sums = _add(sums, x, a, s_ptr + tile * TILE, 0)
+        sums = _add(sums, y, a, s_ptr + tile * TILE, 16)
+        sums = _add(sums, z, a, s_ptr + tile * TILE, 32)
+    x = _features(x_ptr, 48, 16, STRIDE, ROWS)
+    y = _features(x_ptr, 16, 16, STRIDE, ROWS)
+    for tile in range(16, 32):
+        a, b = tl.load(xt_ptr + (tile + 32) * TOKENS + row), tl.load(xt_ptr + tile * TOKENS + row)
+        sums = _add(sums, x, a, s_ptr + tile * TILE, 0)
+        sums = _add(sums, y, b, s_ptr + tile * TILE, 16)
+        sums = _add(sums, z, b, s_ptr + tile * TILE, 32)
+    y = _features(x_ptr, 32, 16, STRIDE, ROWS)
+    z = x * 2
+    for tile in range(32, 40):
+        a, b = (tl.load(xt_ptr + (2 * tile - 32) * TOKENS + row), tl.load(xt_ptr + (2 * tile - 31) * TOKENS + row))
+        sums = _add(sums, y, a, s_ptr + tile * TILE, 0)
+        sums = _add(sums, z, a, s_ptr + tile * TILE, 16)
+        sums = _add(sums, y, b, s_ptr + tile * TILE, 32)
+        sums = _add(sums, z, b, s_ptr + tile * TILE, 48)
     return sums
 
 
 @triton.jit
 def query_kernel(
     x_ptr,
-    words_ptr,
+    xt_ptr,
     s_ptr,
     weight_ptr,
     added_ptr,
@@ -60,7 +85,7 @@ def query_kernel(
     CHUNK: tl.constexpr,
     ROWS: tl.constexpr,
     DIM: tl.constexpr,
-    STARTS: tl.constexpr,
+    TILES: tl.constexpr,
     SQUARED_POWER: tl.constexpr,
     FLOOR: tl.constexpr,
 ):
@@ -74,23 +99,19 @@ def query_kernel(
     own = ((b * TOKENS + start) * HEADS + h) * DIM
     of_head = (b * HEADS + h) * TOKENS + start
     x_ptr += own
-    words_ptr += (b * HEADS + h) * (DIM // 2) * TOKENS + start
-    s_ptr += state * STARTS[3] * DIM * DIM
+    xt_ptr += (b * HEADS + h) * DIM * TOKENS + start
+    s_ptr += state * TILES * DIM * DIM
     at = own + row[:, None] * (HEADS * DIM) + feature[None, :]
 
     if normalizer_ptr is not None:
         x = tl.load(x_ptr + row[:, None] * (HEADS * DIM) + feature[None, :])
         matrix = normalizer_ptr + state * 2 * DIM * DIM + feature[:, None] * DIM + feature[None, :]
-        zx = tl.dot(x, tl.load(matrix))
-        zx = tl.dot(x, tl.load(matrix + DIM * DIM), zx)
+        zx = tl.zeros((ROWS, DIM), tl.float32)
+        for part in range(0, 2):
+            zx = tl.dot(x, tl.load(matrix + part * DIM * DIM), zx)
         through = tl.maximum(tl.sum(zx * x.to(tl.float32), 1) * SQUARED_POWER, 0.0)
 
-    sums = tl.zeros((ROWS, DIM), tl.float32)
-    for kind in tl.static_range(3):
-        sums = _add_kind(
-            *(sums, x_ptr, words_ptr, s_ptr, kind, STARTS[kind], STARTS[kind + 1], SQUARED_POWER),
-            *(TOKENS, HEADS * DIM, ROWS, DIM),
-        )
+    sums = _read_state(x_ptr, xt_ptr, s_ptr, TOKENS, HEADS * DIM, ROWS, DIM) * SQUARED_POWER
     y = tl.load(added_ptr + at).to(tl.float32)
     if weight_ptr is not None:
         weight = tl.load(weight_ptr + (b * GROUPS + g) * TOKENS + start + row)
@@ -100,12 +121,8 @@ def query_kernel(
     else:
         if weight_ptr is not None:
             through *= weight
-        norm = tl.load(own_norm_ptr + of_head + row)
-        inside = tl.exp2(tl.where(norm == float("inf"), -float("inf"), norm))
-        total = inside + through
-        dead = total < FLOOR
-        y = (y * inside[:, None] + sums) * tl.where(dead, 0.0, 1.0 / total)[:, None]
-        tl.store(norm_ptr + of_head + row, tl.where(dead, float("inf"), tl.log2(total)))
+        y, norm = quotient(y, tl.load(own_norm_ptr + of_head + row), sums, through, FLOOR)
+        tl.store(norm_ptr + of_head + row, norm)
     tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty))
 
 
@@ -135,7 +152,7 @@ def query(problem: Problem, x, state, weight, added, *, power: float = 1.0, norm
     rows = math.gcd(tiles.block, p.chunk)
 
     @batched
-    def run(x, words_of_x, state, weight, added, normalizer, own_norm):
+    def run(x, xt, state, weight, added, normalizer, own_norm):
         batch = x.shape[0]
         outputs = [jax.ShapeDtypeStruct(added.shape, added.dtype)]
         absent = (None,)  # norm_ptr
@@ -144,7 +161,7 @@ def query(problem: Problem, x, state, weight, added, *, power: float = 1.0, norm
             absent = ()
         return call(
             query_kernel,
-            *(x, words_of_x, state, weight, added, normalizer, own_norm, *absent),
+            *(x, xt, state, weight, added, normalizer, own_norm, *absent),
             out_type=tuple(outputs),
             grid=(batch * p.heads * (p.tokens // rows),),
             num_warps=tiles.num_warps,
@@ -152,11 +169,11 @@ def query(problem: Problem, x, state, weight, added, *, power: float = 1.0, norm
             name="squared_query",
             ROWS=rows,
             DIM=HEAD_DIM,
-            STARTS=STARTS,
+            TILES=TILES,
             SQUARED_POWER=power**2,
             FLOOR=floor,
             **sizes(p),
         )[::-1]
 
-    result = run(x, words(x), state, weight, added, normalizer, own_norm)
+    result = run(x, transposed(x), state, weight, added, normalizer, own_norm)
     return result if normalizer is not None else result[0]

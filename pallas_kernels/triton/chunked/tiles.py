@@ -16,21 +16,25 @@ class Tiles:
       num_warps: of a program.
       num_stages: of its loop's pipeline.
       held: tiles of a state that a program sums at a time.
+      parts: programs that share the rows of a state.
     """
 
     block: int
     num_warps: int
     num_stages: int
     held: int = 1
+    parts: int = 1
 
+
+READING = "query", "gradient"
 
 # (kernel, capability, head dim).
 TABLE = {
     ("squared_update", 80, 64): Tiles(64, 4, 3, held=2),
     ("squared_update", 86, 64): Tiles(64, 4, 3, held=2),
     ("squared_update", 90, 64): Tiles(64, 4, 3, held=4),
-    ("squared_query", 80, 64): Tiles(128, 4, 3),
-    ("squared_query", 86, 64): Tiles(128, 4, 3),
+    ("squared_query", 80, 64): Tiles(64, 4, 3),
+    ("squared_query", 86, 64): Tiles(64, 4, 3),
     ("squared_query", 90, 64): Tiles(128, 4, 4),
     ("squared_gradient", 80, 64): Tiles(128, 4, 3),
     ("squared_gradient", 86, 64): Tiles(128, 4, 3),
@@ -38,6 +42,12 @@ TABLE = {
     ("squared_normalizer", 80, 64): Tiles(64, 4, 3),
     ("squared_normalizer", 86, 64): Tiles(64, 4, 3),
     ("squared_normalizer", 90, 64): Tiles(64, 4, 3),
+    **{(f"linear_{kernel}", capability, 64): Tiles(128, 8, 1) for kernel in READING for capability in (80, 86)},
+    **{(f"linear_{kernel}", capability, 128): Tiles(64, 8, 1) for kernel in READING for capability in (80, 86)},
+    **{(f"linear_{kernel}", 90, 64): Tiles(128, 4, 1) for kernel in READING},
+    **{(f"linear_{kernel}", 90, 128): Tiles(64, 4, 1) for kernel in READING},
+    **{("linear_update", capability, 64): Tiles(64, 4, 3) for capability in (80, 86, 90)},
+    **{("linear_update", capability, 128): Tiles(64, 4, 2, parts=2) for capability in (80, 86, 90)},
     **{("scan", capability): Tiles(1024, 4, 4) for capability in (80, 86, 90)},
 }
 

@@ -10,15 +10,15 @@ import triton.language as tl
 from pallas_kernels.chunked.layout import HEAD_DIM, STARTS, TILES
 from pallas_kernels.chunked.problem import Problem
 from pallas_kernels.triton.call import batched, call
-from pallas_kernels.triton.chunked.features import left, right, words
+from pallas_kernels.triton.chunked.features import left, right, transposed
 from pallas_kernels.triton.chunked.place import sizes
 from pallas_kernels.triton.chunked.tiles import tiles_of
 
 
 @triton.jit
 def _sum_tiles(
-    x_ptr,
-    words_ptr,
+    xt_ptr,
+    row_ptr,
     w_ptr,
     s_ptr,
     tile,
@@ -33,29 +33,29 @@ def _sum_tiles(
 ):
     """Sums the HELD tiles from `tile` on, all of one kind."""
     row, token = tl.arange(0, DIM), tl.arange(0, BLOCK)
-    x_at = token[:, None] * STRIDE + right(KIND, row)[None, :]
+    x_at = right(KIND, row)[:, None] * TOKENS + token[None, :]
+    loaded_row = tl.load(row_ptr + row)[:, None]
     w_at = token[:, None] * STRIDE + row[None, :]
     sums = (tl.zeros((DIM, DIM), tl.float32),) * HELD
     for _ in range(0, REPEATS):
         for start in range(0, CHUNK, BLOCK):
-            x = tl.trans(tl.load(x_ptr + start * STRIDE + x_at))
+            x = tl.load(xt_ptr + start + x_at)
             w = tl.load(w_ptr + start * STRIDE + w_at)
             added = ()
-            for j in tl.static_range(0, HELD, 2):
-                one, two = left(words_ptr + start + token, TOKENS, KIND, tile + j, row[:, None], 0)
-                added = added + (tl.dot(x * one, w, sums[j]), tl.dot(x * two, w, sums[j + 1]))  # noqa: RUF005 (Triton)
+            for j in tl.static_range(HELD):
+                a = left(xt_ptr + start + token, TOKENS, KIND, tile + j, loaded_row)
+                added = added + (tl.dot(x * a, w, sums[j]),)  # noqa: RUF005 (Triton has no stars in tuples)
             sums = added
-        x_ptr += DIM
         w_ptr += DIM
-        words_ptr += DIM // 2 * TOKENS
+        xt_ptr += DIM * TOKENS
     for j in tl.static_range(HELD):
         tl.store(s_ptr + ((tile + j) * DIM + row[:, None]) * DIM + row[None, :], sums[j])
 
 
 @triton.jit
 def update_kernel(
-    x_ptr,
-    words_ptr,
+    xt_ptr,
+    row_ptr,
     w_ptr,
     s_ptr,
     TOKENS: tl.constexpr,
@@ -78,15 +78,13 @@ def update_kernel(
     tile, at = program % (STARTS[3] // HELD) * HELD, (program // (STARTS[3] // HELD)).to(tl.int64)
     c, of_group = at % chunks, at // chunks
     g, b = of_group % GROUPS, of_group // GROUPS
-    own = ((b * TOKENS + c * CHUNK) * HEADS + g * repeats) * DIM
-    x_ptr += own
-    w_ptr += own
-    words_ptr += (b * HEADS + g * repeats) * (DIM // 2) * TOKENS + c * CHUNK
+    xt_ptr += (b * HEADS + g * repeats) * DIM * TOKENS + c * CHUNK
+    w_ptr += ((b * TOKENS + c * CHUNK) * HEADS + g * repeats) * DIM
     s_ptr += at * STARTS[3] * DIM * DIM
     for kind in tl.static_range(3):
         if (tile >= STARTS[kind]) & (tile < STARTS[kind + 1]):
             _sum_tiles(
-                *(x_ptr, words_ptr, w_ptr, s_ptr, tile, kind),
+                *(xt_ptr, row_ptr, w_ptr, s_ptr, tile, kind),
                 *(TOKENS, CHUNK, repeats, HEADS * DIM, BLOCK, HELD, DIM),
             )
 
@@ -102,15 +100,15 @@ def update(problem: Problem, x, w):
     p, tiles = problem, tiles_of("squared_update", HEAD_DIM)
 
     @batched
-    def run(x, words_of_x, w):
-        shape = (x.shape[0], p.groups, p.chunks, TILES, HEAD_DIM, HEAD_DIM)
+    def run(xt, w):
+        shape = (xt.shape[0], p.groups, p.chunks, TILES, HEAD_DIM, HEAD_DIM)
         return call(
             update_kernel,
-            x,
-            words_of_x,
+            xt,
+            jnp.arange(HEAD_DIM, dtype=jnp.int32),
             w,
             out_type=(jax.ShapeDtypeStruct(shape, jnp.float32),),
-            grid=(x.shape[0] * p.groups * p.chunks * (TILES // tiles.held),),
+            grid=(xt.shape[0] * p.groups * p.chunks * (TILES // tiles.held),),
             num_warps=tiles.num_warps,
             num_stages=tiles.num_stages,
             name="squared_update",
@@ -121,4 +119,4 @@ def update(problem: Problem, x, w):
             **sizes(p),
         )[0]
 
-    return run(x, words(x), w)
+    return run(transposed(x), w)

@@ -1,17 +1,18 @@
 """The chunked kernels in Triton, each against its definition."""
 
-import os
-
-os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import support.triton  # noqa: F401 (before triton)
 from support.chunked_cases import assert_near, normal, wide
+from support.exhaustive import EXHAUSTIVE
 
 from pallas_kernels.chunked import layout
 from pallas_kernels.chunked.problem import Problem, Tiles
+from pallas_kernels.triton.chunked import linear_gradient, linear_query, linear_update
 from pallas_kernels.triton.chunked.gradient import gradient
 from pallas_kernels.triton.chunked.normalizer import normalizer
 from pallas_kernels.triton.chunked.query import query
@@ -81,8 +82,9 @@ def test_scan(reverse, starts):
     np.testing.assert_allclose(final, state, atol=1e-5)
 
 
-@pytest.mark.parametrize("normalize", [False, True])
-@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize(
+    ("normalize", "weighted"), [(True, True), (False, False), (True, False), (False, True)][: 4 if EXHAUSTIVE else 1]
+)
 def test_squared_query(normalize, weighted):
     x, added = normal(0, BATCH, TOKENS, HEADS, 64), normal(1, BATCH, TOKENS, HEADS, 64)
     tiles, full = full_state(2)
@@ -106,7 +108,7 @@ def test_squared_query(normalize, weighted):
     assert_near(got, want + y, 2**-7)
 
 
-@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("normalize", [True, False] if EXHAUSTIVE else [True])
 def test_squared_gradient(normalize):
     x, w, added = (normal(seed, BATCH, TOKENS, HEADS, 64) for seed in range(3))
     tiles, full = full_state(3)
@@ -120,3 +122,82 @@ def test_squared_gradient(normalize):
         half = half + zx * wide(factor).swapaxes(1, 2)[..., None]
     assert_near(got, wide(added) + 2 * half, 2**-7)
     assert_near(sums, (wide(x) * half).sum(-1).swapaxes(1, 2), 2**-7)
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("weighted", [(True, True), (True, False), (False, True)])
+def test_linear_update(dim, weighted):
+    x, w = normal(0, BATCH, TOKENS, HEADS, dim), normal(1, BATCH, TOKENS, HEADS, dim)
+    weight, factor = (
+        normal(2 + i, BATCH, HEADS, TOKENS, dtype=jnp.float32) if has else None for i, has in enumerate(weighted)
+    )
+    s, z = jax.jit(lambda x, w: linear_update.update(PROBLEM, x, w, weight, factor=factor))(x, w)
+
+    def of_tokens(vector):
+        return np.ones((BATCH, CHUNKS, CHUNK, HEADS)) if vector is None else by_chunk(vector.swapaxes(1, 2))[..., 0]
+
+    want = np.einsum("bnch,bnchk,bnchv->bnkv", of_tokens(weight), by_chunk(x), by_chunk(w))
+    assert_near(s, want[:, None], 2**-8)
+    want = np.einsum("bnch,bnchk->bnk", of_tokens(weight if factor is None else factor), by_chunk(x))
+    assert_near(z, want[:, None], 1e-5)
+
+
+@pytest.mark.parametrize(("dim", "normalize", "weighted"), [(64, False, False), (64, True, True), (128, True, False)])
+def test_linear_query(dim, normalize, weighted):
+    x, added = abs(normal(0, BATCH, TOKENS, HEADS, dim)), normal(1, BATCH, TOKENS, HEADS, dim)
+    state = normal(2, BATCH, GROUPS, CHUNKS, dim, dim)
+    z = abs(normal(3, BATCH, GROUPS, CHUNKS, dim, dtype=jnp.float32))
+    weight = abs(normal(4, BATCH, GROUPS, TOKENS, dtype=jnp.float32))
+    own_norm = normal(5, BATCH, HEADS, TOKENS, dtype=jnp.float32) + 8
+    extra = {"normalizer": z, "own_norm": own_norm} if normalize else {}
+    run = jax.jit(lambda *args: linear_query.query(PROBLEM, *args, power=0.5, **extra))
+    got = run(x, state, weight if weighted else None, added)
+    weight = wide(weight) if weighted else np.ones(weight.shape)
+    y = np.einsum("bnchk,bnkv->bnchv", by_chunk(x) / 2, wide(state)[:, 0]).reshape(added.shape)
+    y, want = y * weight[:, 0, :, None, None], wide(added)
+    if normalize:
+        through = np.einsum("bnchk,bnk->bnch", by_chunk(x) / 2, wide(z)[:, 0]).reshape(BATCH, TOKENS, HEADS)
+        inside = 2 ** wide(own_norm).swapaxes(1, 2)
+        total = inside + through * weight[:, 0, :, None]
+        got, norm = got
+        np.testing.assert_allclose(norm, np.log2(total).swapaxes(1, 2), atol=1e-5)
+        want, y = want * (inside / total)[..., None], y / total[..., None]
+    assert_near(got, want + y, 2**-7)
+
+
+def test_a_mapped_axis_is_more_batch():
+    x, added = (normal(seed, 3, BATCH, TOKENS, HEADS, 64) for seed in (0, 1))
+    state = normal(2, BATCH, GROUPS, CHUNKS, 64, 64)
+    run = functools.partial(linear_query.query, PROBLEM)
+    got = jax.jit(jax.vmap(lambda x, added: run(x, state, None, added)))(x, added)
+    np.testing.assert_array_equal(got, jnp.stack([run(x[i], state, None, added[i]) for i in range(3)]))
+
+
+def test_a_row_without_weights_is_zero():
+    """Its denominator is 0 both inside its chunk and through the state."""
+    x = normal(0, BATCH, TOKENS, HEADS, 64).at[:, 1].set(0)
+    own_norm = jnp.zeros((BATCH, HEADS, TOKENS), jnp.float32).at[..., 1].set(jnp.inf)
+    z = jnp.ones((BATCH, GROUPS, CHUNKS, 64), jnp.float32)
+    state = normal(2, BATCH, GROUPS, CHUNKS, 64, 64)
+    y, norm = linear_query.query(PROBLEM, x, state, None, x, normalizer=z, own_norm=own_norm, floor=2.0**-100)
+    assert (y[:, 1] == 0).all()
+    assert (norm[..., 1] == jnp.inf).all()
+    assert jnp.isfinite(y).all()
+
+
+@pytest.mark.parametrize(("dim", "normalize"), [(64, False), (64, True), (128, True)])
+def test_linear_gradient(dim, normalize):
+    x, w, added = (normal(seed, BATCH, TOKENS, HEADS, dim) for seed in range(3))
+    state = normal(3, BATCH, GROUPS, CHUNKS, dim, dim)
+    z = normal(4, BATCH, GROUPS, CHUNKS, dim, dtype=jnp.float32)
+    weight, factor = (normal(seed, BATCH, HEADS, TOKENS, dtype=jnp.float32) for seed in (5, 6))
+    extra = {"normalizer": z, "factor": factor} if normalize else {}
+    run = jax.jit(lambda *args: linear_gradient.gradient(PROBLEM, *args, want_sums=True, **extra))
+    got, sums = run(x, w, weight, state, added)
+    dx = np.einsum("bnkv,bnchv->bnchk", wide(state)[:, 0], by_chunk(w)).reshape(x.shape)
+    dx = dx * wide(weight).swapaxes(1, 2)[..., None]
+    if normalize:
+        of_z = np.broadcast_to(wide(z)[:, 0, :, None, None], (BATCH, CHUNKS, CHUNK, HEADS, dim)).reshape(x.shape)
+        dx = dx + of_z * wide(factor).swapaxes(1, 2)[..., None]
+    assert_near(got, wide(added) + dx, 2**-7)
+    assert_near(sums, (wide(x) * dx).sum(-1).swapaxes(1, 2), 2**-7)
