@@ -12,8 +12,10 @@ from pallas_kernels.triton.interpreter import interpreting
 
 OLDEST = 80  # compute capability of the first with tensor cores for bfloat16 and asynchronous copies
 
-# Whose tiles a GPU takes where it has none of its own: 89 and 120 have the 99 KiB of shared memory of 86.
-LIKE = {86: 86, 87: 80, 88: 86, 89: 86, 90: 90, 100: 90, 101: 90, 103: 90, 110: 90, 120: 86, 121: 86}
+# Whose tiles a GPU takes. 89 and 120 have the 99 KiB of shared memory of 86; what is not here has those of 80.
+LIKE = {86: 86, 88: 86, 89: 86, 90: 90, 100: 100, 101: 100, 103: 100, 110: 100, 120: 86, 121: 86}
+
+ARCHITECTURES = 80, 86, 89, 90, 100, 120  # that `benchmarks/compile_triton.py` compiles for
 
 _compiled_for = contextvars.ContextVar("compiled_for", default=None)
 
@@ -38,8 +40,13 @@ def capability() -> int:
 
 
 def like(capability: int) -> int:
-    """The capability among 80, 86 and 90 whose tiles a GPU can run."""
+    """The capability among 80, 86, 90 and 100 whose tiles a GPU can run."""
     return LIKE.get(capability, OLDEST)
+
+
+def served(capability: int) -> tuple[int, ...]:
+    """Those of ARCHITECTURES that take the tiles of this capability."""
+    return tuple(x for x in ARCHITECTURES if like(x) == capability)
 
 
 def unsupported_device() -> str | None:

@@ -13,7 +13,7 @@ from pallas_kernels.triton.chunked.query import query_kernel
 from pallas_kernels.triton.chunked.scan import scan_kernel
 from pallas_kernels.triton.chunked.tiles import TABLE
 from pallas_kernels.triton.chunked.update import update_kernel
-from pallas_kernels.triton.device import LIKE, OLDEST, like
+from pallas_kernels.triton.device import served
 
 SIZES = {"TOKENS": 65536, "HEADS": 16, "GROUPS": 8, "CHUNK": 1024}
 BF16, F32 = "*bf16", "*fp32"
@@ -123,6 +123,6 @@ def programs() -> Iterator[dict]:
                 "constexprs": constexprs | absent,
                 "num_warps": tiles.num_warps,
                 "num_stages": tiles.num_stages,
-                "arch": [served for served in (OLDEST, *LIKE) if like(served) == capability],
+                "arch": served(capability),
                 "mma": kernel != "scan",
             }

@@ -28,28 +28,26 @@ class Tiles:
 
 READING = "query", "gradient"
 
+BEFORE_HOPPER = 80, 86
+
 # (kernel, capability, head dim).
 TABLE = {
-    ("squared_update", 80, 64): Tiles(64, 4, 3, held=2),
-    ("squared_update", 86, 64): Tiles(64, 4, 3, held=2),
+    **{("squared_update", capability, 64): Tiles(64, 4, 3, held=2) for capability in BEFORE_HOPPER},
+    **{("squared_query", capability, 64): Tiles(64, 4, 3) for capability in BEFORE_HOPPER},
+    **{("squared_gradient", capability, 64): Tiles(128, 4, 3) for capability in BEFORE_HOPPER},
+    **{("squared_normalizer", capability, 64): Tiles(64, 4, 3) for capability in BEFORE_HOPPER},
+    **{(f"linear_{kernel}", capability, 64): Tiles(128, 8, 1) for kernel in READING for capability in BEFORE_HOPPER},
+    **{(f"linear_{kernel}", capability, 128): Tiles(64, 8, 1) for kernel in READING for capability in BEFORE_HOPPER},
     ("squared_update", 90, 64): Tiles(64, 4, 3, held=4),
-    ("squared_query", 80, 64): Tiles(64, 4, 3),
-    ("squared_query", 86, 64): Tiles(64, 4, 3),
-    ("squared_query", 90, 64): Tiles(128, 4, 4),
-    ("squared_gradient", 80, 64): Tiles(128, 4, 3),
-    ("squared_gradient", 86, 64): Tiles(128, 4, 3),
-    ("squared_gradient", 90, 64): Tiles(128, 4, 4),
-    ("squared_normalizer", 80, 64): Tiles(64, 4, 3),
-    ("squared_normalizer", 86, 64): Tiles(64, 4, 3),
+    ("squared_query", 90, 64): Tiles(64, 4, 4),
+    ("squared_gradient", 90, 64): Tiles(128, 4, 3),
     ("squared_normalizer", 90, 64): Tiles(64, 4, 3),
-    **{(f"linear_{kernel}", capability, 64): Tiles(128, 8, 1) for kernel in READING for capability in (80, 86)},
-    **{(f"linear_{kernel}", capability, 128): Tiles(64, 8, 1) for kernel in READING for capability in (80, 86)},
-    **{(f"linear_{kernel}", 90, 64): Tiles(128, 4, 1) for kernel in READING},
-    **{(f"linear_{kernel}", 90, 128): Tiles(64, 4, 1) for kernel in READING},
-    **{("linear_update", capability, 64): Tiles(64, 4, 3) for capability in (80, 86, 90)},
-    **{("linear_update", capability, 128): Tiles(64, 4, 2, parts=2) for capability in (80, 86, 90)},
-    **{("scan", capability): Tiles(1024, 4, 4) for capability in (80, 86, 90)},
+    **{(f"linear_{kernel}", 90, dim): Tiles(64, 4, 1) for kernel in READING for dim in (64, 128)},
+    **{("linear_update", capability, 64): Tiles(64, 4, 3) for capability in (*BEFORE_HOPPER, 90)},
+    **{("linear_update", capability, 128): Tiles(64, 4, 2, parts=2) for capability in (*BEFORE_HOPPER, 90)},
+    **{("scan", capability): Tiles(1024, 4, 4) for capability in (*BEFORE_HOPPER, 90)},
 }
+TABLE |= {(kernel, 100, *dim): tiles for (kernel, capability, *dim), tiles in TABLE.items() if capability == 90}
 
 
 def tiles_of(kernel: str, *head_dim: int) -> Tiles:

@@ -42,6 +42,7 @@ TILES = {
     80: FoldTiles(height=32, num_warps=4, num_stages=1),
     86: FoldTiles(height=32, num_warps=4, num_stages=1),
     90: FoldTiles(height=32, num_warps=4, num_stages=1),
+    100: FoldTiles(height=16, num_warps=4, num_stages=1),
 }
 
 

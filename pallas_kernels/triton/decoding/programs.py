@@ -7,9 +7,8 @@ import jax
 
 from pallas_kernels.decoding.contract import SIZE, DecodeStep
 from pallas_kernels.triton.decoding import fold, step
-from pallas_kernels.triton.device import like
+from pallas_kernels.triton.device import served
 
-ARCHITECTURES = 80, 86, 89, 90, 100, 120
 LAYERS, BATCH, GROUPS = 20, 64, 16  # squared states of more than 2^31 numbers
 FEATURES = {"linear": SIZE, "squared": SIZE * (SIZE + 1) // 2}
 FOLD_SIZES = (16, 64)
@@ -24,13 +23,16 @@ def programs() -> Iterator[dict]:
     """
     cases = itertools.product(sorted(step.TILES), FEATURES, DTYPES, FOLD_SIZES)
     for entry, score, dtype, size in cases:
-        served = [arch for arch in ARCHITECTURES if like(arch) == entry]
         name = f"{score}-{dtype}-{size}"
         for normalize, heads in ((True, 1), (True, 4), (False, 1)):
             kinds = f"-heads-{heads}" + normalize * "-normalize"
-            yield _step(f"decode_step-{name}{kinds}", entry, score, dtype, size, normalize, heads) | {"arch": served}
+            yield _step(f"decode_step-{name}{kinds}", entry, score, dtype, size, normalize, heads) | {
+                "arch": served(entry)
+            }
         for rollback in (True, False):
-            yield _fold(f"fold-{name}" + rollback * "-rollback", entry, score, dtype, size, rollback) | {"arch": served}
+            yield _fold(f"fold-{name}" + rollback * "-rollback", entry, score, dtype, size, rollback) | {
+                "arch": served(entry)
+            }
 
 
 def _step(name, entry, score, dtype, size, normalize, heads) -> dict:

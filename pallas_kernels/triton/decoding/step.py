@@ -47,6 +47,7 @@ TILES = {
     80: StepTiles(height=64, tiles=8, ring=16, num_warps=4, num_stages=1),
     86: StepTiles(height=64, tiles=8, ring=32, num_warps=4, num_stages=1),
     90: StepTiles(height=64, tiles=8, ring=32, num_warps=4, num_stages=1),
+    100: StepTiles(height=64, tiles=8, ring=32, num_warps=4, num_stages=1),
 }
 
 

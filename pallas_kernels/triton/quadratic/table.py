@@ -1,4 +1,4 @@
-"""Tile sizes: (kernel, capability among 80, 86 and 90, score, head dim) -> tiles.
+"""Tile sizes: (kernel, capability among 80, 86, 90 and 100, score, head dim) -> tiles.
 
 Each compiles without spills for every GPU that takes it (`pallas_kernels.triton.device.LIKE`).
 """
@@ -30,6 +30,10 @@ _ANY_SCORE = {
     ("keys", 86, 128): _tiles(64, 32, 8, 2),
     ("keys", 90, 128): _tiles(64, 32, 8, 2),
 }
+
+# A B200's queries spill with Hopper's tiles of heads of 64.
+_ANY_SCORE |= {(name, 100, dim): tiles for (name, like, dim), tiles in _ANY_SCORE.items() if like == 90}
+_ANY_SCORE["queries", 100, 64] = _tiles(64, 32, 4, 3)
 
 TABLE = {
     (kernel, capability, score, head_dim): tiles
