@@ -23,16 +23,12 @@ def programs() -> Iterator[dict]:
     """
     cases = itertools.product(sorted(step.TILES), FEATURES, DTYPES, FOLD_SIZES)
     for entry, score, dtype, size in cases:
-        name = f"{score}-{dtype}-{size}"
+        name, arch = f"{score}-{dtype}-{size}", {"arch": served(entry)}
         for normalize, heads in ((True, 1), (True, 4), (False, 1)):
             kinds = f"-heads-{heads}" + normalize * "-normalize"
-            yield _step(f"decode_step-{name}{kinds}", entry, score, dtype, size, normalize, heads) | {
-                "arch": served(entry)
-            }
+            yield _step(f"decode_step-{name}{kinds}", entry, score, dtype, size, normalize, heads) | arch
         for rollback in (True, False):
-            yield _fold(f"fold-{name}" + rollback * "-rollback", entry, score, dtype, size, rollback) | {
-                "arch": served(entry)
-            }
+            yield _fold(f"fold-{name}" + rollback * "-rollback", entry, score, dtype, size, rollback) | arch
 
 
 def _step(name, entry, score, dtype, size, normalize, heads) -> dict:
