@@ -1,8 +1,8 @@
 """Compiles the Triton kernels for every architecture, without a GPU: `python benchmarks/compile_triton.py --only fold`.
 
 Prints a Markdown table: registers, spills, shared and tensor memory, and the warps that a multiprocessor holds at once.
-The exit status is 1 if a kernel spills, does not fit its architecture, or does not compile; 2 if nothing can be
-compiled here. It needs Triton: `pip install triton`. XLA's ptxas, which assembles the same PTX where a kernel runs, may
+The exit status is 1 if a kernel spills, does not fit its architecture, does not compile, or if ptx_lint.py finds
+registers of asynchronous products that are touched too early; 2 if nothing can be compiled here. It needs Triton: `pip install triton`. XLA's ptxas, which assembles the same PTX where a kernel runs, may
 allot registers a little differently.
 """
 
@@ -21,6 +21,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import clone  # noqa: F401
+from ptx_lint import lint
 
 KIB = 1024
 
@@ -169,7 +170,9 @@ def compile_entry(entry: dict, architecture: int) -> Report:
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # the compiler prints the whole PTX where it fails
             ptx, metadata = ptx_of(entry, architecture)
-        return read_report(entry, architecture, assemble(ptx, architecture), metadata)
+        report = read_report(entry, architecture, assemble(ptx, architecture), metadata)
+        touched = tuple(f"PTX line {line}: {register} {text}" for line, register, text in list(lint(ptx))[:1])
+        return dataclasses.replace(report, problems=report.problems + touched)
     except Exception as error:  # of whatever class a compiler's are
         problem = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         return Report(entry["name"], architecture, problems=(problem,))

@@ -30,7 +30,8 @@ READING = "query", "gradient"
 
 BEFORE_HOPPER = 80, 86
 
-# (kernel, capability, head dim).
+# (kernel, capability, head dim). On Hopper kernels that weigh their left operand in registers have one stage: with more,
+# a turn of the loop would overwrite it while the product of the turn before reads it (`benchmarks/ptx_lint.py` finds it).
 TABLE = {
     **{("squared_update", capability, 64): Tiles(64, 4, 3, held=2) for capability in BEFORE_HOPPER},
     **{("squared_query", capability, 64): Tiles(64, 4, 3) for capability in BEFORE_HOPPER},
@@ -41,10 +42,12 @@ TABLE = {
     ("squared_update", 90, 64): Tiles(64, 4, 3, held=4),
     ("squared_query", 90, 64): Tiles(64, 4, 4),
     ("squared_gradient", 90, 64): Tiles(128, 4, 3),
-    ("squared_normalizer", 90, 64): Tiles(64, 4, 3),
+    ("squared_normalizer", 90, 64): Tiles(64, 4, 1),
+    ("linear_update", 90, 64): Tiles(64, 4, 1),
+    ("linear_update", 90, 128): Tiles(64, 4, 1, parts=2),
     **{(f"linear_{kernel}", 90, dim): Tiles(64, 4, 1) for kernel in READING for dim in (64, 128)},
-    **{("linear_update", capability, 64): Tiles(64, 4, 3) for capability in (*BEFORE_HOPPER, 90)},
-    **{("linear_update", capability, 128): Tiles(64, 4, 2, parts=2) for capability in (*BEFORE_HOPPER, 90)},
+    **{("linear_update", capability, 64): Tiles(64, 4, 3) for capability in BEFORE_HOPPER},
+    **{("linear_update", capability, 128): Tiles(64, 4, 2, parts=2) for capability in BEFORE_HOPPER},
     **{("scan", capability): Tiles(1024, 4, 4) for capability in (*BEFORE_HOPPER, 90)},
 }
 TABLE |= {(kernel, 100, *dim): tiles for (kernel, capability, *dim), tiles in TABLE.items() if capability == 90}
