@@ -1,9 +1,9 @@
 """Compiles the Triton kernels for every architecture, without a GPU: `python benchmarks/compile_triton.py --only fold`.
 
 Prints a Markdown table: registers, spills, shared and tensor memory, and the warps that a multiprocessor holds at once.
-The exit status is 1 if a kernel spills, does not fit its architecture, does not compile, or if ptx_lint.py finds
-registers of asynchronous products that are touched too early; 2 if nothing can be compiled here. It needs Triton: `pip install triton`. XLA's ptxas, which assembles the same PTX where a kernel runs, may
-allot registers a little differently.
+The exit status is 1 if a kernel spills, does not fit its architecture, does not compile, or if ptx_lint.py finds a
+register of an asynchronous product that is touched too early; 2 if nothing can be compiled here. It needs Triton: `pip
+install triton`. XLA's ptxas, which assembles the same PTX where a kernel runs, may allot registers a little differently.
 """
 
 import argparse
