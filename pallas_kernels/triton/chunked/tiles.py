@@ -31,7 +31,7 @@ READING = "query", "gradient"
 BEFORE_HOPPER = 80, 86
 
 # (kernel, capability, head dim). On Hopper a kernel that weighs its left operand in registers has one stage: with more,
-# a turn of the loop would overwrite it while the product of the turn before reads it, as `benchmarks/ptx_lint.py` finds.
+# a turn of the loop would overwrite it while the product of the turn before reads it (`benchmarks/ptx_lint.py`).
 TABLE = {
     **{("squared_update", capability, 64): Tiles(64, 4, 3, held=2) for capability in BEFORE_HOPPER},
     **{("squared_query", capability, 64): Tiles(64, 4, 3) for capability in BEFORE_HOPPER},
