@@ -56,9 +56,9 @@ def test_a_step_is_that_of_one_device(steps, variant, mesh):
     assert step["loss"] < 1e-5
     assert step["gradients"] < 1e-5
     assert step["parameters"] < 1e-5
-    # Activations are cut too, or a device would need as much scratch memory as one alone. A state of second order is as
-    # large wherever tokens are cut, and larger than all that a device has of so few.
-    if variant != "2mamba" or "sequence" not in MESHES[mesh]:
+    # Activations are cut too, or a device would need as much scratch memory as one alone. A state of second order,
+    # or of keys of 128, is as large wherever tokens are cut, and larger than all that a device has of so few.
+    if variant not in ("2mamba", "mamba2-released") or "sequence" not in MESHES[mesh]:
         assert step["scratch"] < 0.4
 
 
