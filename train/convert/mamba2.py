@@ -62,11 +62,29 @@ MIXER_IGNORED = (
 
 @dataclass(frozen=True)
 class Released:
-    """One of the two layouts: its name, what reads its config.json, and the key of its embedding."""
+    """One of the two layouts: its name, the key of its embedding, and its config.json as sizes of model and mixer.
+
+    `read(config, source)` raises UserError for what a message can name, and ValueError, TypeError or ZeroDivisionError
+    where a value is of another kind.
+    """
 
     name: str
-    read_model: Callable[[Mapping[str, Any], str], tuple[str, ModelConfig]]
     embedding: str
+    read: Callable[[Mapping[str, Any], str], tuple[dict[str, Any], dict[str, Any]]]
+
+    def read_model(self, config: Mapping[str, Any], source: str) -> tuple[str, ModelConfig]:
+        """The variant and the model that a config.json describes; `source` is its path, for messages.
+
+        Raises UserError for a missing key, a setting that the library has not, sizes that do not fit.
+        """
+        try:
+            sizes, changes = self.read(config, source)
+            if changes["conv_width"] not in (2, 3, 4):
+                raise ValueError(f"a convolution of {changes['conv_width']!r} tokens, expected 2, 3 or 4")
+            variant = entry_of(VARIANT, dataclasses.replace(VARIANTS[VARIANT].mixer, **changes))
+            return variant, ModelConfig(mixers=parse_pattern(variant, sizes["num_layers"]), mlp_dim=0, **sizes)
+        except (ValueError, TypeError, ZeroDivisionError) as error:
+            raise UserError(f"{source}: {error}") from error
 
     def tensors(self, model: ModelConfig) -> dict[str, Tensor]:
         """Every tensor of a checkpoint by its key."""
@@ -94,11 +112,8 @@ class Released:
         return lambda key: key == HEAD
 
 
-def read_hugging_face(config: Mapping[str, Any], source: str) -> tuple[str, ModelConfig]:
-    """The variant and the model of a config.json of Hugging Face's; `source` is its path, for messages.
-
-    Raises UserError for a missing key, a setting that the library has not, sizes that do not fit.
-    """
+def read_hugging_face(config: Mapping[str, Any], source: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a config.json of Hugging Face's says: fields of `ModelConfig`, and of the mixer."""
     _check_only(config, HUGGING_FACE_ONLY, source)
     sizes = _required(
         config,
@@ -110,32 +125,28 @@ def read_hugging_face(config: Mapping[str, Any], source: str) -> tuple[str, Mode
     )
     inner = sizes["num_heads"] * sizes["head_dim"]
     if sizes["expand"] * sizes["hidden_size"] != inner:
-        raise UserError(
-            f"{source}: expand * hidden_size = {sizes['expand'] * sizes['hidden_size']}, expected num_heads * head_dim "
-            f"= {inner}"
+        raise ValueError(
+            f"expand * hidden_size = {sizes['expand'] * sizes['hidden_size']}, expected num_heads * head_dim = {inner}"
         )
-    return _model(
-        source,
-        {
-            "vocab_size": sizes["vocab_size"],
-            "d_model": sizes["hidden_size"],
-            "num_layers": sizes["num_hidden_layers"],
-            "num_heads": sizes["num_heads"],
-            "head_dim": sizes["head_dim"],
-            "norm_eps": config.get("layer_norm_epsilon", 1e-5),
-            "tie_embeddings": config.get("tie_word_embeddings", False),
-        },
-        {
-            "qk_dim": sizes["state_size"],
-            "qk_groups": sizes["n_groups"],
-            "conv_width": sizes["conv_kernel"],
-            "conv_bias": config.get("use_conv_bias", True),
-        },
-    )
+    model = {
+        "vocab_size": sizes["vocab_size"],
+        "d_model": sizes["hidden_size"],
+        "num_layers": sizes["num_hidden_layers"],
+        "num_heads": sizes["num_heads"],
+        "head_dim": sizes["head_dim"],
+        "norm_eps": config.get("layer_norm_epsilon", 1e-5),
+        "tie_embeddings": config.get("tie_word_embeddings", False),
+    }
+    return model, {
+        "qk_dim": sizes["state_size"],
+        "qk_groups": sizes["n_groups"],
+        "conv_width": sizes["conv_kernel"],
+        "conv_bias": config.get("use_conv_bias", True),
+    }
 
 
-def read_state_spaces(config: Mapping[str, Any], source: str) -> tuple[str, ModelConfig]:
-    """The variant and the model of a config.json of state-spaces/mamba; as `read_hugging_face`."""
+def read_state_spaces(config: Mapping[str, Any], source: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The same of a config.json of state-spaces/mamba."""
     _check_only(config, STATE_SPACES_ONLY, source)
     sizes = _required(config, ("d_model", "n_layer", "vocab_size", "ssm_cfg"), source)
     mixer = sizes["ssm_cfg"]
@@ -147,40 +158,30 @@ def read_state_spaces(config: Mapping[str, Any], source: str) -> tuple[str, Mode
     if unknown:
         raise UserError(f"{source}: unknown ssm_cfg.{unknown[0]}: expected the arguments of state-spaces' Mamba2")
     mixer = MIXER_SIZES | {key: value for key, value in mixer.items() if key in MIXER_SIZES}
-    try:
-        inner = mixer["expand"] * sizes["d_model"]
-        if inner % mixer["headdim"]:
-            raise UserError(
-                f"{source}: expand * d_model = {inner}, expected a multiple of headdim = {mixer['headdim']}"
-            )
-        multiple = config.get("pad_vocab_size_multiple", 8)
-        padded = -(-sizes["vocab_size"] // multiple) * multiple
-        num_heads = inner // mixer["headdim"]
-    except (TypeError, ZeroDivisionError) as error:
-        raise UserError(f"{source}: sizes that are no numbers of something ({error})") from error
-    return _model(
-        source,
-        {
-            "vocab_size": padded,
-            "d_model": sizes["d_model"],
-            "num_layers": sizes["n_layer"],
-            "num_heads": num_heads,
-            "head_dim": mixer["headdim"],
-            "tie_embeddings": config.get("tie_embeddings", True),
-        },
-        {
-            "qk_dim": mixer["d_state"],
-            "qk_groups": mixer["ngroups"],
-            "conv_width": mixer["d_conv"],
-            "conv_bias": mixer["conv_bias"],
-            "d_per_head": not mixer["D_has_hdim"],
-            "norm_groups": mixer["ngroups"],
-        },
-    )
+    inner = mixer["expand"] * sizes["d_model"]
+    if inner % mixer["headdim"]:
+        raise ValueError(f"expand * d_model = {inner}, expected a multiple of headdim = {mixer['headdim']}")
+    multiple = config.get("pad_vocab_size_multiple", 8)
+    model = {
+        "vocab_size": -(-sizes["vocab_size"] // multiple) * multiple,
+        "d_model": sizes["d_model"],
+        "num_layers": sizes["n_layer"],
+        "num_heads": inner // mixer["headdim"],
+        "head_dim": mixer["headdim"],
+        "tie_embeddings": config.get("tie_embeddings", True),
+    }
+    return model, {
+        "qk_dim": mixer["d_state"],
+        "qk_groups": mixer["ngroups"],
+        "conv_width": mixer["d_conv"],
+        "conv_bias": mixer["conv_bias"],
+        "d_per_head": not mixer["D_has_hdim"],
+        "norm_groups": mixer["ngroups"],
+    }
 
 
-HUGGING_FACE = Released("huggingface-mamba2", read_hugging_face, "backbone.embeddings.weight")
-STATE_SPACES = Released("state-spaces", read_state_spaces, "backbone.embedding.weight")
+HUGGING_FACE = Released("huggingface-mamba2", "backbone.embeddings.weight", read_hugging_face)
+STATE_SPACES = Released("state-spaces", "backbone.embedding.weight", read_state_spaces)
 
 
 def layer_tensors(ours: Mapping[str, Any], model: ModelConfig) -> dict[str, Tensor]:
@@ -200,16 +201,6 @@ def layer_tensors(ours: Mapping[str, Any], model: ModelConfig) -> dict[str, Tens
     if "mixer.conv_v_bias" in ours:
         found["mixer.conv1d.bias"] = vector(*(ours[f"mixer.conv_{x}_bias"] for x in "vkq"))
     return found
-
-
-def _model(source: str, sizes: Mapping[str, Any], mixer: Mapping[str, Any]) -> tuple[str, ModelConfig]:
-    if mixer["conv_width"] not in (2, 3, 4):
-        raise UserError(f"{source}: a convolution of {mixer['conv_width']!r} tokens, expected 2, 3 or 4")
-    try:
-        variant = entry_of(VARIANT, dataclasses.replace(VARIANTS[VARIANT].mixer, **mixer))
-        return variant, ModelConfig(mixers=parse_pattern(variant, sizes["num_layers"]), mlp_dim=0, **sizes)
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{source}: {error}") from error
 
 
 def _check_only(config: Mapping[str, Any], only: Mapping[str, Any], source: str, prefix: str = "") -> None:

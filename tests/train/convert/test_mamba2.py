@@ -265,6 +265,7 @@ def refused(directory, capsys):
         ({"expand": 3}, "expand * hidden_size = 96, expected num_heads * head_dim = 64"),
         ({"n_groups": 3}, "num_heads=4 must be a multiple of qk_groups=3"),
         ({"num_hidden_layers": "two"}, "config.json: "),
+        ({"expand": None}, "config.json: unsupported operand type(s) for *: 'NoneType' and 'int'"),
         (
             {"n_groups": 2},
             "backbone.layers.0.mixer.in_proj.weight has shape [196, 32], expected [260, 32] by config.json",
@@ -295,7 +296,7 @@ def test_hugging_face_config_that_does_not_fit_is_refused(config, line, hugging_
         ({}, {"d_ssm": 32}, "ssm_cfg.d_ssm=32, expected None"),
         ({}, {"dstate": 32}, "unknown ssm_cfg.dstate: expected the arguments of state-spaces' Mamba2"),
         ({}, {"headdim": 48}, "expand * d_model = 64, expected a multiple of headdim = 48"),
-        ({}, {"headdim": 0}, "sizes that are no numbers of something"),
+        ({}, {"headdim": 0}, "config.json: integer modulo by zero"),
         ({"vocab_size": 97}, {}, "backbone.embedding.weight has shape [96, 32], expected [112, 32]"),
     ],
     ids=str,
