@@ -19,7 +19,7 @@ from train.data.rows import Rows
 from train.schedules import make_schedule
 from train.step import make_optimizer
 from twomamba_jax import Execution, LanguageModel, ModelConfig, parse_pattern
-from twomamba_jax.layers.language_model import head_logits
+from twomamba_jax.layers.language_model import head_kernel, head_logits
 
 Array = jax.Array
 NUM_LAYERS = 2
@@ -112,7 +112,7 @@ def make_epoch(model: LanguageModel, batch_size: int, epochs: int, num_rows: int
 
         def loss(params, batch):
             x = states_at_targets(model, params, batch)
-            sums = cross_entropy(x, params["head"], batch.targets, batch.weights)
+            sums = cross_entropy(x, head_kernel(params), batch.targets, batch.weights)
             return sums.loss / jnp.sum(batch.weights)
 
         def step(state, indices):
@@ -143,7 +143,7 @@ def make_test(model: LanguageModel, batch_size: int) -> Callable:
 
     def hits(params, row: Examples) -> Array:
         batch = Examples(*(array[None] for array in row))
-        logits = head_logits(states_at_targets(model, params, batch), params["head"])
+        logits = head_logits(states_at_targets(model, params, batch), head_kernel(params))
         return jnp.sum(row.weights * (jnp.argmax(logits[0], axis=-1) == row.targets))
 
     def test(params, examples: Examples) -> tuple[Array, Array]:

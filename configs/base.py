@@ -42,7 +42,7 @@ def get_config(name: str, variant: str, size: str) -> ConfigDict:
     config = ConfigDict()
     config.name = name
     config.size = size
-    config.variant = variant  # one name for all layers, or a pattern such as "softmax,2mamba*,softmax"
+    config.variant = variant  # one name for all layers, or a pattern (twomamba_jax.parse_pattern)
     config.seed = 0
 
     config.model = ConfigDict(SIZES[size])
@@ -50,6 +50,7 @@ def get_config(name: str, variant: str, size: str) -> ConfigDict:
     config.model.rope_theta = 10000.0
     config.model.norm_eps = 1e-5
     config.model.output_norm_eps = optional(float)  # of the mixers' output norm; None: norm_eps
+    config.model.tie_embeddings = False  # True: the head is the transposed embedding
 
     config.execution = ConfigDict()
     config.execution.dtype = "bfloat16"

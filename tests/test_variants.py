@@ -6,6 +6,7 @@ import re
 import pytest
 
 from twomamba_jax import VARIANTS, MixerConfig, parse_pattern
+from twomamba_jax.variants import entry_of
 
 pytestmark = pytest.mark.quick
 
@@ -42,6 +43,7 @@ ABLATIONS = {
     "2mamba-dt-long-k16": (None, "2mamba-dt-long", {"qk_dim": 16}),
     "2mamba-dt-long-k32": (None, "2mamba-dt-long", {"qk_dim": 32}),
     "2mamba-dt-long-k128": (None, "2mamba-dt-long", {"qk_dim": 128}),
+    "mamba2-released": (None, "mamba2", {"qk_dim": 128, "qk_groups": 1, "d_per_head": True, "z_bias": False}),
     "softmax-conv2": (None, "softmax", {"conv_width": 2}),
 }
 
@@ -92,6 +94,7 @@ def test_every_variant_says_where_it_is_from(name):
 
 
 SOFTMAX, SQUARED, LINEAR = (VARIANTS[name].mixer for name in ("softmax", "2mamba", "linear"))
+NARROW = dataclasses.replace(SQUARED, qk_dim=32)
 
 
 @pytest.mark.parametrize(
@@ -105,6 +108,13 @@ SOFTMAX, SQUARED, LINEAR = (VARIANTS[name].mixer for name in ("softmax", "2mamba
         (" softmax , 2mamba *3,linear ", [SOFTMAX, SQUARED, SQUARED, SQUARED, LINEAR]),
         ("softmax,2mamba,softmax,2mamba,softmax", [SOFTMAX, SQUARED, SOFTMAX, SQUARED, SOFTMAX]),
         ("softmax * 4, 2mamba *", [SOFTMAX] * 4 + [SQUARED]),
+        ("2mamba(qk_dim=32)", [NARROW] * 5),
+        ("2mamba( qk_dim = 32 ) *", [NARROW] * 5),
+        ("softmax,2mamba(qk_dim=32)*3,2mamba", [SOFTMAX, NARROW, NARROW, NARROW, SQUARED]),
+        (
+            "2mamba(half_lives=(2, 8), conv_width=3)",
+            [dataclasses.replace(SQUARED, half_lives=(2, 8), conv_width=3)] * 5,
+        ),
     ],
 )
 def test_pattern(pattern, mixers):
@@ -127,8 +137,30 @@ def test_pattern(pattern, mixers):
         ("softmax*5,2mamba*", "pattern 'softmax*5,2mamba*' names at least 6 layers, but the model has 5"),
         ("2mamba*1", "pattern '2mamba*1' names 1 layers, but the model has 5"),
         ("2mamba*0,softmax", "'2mamba*0' is no entry"),
+        (
+            "2mamba(qk_dim=32",
+            "'2mamba(qk_dim=32' is no entry; expected name, name*COUNT or name*, or name(field=value, .",
+        ),
+        ("2mamba(qk_dims=32)", "'2mamba(qk_dims=32)': unknown field 'qk_dims': did you mean 'qk_dim'?"),
+        ("2mamba()", "'2mamba()': expected field=value, ... with numbers, 'texts', True, False or None"),
+        ("2mamba(32)", "'2mamba(32)': expected field=value"),
+        ("2mamba(qk_dim=x)", "'2mamba(qk_dim=x)': expected field=value"),
+        ("2mamba(qk_dim=2)(qk_dim=3)", "'2mamba(qk_dim=2)(qk_dim=3)': expected field=value"),
+        ("2mamba(qk_dim=2)+(3)", "'2mamba(qk_dim=2)+(3)': expected field=value"),
+        ("2mamba(qk_dim=2, qk_dim=3)", "'2mamba(qk_dim=2, qk_dim=3)': expected field=value"),
+        ("2mamba(**{})", "'2mamba(**{})': unknown field 'None': did you mean"),
+        ("2mamba(conv_width=7)", "'2mamba(conv_width=7)': conv_width=7 must be 1 (no convolution), 2, 3 or 4"),
+        ("2mamba(half_lives=3)", "'2mamba(half_lives=3)': "),
     ],
 )
 def test_pattern_that_does_not_fit_is_refused(pattern, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         parse_pattern(pattern, 5)
+
+
+@pytest.mark.parametrize("changes", [{}, {"qk_dim": 16, "half_lives": (2.0, 8.0), "score": "exp"}], ids=str)
+def test_entry_of_a_mixer_is_parsed_back(changes):
+    mixer = dataclasses.replace(SQUARED, **changes)
+    entry = entry_of("2mamba", mixer)
+    assert (entry == "2mamba") == (not changes)
+    assert parse_pattern(f"softmax,{entry}*2", 3) == (SOFTMAX, mixer, mixer)

@@ -12,7 +12,7 @@ import numpy as np
 from train.cross_entropy import Sums
 from train.data.rows import Batch
 from train.errors import UserError
-from twomamba_jax.layers import head_logits
+from twomamba_jax.layers import head_kernel, head_logits
 
 
 def evaluate(
@@ -49,7 +49,7 @@ def token_losses(model: nn.Module, params: Any, batch: Batch) -> tuple[jax.Array
 
     def row(pair: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         hidden, targets = pair
-        logits = head_logits(hidden, params["head"])
+        logits = head_logits(hidden, head_kernel(params))
         chosen = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
         return jax.nn.logsumexp(logits, axis=-1) - chosen, jnp.argmax(logits, axis=-1) == targets
 

@@ -96,6 +96,7 @@ KEYS = {
     "model.rope_theta": Key(float, above=0, sources=()),
     "model.norm_eps": Key(float, above=0, sources=()),
     "model.output_norm_eps": Key(float, optional=True, above=0, sources=()),
+    "model.tie_embeddings": Key(bool, sources=()),
     "execution.dtype": Key(str),
     "execution.param_dtype": Key(str),
     "execution.remat": Key(str, sources=()),

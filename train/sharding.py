@@ -23,6 +23,7 @@ RULES = (
     ("mlp", "tensor"),
     ("heads", "tensor"),
     ("kv_heads", "tensor"),
+    ("qk_groups", None),
     ("vocab", "tensor"),
     ("head_dim", None),
     ("layers", None),

@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 from train.accumulation import Batch, sum_over_microbatches
 from train.cross_entropy import Sums, cross_entropy
 from train.sharding import batch_sharding, token_shards, tree_shardings
+from twomamba_jax.layers import head_kernel
 
 Array = jax.Array
 
@@ -47,7 +48,7 @@ def weighted_sums(
     `chunk_size` and `shards` are those of `cross_entropy`.
     """
     x = model.apply({"params": params}, batch["tokens"], segment_ids=batch["segment_ids"], apply_head=False)
-    return cross_entropy(x, params["head"], batch["targets"], batch["weights"], chunk_size, shards)
+    return cross_entropy(x, head_kernel(params), batch["targets"], batch["weights"], chunk_size, shards)
 
 
 def first_state(params: Any, optimizer: optax.GradientTransformation) -> TrainState:

@@ -78,8 +78,7 @@ def claim(workdir: Path, config: ConfigDict, corpus: Mapping[str, Any]) -> None:
         differing = [
             f"{key} is {flat_theirs.get(key, 'absent')!r} there and {flat_mine.get(key, 'absent')!r} here"
             for key in sorted(flat_mine.keys() | flat_theirs.keys())
-            # A key that an older version did not have is None where it changes nothing.
-            if flat_mine.get(key) != flat_theirs.get(key)
+            if _differ(key, flat_mine, flat_theirs)
             and not (key in PLACES or free_on_resume(key, flat_mine))
             and (not imported or key.startswith(FIXED_BY_IMPORT))
         ]
@@ -105,6 +104,14 @@ def claim(workdir: Path, config: ConfigDict, corpus: Mapping[str, Any]) -> None:
     workdir.mkdir(parents=True, exist_ok=True)
     replace(workdir / "corpus.json", json.dumps(dict(corpus), indent=2, sort_keys=True) + "\n")
     replace(workdir / "config.json", to_json(config))
+
+
+def _differ(key: str, mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> bool:
+    """Whether two flat configurations differ in a key. One that an older version did not have is off: None or False."""
+    if key in mine and key in theirs:
+        return mine[key] != theirs[key]
+    value = mine[key] if key in mine else theirs[key]
+    return value is not None and value is not False
 
 
 def _is_imported(workdir: Path) -> bool:

@@ -40,6 +40,13 @@ class MixerConfig:
         from one to the other. None: no bias, and a half-life of one token.
       normalize_keys: each head's keys divided by their root mean square, after the activation. A scale of its channels
         would be one of the queries' too, and queries cancel in a squared score that is normalised: neither is there.
+      qk_groups: N, the sets of queries and keys (state-spaces' ngroups). Head h of H has those of set h // (H // N),
+        and values and a decay of its own. None: each head has queries of its own.
+      conv_bias: whether the convolution has its bias.
+      z_bias: whether the projection z has its bias.
+      d_per_head: D is one number a head, not one for each of its channels.
+      norm_groups: sets of neighbouring heads that the output norm takes apart, each divided by its own root mean
+        square.
 
     Raises:
       ValueError: an unknown value, or a combination that defines no model.
@@ -60,6 +67,11 @@ class MixerConfig:
     qk_dim: int | None = None
     half_lives: tuple[float, float] | None = None
     normalize_keys: bool = False
+    qk_groups: int | None = None
+    conv_bias: bool = True
+    z_bias: bool = True
+    d_per_head: bool = False
+    norm_groups: int = 1
 
     def __post_init__(self):
         for name, kind in (
@@ -97,6 +109,23 @@ class MixerConfig:
             raise ValueError("activation_on='qkv' needs an activation: activation='none' has nothing to apply")
         if self.dt_bias and not self.uses_step_size:
             raise ValueError("dt_bias=True needs a dt: set discretize_values=True or decay='discretized'")
+        self._check_parts()
+
+    def _check_parts(self):
+        """What says how a part of the mixer is made needs that part."""
+        object.__setattr__(self, "qk_groups", checked_integer("qk_groups", self.qk_groups, or_none=True))
+        object.__setattr__(self, "norm_groups", checked_integer("norm_groups", self.norm_groups))
+        for name in ("conv_bias", "z_bias", "d_per_head"):
+            if getattr(self, name) not in (True, False):
+                raise ValueError(f"{name}={getattr(self, name)!r} must be True or False")
+        if not self.conv_bias and self.conv_width == 1:
+            raise ValueError("conv_bias=False needs a convolution: set conv_width=2, 3 or 4, or omit it")
+        if not self.z_bias and not self.z_gate:
+            raise ValueError("z_bias=False needs a gate: set z_gate=True, or omit it")
+        if self.d_per_head and not self.d_residual:
+            raise ValueError("d_per_head=True needs a D: set d_residual=True")
+        if self.norm_groups > 1 and self.norm != "output":
+            raise ValueError(f"norm_groups={self.norm_groups} are the output norm's, and this is norm={self.norm!r}")
 
     def _check_half_lives(self):
         if self.decay != "softplus":
@@ -105,6 +134,17 @@ class MixerConfig:
         object.__setattr__(self, "half_lives", half_lives)
         if len(half_lives) != 2 or not 0 < half_lives[0] <= half_lives[1] < math.inf:
             raise ValueError(f"half_lives={half_lives!r} must be (shortest, longest), positive numbers of tokens")
+
+    def check_heads(self, num_heads: int, kv_heads: int) -> None:
+        """Raises ValueError where H = `num_heads` and G = `kv_heads` do not go with its groups."""
+        if self.qk_groups is not None and kv_heads != num_heads:
+            raise ValueError(
+                f"qk_groups={self.qk_groups} shares queries and keys between heads that have values of their own, and "
+                f"num_kv_heads={kv_heads} shares values too: omit one of the two"
+            )
+        for name in ("qk_groups", "norm_groups"):
+            if num_heads % (getattr(self, name) or 1):
+                raise ValueError(f"num_heads={num_heads} must be a multiple of {name}={getattr(self, name)}")
 
     @property
     def uses_step_size(self) -> bool:
@@ -133,10 +173,11 @@ class ModelConfig:
       rope_theta: base of the rotary frequencies.
       norm_eps: epsilon of every RMSNorm.
       output_norm_eps: epsilon of the mixers' output norm; None is `norm_eps`.
+      tie_embeddings: whether the head is the transpose of the embedding, and no parameter of its own.
 
     Raises:
-      ValueError: a size below its least, heads that do not divide, a number of mixers that is not the number of layers,
-        an odd head_dim with rotary embeddings.
+      ValueError: a size below its least, heads that do not divide or do not go with a mixer's groups, a number of
+        mixers that is not the number of layers, an odd head_dim with rotary embeddings.
     """
 
     vocab_size: int
@@ -150,6 +191,7 @@ class ModelConfig:
     rope_theta: float = 10000.0
     norm_eps: float = 1e-5
     output_norm_eps: float | None = None
+    tie_embeddings: bool = False
 
     def __post_init__(self):
         for name in ("vocab_size", "d_model", "num_layers", "num_heads", "head_dim", "mlp_dim", "num_kv_heads"):
@@ -169,6 +211,10 @@ class ModelConfig:
             raise ValueError(
                 f"{len(self.layer_mixers)} mixers given for num_layers={self.num_layers}: give one, or one each"
             )
+        for mixer in set(self.layer_mixers):
+            mixer.check_heads(self.num_heads, self.kv_heads)
+        if self.tie_embeddings not in (True, False):
+            raise ValueError(f"tie_embeddings={self.tie_embeddings!r} must be True or False")
         if self.head_dim % 2 and any(mixer.rope and mixer.qk_dim is None for mixer in self.layer_mixers):
             raise ValueError(f"head_dim={self.head_dim} must be even: rotary embeddings turn pairs")
         if not 0 < self.norm_eps < math.inf or not 0 < self.rope_theta < math.inf:

@@ -4,9 +4,11 @@ Losses are the paper's test losses in nats per token after 90,000 steps at batch
 the small model's at T = 2048 unless the source says otherwise.
 """
 
+import ast
 import dataclasses
 import difflib
 import re
+from typing import Any
 
 from twomamba_jax.config import MixerConfig
 
@@ -22,6 +24,20 @@ class Variant:
 
 # The linear model of the ablations: no normalisation of the scores, an RMSNorm of the output.
 _OUTPUT_NORM = MixerConfig(score="linear", norm="output")
+# Algorithms 2 and 3.
+_MAMBA2 = MixerConfig(
+    score="linear",
+    norm="output",
+    activation="silu",
+    activation_on="qkv",
+    conv_width=4,
+    decay="discretized",
+    discretize_values=True,
+    dt_bias=True,
+    d_residual=True,
+    z_gate=True,
+    scale=1.0,
+)
 _MAMBA2S = MixerConfig(score="linear", norm="output", conv_width=2, decay="softplus", discretize_values=True)
 HALF_LIVES = 1.0, 1024.0  # tokens, from the first head to the last
 _2MAMBA = MixerConfig(score="squared", norm="softmax", conv_width=2, decay="softplus")
@@ -43,19 +59,7 @@ VARIANTS: dict[str, Variant] = {
         3.03,
     ),
     "mamba2": Variant(
-        MixerConfig(
-            score="linear",
-            norm="output",
-            activation="silu",
-            activation_on="qkv",
-            conv_width=4,
-            decay="discretized",
-            discretize_values=True,
-            dt_bias=True,
-            d_residual=True,
-            z_gate=True,
-            scale=1.0,
-        ),
+        _MAMBA2,
         "Algorithms 2 and 3; the published Mamba-2 figures are of another implementation's layer, so it has none",
     ),
     "mamba2s": Variant(
@@ -91,6 +95,11 @@ VARIANTS: dict[str, Variant] = {
         )
         for qk_dim in (16, 32, 128)
     },
+    # As its authors released it (state-spaces/mamba2-*, Hugging Face's Mamba2ForCausalLM).
+    "mamba2-released": Variant(
+        _change(_MAMBA2, qk_dim=128, qk_groups=1, d_per_head=True, z_bias=False),
+        "Mamba-2 as released (arXiv 2405.21060): queries and keys of 128 that all heads share; not the paper's",
+    ),
     "softmax-conv2": Variant(
         MixerConfig(score="exp", norm="softmax", rope=True, conv_width=2),
         "softmax with the convolution of 2mamba, to tell its effect from that of the decay; not the paper's",
@@ -142,13 +151,15 @@ def parse_pattern(pattern: str, num_layers: int) -> tuple[MixerConfig, ...]:
 
     `"2mamba"` is every layer. `"softmax,2mamba*,softmax"` is softmax first and last and 2mamba between: entries are
     separated by commas, `name*3` stands for three layers and `name*`, at most once, for all that are left, one or more.
+    `"mamba2(qk_dim=128, conv_width=3)"` is a variant with other values of some fields of its `MixerConfig`.
 
     Raises:
-      ValueError: an unknown variant (naming the nearest), a malformed entry, or a total that is not `num_layers`.
+      ValueError: an unknown variant or field (naming the nearest), a malformed entry, values that make no mixer, or a
+        total that is not `num_layers`.
     """
-    if pattern in VARIANTS:
-        pattern += "*"
-    entries = [_parse_entry(entry, pattern) for entry in pattern.split(",")]
+    entries = [_parse_entry(entry, pattern) for entry in _split(pattern)]
+    if len(entries) == 1 and "*" not in pattern.rpartition(")")[2]:
+        entries = [(entries[0][0], None)]
     fixed = sum(count for _, count in entries if count is not None)
     fills = sum(count is None for _, count in entries)
     if fills > 1:
@@ -162,13 +173,63 @@ def parse_pattern(pattern: str, num_layers: int) -> tuple[MixerConfig, ...]:
     return tuple(mixers)
 
 
+def entry_of(name: str, mixer: MixerConfig) -> str:
+    """The entry of a pattern that is `mixer`: a variant, and what the mixer has of its own."""
+    base = VARIANTS[name].mixer
+    names = [field.name for field in dataclasses.fields(MixerConfig)]
+    changes = [f"{one}={getattr(mixer, one)!r}" for one in names if getattr(mixer, one) != getattr(base, one)]
+    return f"{name}({', '.join(changes)})" if changes else name
+
+
+def _split(pattern: str) -> list[str]:
+    """The entries of a pattern: what commas separate that are in no parentheses."""
+    entries, depth = [""], 0
+    for letter in pattern:
+        depth += (letter == "(") - (letter == ")")
+        if letter == "," and depth <= 0:
+            entries.append("")
+        else:
+            entries[-1] += letter
+    return entries
+
+
 def _parse_entry(entry: str, pattern: str) -> tuple[MixerConfig, int | None]:
-    """(mixer, count) of `name`, `name*3` or `name*` (None)."""
-    match = re.fullmatch(r"\s*([^*]*?)\s*(\*\s*([1-9]\d*)?)?\s*", entry)
+    """(mixer, count) of `name`, `name*3` or `name*` (None), with or without fields in parentheses behind the name."""
+    match = re.fullmatch(r"\s*([^*()]*?)\s*(?:\((.*)\))?\s*(\*\s*([1-9]\d*)?)?\s*", entry)
     if match is None:
-        raise ValueError(f"pattern {pattern!r}: {entry!r} is no entry; expected name, name*COUNT or name*")
-    name, star, count = match.groups()
+        raise ValueError(
+            f"pattern {pattern!r}: {entry!r} is no entry; expected name, name*COUNT or name*, or name(field=value, ...)"
+        )
+    name, fields, star, count = match.groups()
     if name not in VARIANTS:
         near = difflib.get_close_matches(name, VARIANTS, n=1, cutoff=0)
         raise ValueError(f"unknown variant {name!r}: did you mean {near[0]!r}? All: {', '.join(VARIANTS)}")
-    return VARIANTS[name].mixer, int(count) if count else None if star else 1
+    mixer = VARIANTS[name].mixer
+    if fields is not None:
+        values = _parse_fields(fields, entry)
+        try:
+            mixer = dataclasses.replace(mixer, **values)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{entry.strip()!r}: {error}") from error
+    return mixer, int(count) if count else None if star else 1
+
+
+def _parse_fields(text: str, entry: str) -> dict[str, Any]:
+    """The fields of `field=value, ...`, values as Python writes them."""
+    try:
+        call = ast.parse(f"_({text})", mode="eval").body
+        if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.keywords) or call.args:
+            raise ValueError("these are no fields with values")
+        values = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
+        if len(values) < len(call.keywords):
+            raise ValueError("a field has two values")
+    except (ValueError, SyntaxError) as error:
+        raise ValueError(
+            f"{entry.strip()!r}: expected field=value, ... with numbers, 'texts', True, False or None"
+        ) from error
+    known = [field.name for field in dataclasses.fields(MixerConfig)]
+    for field in values:
+        if field not in known:
+            near = difflib.get_close_matches(field, known, n=1, cutoff=0)
+            raise ValueError(f"{entry.strip()!r}: unknown field {field!r}: did you mean {near[0]!r}?")
+    return values

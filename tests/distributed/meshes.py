@@ -29,6 +29,7 @@ def configure(variant, mesh):
     config = load_config("configs/2mamba.py")
     changes = {f"model.{key}": size for key, size in SIZES.items()} | {"batch_size": ROWS, "length": LENGTH}
     changes["execution.remat"] = "none"  # compilation is what this costs
+    changes["model.tie_embeddings"] = variant == "mamba2-released"
     changes |= {f"mesh.{axis}": mesh.get(axis, 1) for axis in MESH_AXES} | {"variant": variant}
     apply_overrides(config, [(key, str(value)) for key, value in changes.items()])
     return config

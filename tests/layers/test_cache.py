@@ -83,6 +83,14 @@ def test_empty_cache():
         np.testing.assert_array_equal(x, 0)
 
 
+def test_convolution_inputs_of_shared_queries_and_keys_are_kept_once():
+    """The state is each head's own, of K = 128 by V = 8; so are the keys in the ring."""
+    cache = init_cache(model_of("mamba2-released").config, 3, 10, fold_size=5).layers[0]
+    assert cache.attention.state.kv.shape == (1, 3, 4, 128, 8)
+    assert cache.attention.keys.shape == (1, 3, 4, 10, 128)
+    assert [x.shape for x in cache.convolution] == [(1, 3, 3, 1, 128), (1, 3, 3, 1, 128), (1, 3, 3, 4, 8)]
+
+
 @pytest.mark.parametrize(("batch", "max_length"), [(0, 4), (2, 0)])
 def test_cache_of_nothing_is_refused(batch, max_length):
     with pytest.raises(ValueError, match=r"(batch|max_length)=0 must be an integer of at least 1"):
@@ -129,7 +137,7 @@ def test_a_call_keeps_the_structure_of_the_cache(dtype, size):
 
 
 # Every kind of cache, state and convolution. The three tests that follow compile the same three programs of each.
-PATTERNS = ["2mamba", "mamba2", "2mamba-e", "softmax"]
+PATTERNS = ["2mamba", "mamba2", "mamba2-released", "2mamba-e", "softmax"]
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
@@ -228,7 +236,10 @@ FOLD = 4
 
 @pytest.mark.parametrize(
     "pattern",
-    ["2mamba,2mamba-e,linear", "softmax,mamba2,mamba2s"] if EXHAUSTIVE else ["2mamba,mamba2,2mamba-e"],
+    [
+        "mamba2-released",
+        *(["2mamba,2mamba-e,linear", "softmax,mamba2,mamba2s"] if EXHAUSTIVE else ["2mamba,mamba2,2mamba-e"]),
+    ],
 )
 def test_roll_back_over_folds_leaves_no_trace(pattern):
     """A row for each number of tokens and each distance from a fold: it reads other tokens and takes them back.

@@ -11,7 +11,7 @@ import pytest
 from support.exhaustive import EXHAUSTIVE
 from support.models import model_of, params_of
 
-from twomamba_jax import VARIANTS, Execution, RMSNorm, init_cache
+from twomamba_jax import VARIANTS, Execution, RMSNorm, head_kernel, init_cache
 from twomamba_jax.layers import Block, mixer
 
 PATTERN = "softmax,2mamba*,mamba2"
@@ -56,6 +56,19 @@ def test_hybrid_is_its_blocks_in_order():
         return RMSNorm().apply({"params": params["norm"]}, x) @ params["head"]
 
     assert_close(logits_of(model, params, TOKENS), by_hand(params, TOKENS))
+
+
+def test_tied_head_is_the_embedding():
+    """And a model without ties, its head set to the transposed embedding, has the same logits."""
+    model = model_of("2mamba")
+    untied = params_of(model)
+    tied = {name: tree for name, tree in untied.items() if name != "head"}
+    same = untied | {"head": untied["embedding"]["embedding"].T}
+    config = dataclasses.replace(model.config, tie_embeddings=True)
+    assert jax.tree.structure(tied) == jax.tree.structure(params_of(model.clone(config=config)))
+    np.testing.assert_array_equal(head_kernel(tied), same["head"])
+    assert head_kernel(untied) is untied["head"]
+    assert_close(logits_of(model.clone(config=config), tied, TOKENS), logits_of(model, same, TOKENS))
 
 
 def test_packed_documents_equal_the_documents_alone():

@@ -1,5 +1,6 @@
 """The mixer against the paper's algorithms in NumPy, and what it starts from."""
 
+import dataclasses
 import functools
 import re
 
@@ -24,7 +25,7 @@ def project(p, name, x):
 def convolve(p, name, x):
     """y_t = bias + sum_i w_i x_{t - (W - 1) + i}: the last tap is the current token."""
     kernel = p[f"conv_{name}_kernel"]
-    y = np.zeros_like(x) + p[f"conv_{name}_bias"]
+    y = np.zeros_like(x) + p.get(f"conv_{name}_bias", 0)
     for t in range(len(x)):
         for i, tap in enumerate(kernel):
             if t - (len(kernel) - 1) + i >= 0:
@@ -45,19 +46,21 @@ def attend(q, k, v, score, log_decay=None, scale=K**-0.5, normalize=True):
 
     Normalised by sum_j w_ij, a row without any weight is 0 (numerics contract, point 3).
     """
-    a = np.zeros((len(q), G)) if log_decay is None else log_decay
+    groups = v.shape[1]
+    a = np.zeros((len(q), groups)) if log_decay is None else log_decay
     y = np.zeros((len(q), H, K))
     for h in range(H):
-        g = h // (H // G)
+        g = h // (H // groups)
         for i in range(len(q)):
             w = [score(scale * q[i, h] @ k[j, g]) * np.exp(a[j + 1 : i + 1, g].sum()) for j in range(i + 1)]
             y[i, h] = w @ v[: i + 1, g] / ((np.sum(w) or 1) if normalize else 1)
     return y
 
 
-def output_norm(p, y):
-    """RMSNorm over all heads together."""
-    return p["norm"]["scale"] * y / np.sqrt(np.mean(y**2, axis=(1, 2), keepdims=True) + 1e-5)
+def output_norm(p, y, groups=1):
+    """RMSNorm over all heads together, or over those of each group."""
+    square = np.mean(y.reshape(len(y), groups, -1) ** 2, axis=2)
+    return p["norm"]["scale"] * y / np.sqrt(np.repeat(square, H // groups, axis=1)[..., None] + 1e-5)
 
 
 def output(p, y):
@@ -93,6 +96,16 @@ def mamba2(p, x):
     dt = softplus(x @ p["dt"]["kernel"] + p["dt_bias"])
     y = attend(q, k, v * dt[..., None], lambda s: s, -np.exp(p["A_log"]) * dt, scale=1, normalize=False)
     return output(p, output_norm(p, (y + residual) * silu(project(p, "z", x))))
+
+
+def mamba2_released(p, x, norm_groups=1):
+    """Mamba-2 with queries and keys that heads share, one D a head, and no bias of z."""
+    q, k, v = (silu(convolve(p, name, project(p, name, x))) for name in "qkv")
+    q, k = (np.repeat(y, H // y.shape[1], axis=1) for y in (q, k))
+    dt = softplus(x @ p["dt"]["kernel"] + p["dt_bias"])
+    y = attend(q, k, v * dt[..., None], lambda s: s, -np.exp(p["A_log"]) * dt, scale=1, normalize=False)
+    assert "bias" not in p["z"]
+    return output(p, output_norm(p, (y + p["D"][:, None] * v) * silu(project(p, "z", x)), norm_groups))
 
 
 def mamba2s(p, x):
@@ -151,24 +164,35 @@ ALGORITHMS = {
 }
 
 
+# Mamba-2 as it is released, and with what state-spaces' layer can be told besides.
+RELEASED = VARIANTS["mamba2-released"].mixer
+GROUPED = dataclasses.replace(RELEASED, qk_dim=5, qk_groups=2, norm_groups=2, conv_bias=False)
+CASES = {
+    **{name: (VARIANTS[name].mixer, G, algorithm) for name, algorithm in ALGORITHMS.items()},
+    "mamba2-released": (RELEASED, None, mamba2_released),
+    "mamba2-released, two groups": (GROUPED, None, functools.partial(mamba2_released, norm_groups=2)),
+}
+
+
 def mixer_of(name, **execution):
     return Mixer(VARIANTS[name].mixer, num_heads=H, head_dim=K, num_kv_heads=G, execution=Execution(**execution))
 
 
-@pytest.mark.parametrize("name", ALGORITHMS)
-def test_mixer_is_the_papers_algorithm(name):
+@pytest.mark.parametrize(("config", "kv_heads", "algorithm"), CASES.values(), ids=CASES)
+def test_mixer_is_the_papers_algorithm(config, kv_heads, algorithm):
     """In float64, with parameters drawn anew so that none is at a neutral 1."""
     rng = np.random.default_rng(0)
     x = rng.normal(size=(2, T, E))
     with jax.enable_x64(True):
-        mixer = mixer_of(name, dtype=jnp.float64, param_dtype=jnp.float64)
+        execution = Execution(dtype=jnp.float64, param_dtype=jnp.float64)
+        mixer = Mixer(config, num_heads=H, head_dim=K, num_kv_heads=kv_heads, execution=execution)
         shapes = nn.unbox(jax.eval_shape(mixer.init, jax.random.key(0), x)["params"])
         params = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape) / 2, shapes)
         y, cache = jax.jit(mixer.apply)({"params": params}, x)
         y = np.asarray(y)
     assert y.dtype == np.float64
     assert cache is None
-    expected = np.stack([ALGORITHMS[name](params, row) for row in x])
+    expected = np.stack([algorithm(params, row) for row in x])
     np.testing.assert_allclose(y, expected, rtol=0, atol=1e-9 * np.abs(expected).max())
 
 
@@ -204,7 +228,13 @@ def test_half_lives_spread_from_the_first_head_to_the_last(heads, half_lives):
     np.testing.assert_allclose(np.exp(decay_per_token * half_lives), 0.5, rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["mamba2", "2mamba-dt-long"])
+def test_queries_and_keys_are_shared_between_heads_with_values():
+    message = "qk_groups=2 shares queries and keys between heads that have values of their own, and num_kv_heads=2"
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(Mixer(GROUPED, H, K, num_kv_heads=2).init, jax.random.key(0), jnp.zeros((1, 2, E)))
+
+
+@pytest.mark.parametrize("name", ["mamba2", "mamba2-released", "2mamba-dt-long"])
 def test_parameters_gradients_are_summed_in_float32(name):
     mixer = Mixer(VARIANTS[name].mixer, H, K, execution=Execution(dtype=jnp.bfloat16))
     x = jnp.zeros((2, 37, E), jnp.bfloat16)

@@ -7,18 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support.models import config_of
 
 from twomamba_jax import VARIANTS, LanguageModel, ModelConfig, parse_pattern
 
 pytestmark = pytest.mark.quick
 
-# The names of architecture.md for parameters, and the two that grouped heads and convolutions add.
-AXES = {"embed", "mlp", "heads", "head_dim", "vocab", "layers", "kv_heads", "conv"}
-SIZES = {"vocab_size": 23, "d_model": 32, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "mlp_dim": 48}
-
-
-def config_of(pattern, num_layers):
-    return ModelConfig(num_layers=num_layers, mixers=parse_pattern(pattern, num_layers), **SIZES)
+# The names of architecture.md for parameters, and those that grouped heads and convolutions add.
+AXES = {"embed", "mlp", "heads", "head_dim", "vocab", "layers", "kv_heads", "qk_groups", "conv"}
 
 
 def boxes_of(config):
@@ -71,6 +67,27 @@ def test_every_parameter_has_its_axes():
     for path, box in boxes.items():
         for name, size in zip(box.names, box.value.shape, strict=True):
             assert size in sizes[name], (path, name, size)
+
+
+def test_released_mamba2_names_its_groups_and_has_no_head():
+    """State-spaces' 130m: 128,989,632 parameters, the head among them once, as the embedding."""
+    config = ModelConfig(
+        vocab_size=50288, d_model=768, num_layers=24, num_heads=24, head_dim=64, mlp_dim=0, tie_embeddings=True,
+        mixers=parse_pattern("mamba2-released", 24),
+    )  # fmt: skip
+    boxes = boxes_of(config)
+    assert sum(box.value.size for box in boxes.values()) == 128_989_632
+    layer = {path.removeprefix("layers_0/mixer/"): box for path, box in boxes.items() if "mixer/" in path}
+    found = {path: (box.names[1:], box.value.shape[1:]) for path, box in layer.items()}
+    assert "head" not in boxes
+    assert {path for path in boxes if path.startswith("layers_0/mlp")} == set()
+    for name in "qk":
+        assert found[f"{name}/kernel"] == (("embed", "qk_groups", "head_dim"), (768, 1, 128))
+        assert found[f"conv_{name}_kernel"] == (("conv", "qk_groups", "head_dim"), (4, 1, 128))
+        assert found[f"conv_{name}_bias"] == (("qk_groups", "head_dim"), (1, 128))
+    assert found["v/kernel"] == (("embed", "kv_heads", "head_dim"), (768, 24, 64))
+    assert found["D"] == (("heads",), (24,))
+    assert "z/bias" not in found
 
 
 def test_blocks_without_an_mlp_have_a_mixer_alone():

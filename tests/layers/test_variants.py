@@ -14,11 +14,10 @@ import numpy as np
 import optax
 import pytest
 from support.exhaustive import EXHAUSTIVE
-from support.models import params_of
+from support.models import SIZES, config_of, params_of
 
-from twomamba_jax import VARIANTS, LanguageModel, ModelConfig, init_cache
+from twomamba_jax import VARIANTS, LanguageModel, init_cache
 
-SIZES = {"vocab_size": 23, "d_model": 32, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "mlp_dim": 48}
 LENGTH, PREFILL, FOLD = 17, 5, 4  # the steps fold three times
 TOKENS = jax.random.randint(jax.random.key(0), (2, LENGTH + 1), 0, 23)
 
@@ -30,8 +29,7 @@ ROUNDING = 32
 
 
 def model_of(pattern):
-    mixers = tuple(VARIANTS[name].mixer for name in pattern.split(","))
-    return LanguageModel(ModelConfig(num_layers=len(mixers), mixers=mixers, **SIZES))
+    return LanguageModel(config_of(pattern, num_layers=len(pattern.split(","))))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -121,7 +119,9 @@ def test_variant_learns_and_continues_from_its_cache(name):
 
 
 @pytest.mark.skipif(EXHAUSTIVE, reason="each of them alone does so above")
-def test_layers_of_other_variants_continue_from_their_caches():
-    model = model_of(",".join(OTHERS))
+@pytest.mark.parametrize("shared", ["keys and values", "queries and keys"])
+def test_layers_of_other_variants_continue_from_their_caches(shared):
+    names = [name for name in OTHERS if (VARIANTS[name].mixer.qk_groups is None) == (shared == "keys and values")]
+    model = model_of(",".join(names))
     full, singles = two_ways(model, params_of(model), TOKENS[:, :-1])
     assert_same_logits(singles, full)

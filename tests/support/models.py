@@ -11,7 +11,11 @@ SIZES = {"vocab_size": 23, "d_model": 32, "num_heads": 4, "num_kv_heads": 2, "he
 
 
 def config_of(pattern, num_layers=1, **sizes):
-    return ModelConfig(mixers=parse_pattern(pattern, num_layers), num_layers=num_layers, **SIZES | sizes)
+    """Heads share keys and values, unless they share queries and keys."""
+    mixers = parse_pattern(pattern, num_layers)
+    if any(mixer.qk_groups for mixer in mixers):
+        sizes = {"num_kv_heads": None} | sizes
+    return ModelConfig(mixers=mixers, num_layers=num_layers, **SIZES | sizes)
 
 
 def model_of(pattern, num_layers=1, **execution):

@@ -14,7 +14,7 @@ from train.workdir import claim, default_workdir
 
 pytestmark = pytest.mark.quick
 
-NAMES = ("2mamba", "2mamba_e", "mamba2", "mamba2s", "linear", "softmax", "2mamba_recall")
+NAMES = ("2mamba", "2mamba_e", "mamba2", "mamba2_released", "mamba2s", "linear", "softmax", "2mamba_recall")
 CORPUS = {"digest": "d"}
 ROOT = Path(train.__file__).parents[1]
 

@@ -1,1 +1,1 @@
-"""Weights in and out: the authors' checkpoints, and a layout of this library's own (docs/weights.md)."""
+"""Weights in and out: the authors' checkpoints, Mamba-2 as released, and a layout of our own (docs/weights.md)."""

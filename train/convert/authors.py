@@ -5,11 +5,12 @@ keys and values are one fused projection, and one convolution, whose last tap is
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
+from train.convert.reading import PickleFiles, SafetensorsFiles
 from train.convert.tensors import Layers, Tensor, linear, same, vector
 from train.errors import UserError, nearest
 from twomamba_jax.config import MixerConfig, ModelConfig
@@ -70,7 +71,8 @@ def read_model(config: Mapping[str, Any], source: str) -> tuple[str, ModelConfig
     if "attention_type" not in config:
         raise UserError(
             f"{source} has no attention_type, so it is not of the paper's authors: expected one that their trainer "
-            "wrote, or a directory that `python -m train.convert export` made"
+            "wrote, a released Mamba-2 (model_type='mamba2', or ssm_cfg), or a directory that `python -m train.convert "
+            "export` made"
         )
     name = config["attention_type"]
     if name == "mamba":
@@ -132,6 +134,8 @@ def attention_type(model: ModelConfig) -> str:
     (mixer,) = mixers
     if mixer not in types:
         raise UserError("the authors' layout has no attention_type for this model's mixer: use --layout own")
+    if model.tie_embeddings:
+        raise UserError("the authors' layout has a head of its own, and this model ties it: use --layout own")
     if model.kv_heads != model.num_heads:
         raise UserError(
             f"the authors' layout has as many key/value heads as heads, {model.num_heads}, and this model has "
@@ -239,3 +243,25 @@ def buffers(model: ModelConfig, length: int) -> dict[str, tuple[str, tuple[int, 
         else:
             found[layer + MASK] = "BOOL", (1, 1, length, length)
     return found
+
+
+def find_extras(files: SafetensorsFiles | PickleFiles, model: ModelConfig) -> Callable[[str], bool]:
+    """Whether a tensor is a buffer of the authors' layers. Raises UserError for frequencies that are not theta's."""
+    keys = {f"model.layers.{number}.{FREQUENCIES}" for number, mixer in enumerate(model.layer_mixers) if mixer.rope}
+    for key in sorted(keys):
+        if key not in files.entries:
+            raise UserError(f"the checkpoint lacks {key}, the frequencies of its rotary embedding: fetch it again")
+        found, expected = files.read(key).astype(np.float32), rotary_frequencies(model)
+        # Two units in the last place of a half, if they are that; powers of float32 differ by a few.
+        tolerance = {"BF16": 2.0**-7, "F16": 2.0**-9}.get(files.entries[key].dtype, 1e-5)
+        if found.shape != expected.shape or not np.allclose(found, expected, rtol=tolerance, atol=0):
+            raise UserError(
+                f"{key} is not rope_theta^(-2 i / K) with rope_theta={model.rope_theta}, expected "
+                f"{_some(expected)}, found {_some(found)}: give the config.json that it was saved with; other "
+                "frequencies are not to be had here"
+            )
+    return lambda key: key in keys or key.endswith(f".{MASK}")
+
+
+def _some(values: np.ndarray) -> str:
+    return "[" + ", ".join(f"{value:.5g}" for value in values.ravel()[:3]) + ", ...]"

@@ -16,8 +16,9 @@ from train.paths import expand_user
 
 DESCRIPTION = """\
 Takes weights in and out. `import` makes a workdir, which train.generate and train.main accept, of a checkpoint
-directory: the paper's authors' (config.json with attention_type, *.safetensors), or one that `export` made of a run.
-Mistakes are one line on stderr and exit status 2. docs/weights.md says more."""
+directory: the paper's authors' (config.json with attention_type, *.safetensors), a Mamba-2 of Hugging Face's or of
+state-spaces/mamba, or one that `export` made of a run. Mistakes are one line on stderr and exit status 2.
+docs/weights.md says more."""
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:

@@ -7,15 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from ml_collections import ConfigDict
 
 from configs import base
 from train.checkpoint import save_params
 from train.configuration import to_json, validate
-from train.convert import authors, own
+from train.convert.layouts import find_layout
 from train.convert.parameters import check_tensors, read_parameters
-from train.convert.reading import PickleFiles, SafetensorsFiles, open_tensors, read_json
+from train.convert.reading import open_tensors, read_json
 from train.convert.tensors import parameter_shapes
 from train.convert.tokenizer import check_tokenizer, find_tokenizer
 from train.data.tokenizers import IDS, has_file, keep_tokenizer, kept_path
@@ -78,18 +77,18 @@ def import_checkpoint(directory: Path, workdir: Path, tokenizer: str | None, rep
         raise UserError(f"--workdir {workdir} is not empty: choose another, or remove it")
     source = directory / "config.json"
     described = read_json(source)
-    is_own = described.get("format") == own.FORMAT
-    variant, model = (own if is_own else authors).read_model(described, str(source))
-    tensors = (own if is_own else authors).tensors(model)
+    layout = find_layout(described)
+    variant, model = layout.read_model(described, str(source))
+    tensors = layout.tensors(model)
     files = open_tensors(directory)
-    check_tensors(files, tensors, (lambda _: False) if is_own else _buffers(files, model))
+    check_tensors(files, tensors, layout.find_extras(files, model))
     data = find_tokenizer(directory, described, model.vocab_size, tokenizer)
     digest = check_tokenizer(data, model.vocab_size).digest
-    length = described.get("length" if is_own else "max_position_embeddings", 2048)
+    length = described.get(layout.length, 2048)
     config = make_config(directory.resolve().name, variant, model, length, data)
 
     params = read_parameters(files, tensors, parameter_shapes(model))
-    corpus = {"imported": {"directory": directory.name, "layout": "own" if is_own else "authors"}, "tokenizer": digest}
+    corpus = {"imported": {"directory": directory.name, "layout": layout.name}, "tokenizer": digest}
     with writing(workdir):
         workdir.mkdir(parents=True, exist_ok=True)
         keep_tokenizer(config.data.tokenizer, workdir)
@@ -152,27 +151,3 @@ def config_file(config: ConfigDict, workdir: Path) -> str:
     return CONFIG.format(
         place=workdir, name=config.name, variant=config.variant, tokenizer=beside, model=model, run=run
     )
-
-
-def _buffers(files: SafetensorsFiles | PickleFiles, model: ModelConfig) -> Callable[[str], bool]:
-    """Whether a tensor is a buffer of the authors' layers. Raises UserError for frequencies that are not theta's."""
-    keys = {
-        f"model.layers.{number}.{authors.FREQUENCIES}" for number, mixer in enumerate(model.layer_mixers) if mixer.rope
-    }
-    for key in sorted(keys):
-        if key not in files.entries:
-            raise UserError(f"the checkpoint lacks {key}, the frequencies of its rotary embedding: fetch it again")
-        found, expected = files.read(key).astype(np.float32), authors.rotary_frequencies(model)
-        # Two units in the last place of a half, if they are that; powers of float32 differ by a few.
-        tolerance = {"BF16": 2.0**-7, "F16": 2.0**-9}.get(files.entries[key].dtype, 1e-5)
-        if found.shape != expected.shape or not np.allclose(found, expected, rtol=tolerance, atol=0):
-            raise UserError(
-                f"{key} is not rope_theta^(-2 i / K) with rope_theta={model.rope_theta}, expected "
-                f"{_some(expected)}, found {_some(found)}: give the config.json that it was saved with; other "
-                "frequencies are not to be had here"
-            )
-    return lambda key: key in keys or key.endswith(f".{authors.MASK}")
-
-
-def _some(values: np.ndarray) -> str:
-    return "[" + ", ".join(f"{value:.5g}" for value in values.ravel()[:3]) + ", ...]"

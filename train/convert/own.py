@@ -68,8 +68,9 @@ def tensors(model: ModelConfig) -> dict[str, Tensor]:
     found = {
         "embedding": same(layers.outside("embedding", "embedding")),
         "norm.scale": same(layers.outside("norm", "scale")),
-        "head": same(layers.outside("head")),
     }
+    if not model.tie_embeddings:
+        found["head"] = same(layers.outside("head"))
     for number in range(model.num_layers):
         found |= {f"layers.{number}.{path}": same(one) for path, one in layers.of(number).items()}
     return found

@@ -26,8 +26,8 @@ def check_tensors(
     left = [key for key in files.entries if key not in tensors and not is_buffer(key)]
     if left:
         raise UserError(
-            f"the checkpoint has {', '.join(described(left))}, which the model of its config.json does not: its "
-            "attention_type is another, or it is of another program; give the config.json that it was saved with"
+            f"the checkpoint has {', '.join(described(left))}, which the model of its config.json does not: "
+            "it is of another model, or of another program; give the config.json that it was saved with"
         )
     for key, tensor in tensors.items():
         entry = files.entries[key]

@@ -30,15 +30,17 @@ PEAK_FLOPS = {
 }
 
 
-def mixing_flops(mixer: MixerConfig, head_dim: int, length: int) -> float:
-    """Forward operations of one query head for one token, V = `head_dim`, T = `length`.
+def mixing_flops(mixer: MixerConfig, head_dim: int, length: int, num_heads: int = 1) -> float:
+    """Forward operations of one of `num_heads` query heads for one token, V = `head_dim`, T = `length`.
 
     Quadratic: on average T / 2 keys, 2 K for each score and 2 V for each weighted value: T (K + V). By the state:
     2 D V to add a token to it and 2 D V to read it, D = K (`linear`) or K (K + 1) / 2 (`squared`): 4 D V. `exp` has
-    the quadratic form alone; the others count the cheaper of the two, whichever form runs.
+    the quadratic form alone; the others count the cheaper of the two, whichever form runs. Where heads share queries
+    and keys, a score counts once for all of them.
     """
     qk_dim = mixer.qk_dim or head_dim
-    quadratic = length * (qk_dim + head_dim)
+    scores = qk_dim if mixer.qk_groups is None else qk_dim * mixer.qk_groups / num_heads
+    quadratic = length * (scores + head_dim)
     if SCORES[mixer.score].finite is None:
         return quadratic
     return min(quadratic, 4 * num_features(mixer.score, qk_dim) * head_dim)
@@ -47,11 +49,14 @@ def mixing_flops(mixer: MixerConfig, head_dim: int, length: int) -> float:
 def training_flops_per_token(config: ModelConfig, params: Any, length: int) -> float:
     """6 N + 3 (mixing of all layers and heads), a token of a row of `length`.
 
-    N: parameters but for the embedding, a table that is looked up; each multiplies once forward (2) and twice backward
-    (4). The mixing costs twice its forward operations in the backward pass. `params` may be abstract.
+    N: parameters but for the embedding, a table that is looked up, unless it is the head too; each multiplies once
+    forward (2) and twice backward (4). The mixing costs twice its forward operations in the backward pass. `params` may
+    be abstract.
     """
-    counted = sum(leaf.size for name, tree in params.items() if name != "embedding" for leaf in jax.tree.leaves(tree))
-    mixing = sum(config.num_heads * mixing_flops(mixer, config.head_dim, length) for mixer in config.layer_mixers)
+    looked_up = () if config.tie_embeddings else ("embedding",)
+    counted = sum(leaf.size for name, tree in params.items() if name not in looked_up for leaf in jax.tree.leaves(tree))
+    heads = config.num_heads
+    mixing = sum(heads * mixing_flops(mixer, config.head_dim, length, heads) for mixer in config.layer_mixers)
     return 6 * counted + 3 * mixing
 
 

@@ -25,7 +25,10 @@ from twomamba_jax.shapes import Array, Float, Int
 
 
 class ConvolutionInputs(NamedTuple):
-    """The last M inputs of a mixer's convolutions: W - 1, and as many more as tokens can be taken back."""
+    """The last M inputs of a mixer's convolutions: W - 1, and as many more as tokens can be taken back.
+
+    Queries and keys that heads share are here once a group.
+    """
 
     q: Float[Array, "B M H K"]
     k: Float[Array, "B M G K"]
@@ -117,21 +120,29 @@ def _init_cache(config: ModelConfig, batch: int, max_length: int, options: tuple
         position,
         Rollback(left, jnp.int32(options["fold_size"])) if options["rollback"] else None,
     )
-    return _spread(cache)
+    return _spread(cache, config)
 
 
-def _spread(cache: Cache) -> Cache:
+def _spread(cache: Cache, config: ModelConfig) -> Cache:
     """The cache with its rows and heads over the axes of the mesh that the logical axis rules name."""
 
     def constrain(x, *names):
         return nn.with_logical_constraint(x, (*names, *[None] * x.ndim)[: x.ndim])
 
+    def convolution(mixer: MixerConfig, inputs: ConvolutionInputs | None) -> ConvolutionInputs | None:
+        if inputs is None:
+            return None
+        of_qk = "heads" if mixer.qk_groups is None else "qk_groups"
+        return ConvolutionInputs(
+            *(constrain(x, "layers", "batch", None, axis) for x, axis in zip(inputs, (of_qk, of_qk, "heads")))
+        )
+
     layers = tuple(
         MixerCache(
             jax.tree.map(lambda x: constrain(x, "layers", "batch", "heads"), layer.attention),
-            jax.tree.map(lambda x: constrain(x, "layers", "batch", None, "heads"), layer.convolution),
+            convolution(mixer, layer.convolution),
         )
-        for layer in cache.layers
+        for layer, (mixer, _) in zip(cache.layers, config.runs)
     )
     rollback = cache.rollback
     if rollback is not None:
@@ -172,8 +183,9 @@ def init_mixer_cache(
     def inputs(heads, size):
         return jnp.zeros((batch, kept, heads, size), dtype)
 
-    q, k, v = inputs(config.num_heads, qk_dim), inputs(kv_heads, qk_dim), inputs(kv_heads, config.head_dim)
-    return MixerCache(attention, ConvolutionInputs(q, k, v))
+    groups = mixer.qk_groups
+    q, k = inputs(groups or config.num_heads, qk_dim), inputs(groups or kv_heads, qk_dim)
+    return MixerCache(attention, ConvolutionInputs(q, k, inputs(kv_heads, config.head_dim)))
 
 
 def cache_bytes(config: ModelConfig, batch: int, max_length: int, **options) -> int:

@@ -109,7 +109,7 @@ class LanguageModel(nn.Module):
             fastest form and implementation there is.
           last_only: whether to return the logits of each row's last token only; of a long prompt all are many.
           apply_head: whether to return logits, and not what the head makes them of, for a loss that makes them piece
-            by piece with `head_logits` and the parameter `head`.
+            by piece with `head_logits` and `head_kernel`.
 
         Returns:
           logits [B, T, vocab], or [B, 1, vocab] of the last tokens; without the head, the normalised hidden states
@@ -128,7 +128,7 @@ class LanguageModel(nn.Module):
 
         start = jnp.zeros(tokens.shape[:1], jnp.int32) if cache is None else cache.position
         positions = start[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
-        embedding = nn.Embed(
+        table = nn.Embed(
             config.vocab_size,
             config.d_model,
             param_dtype=execution.param_dtype,
@@ -137,7 +137,7 @@ class LanguageModel(nn.Module):
         ).embedding
         # Whole rows before the lookup: from rows that are cut over `embed`, XLA comes to an x that is cut over the
         # batch only by way of the whole batch's x on every device.
-        embedding = nn.with_logical_constraint(embedding, ("vocab", None))
+        embedding = nn.with_logical_constraint(table, ("vocab", None))
         # Looked up in float32 or wider, so that the gradients of a token's rows are added up in it: in bfloat16 the sum
         # over a frequent token stands still, and on an H100 took XLA 11 % of a training step, a hundred times as long.
         wide = embedding.astype(accumulation_dtype(embedding.dtype))
@@ -170,17 +170,25 @@ class LanguageModel(nn.Module):
         counts = jnp.full(start.shape, tokens.shape[1], jnp.int32) if lengths is None else lengths
         if last_only:
             x = jnp.take_along_axis(x, jnp.maximum(counts - 1, 0)[:, None, None], axis=1)
-        out = self._logits(norm(x)) if apply_head else norm(x)
+        out = self._logits(norm(x), table) if apply_head else norm(x)
         if cache is None:
             return out
         return poison_rollback(out, cache), advance(cache, tuple(caches), counts)
 
-    def _logits(self, x: jax.Array) -> jax.Array:
-        """The untied head."""
-        init = with_logical_axes(PROJECTION_INIT, ("embed", "vocab"))
-        shape = (self.config.d_model, self.config.vocab_size)
-        kernel = self.param("head", init, shape, self.execution.param_dtype)
+    def _logits(self, x: jax.Array, embedding: jax.Array) -> jax.Array:
+        """The head, a parameter of its own unless it is tied to the embedding [vocab, E]."""
+        if self.config.tie_embeddings:
+            kernel = embedding.T
+        else:
+            init = with_logical_axes(PROJECTION_INIT, ("embed", "vocab"))
+            shape = (self.config.d_model, self.config.vocab_size)
+            kernel = self.param("head", init, shape, self.execution.param_dtype)
         return nn.with_logical_constraint(head_logits(x, kernel), ("batch", "length", "vocab"))
+
+
+def head_kernel(params) -> Float[Array, "E vocab"]:
+    """W of `head_logits` from the parameters of a `LanguageModel`: its own, or the transposed embedding where tied."""
+    return params["head"] if "head" in params else params["embedding"]["embedding"].T
 
 
 def head_logits(x: Float[Array, "... E"], kernel: Float[Array, "E vocab"]) -> Float[Array, "... vocab"]:

@@ -18,6 +18,7 @@ from twomamba_jax.ops.convolution import causal_convolution
 from twomamba_jax.ops.decay import STRONGEST_LOG_DECAY, discretized_decay, softplus_decay, step_size
 from twomamba_jax.ops.decay_attention import decay_attention
 from twomamba_jax.ops.decoding.cached_attention import cached_attention
+from twomamba_jax.ops.layout import repeat_heads
 from twomamba_jax.ops.numerics import accumulation_dtype, broadcast_parameter
 from twomamba_jax.ops.rope import apply_rope
 from twomamba_jax.ops.segments import valid_tokens
@@ -84,11 +85,14 @@ class Mixer(nn.Module):
             # Padding may hold NaN, and 0 times that would be in the gradients of the projections' weights.
             x = jnp.where(valid_tokens(lengths, x.shape[1])[..., None], x, 0)
         config, kv_heads = self.config, self.num_kv_heads or self.num_heads
+        config.check_heads(self.num_heads, kv_heads)
         dtype, wide = self.execution.dtype, accumulation_dtype(self.execution.dtype)
 
         qk_dim = config.qk_dim or self.head_dim
-        q = self._project("q", x, self.num_heads, "heads", qk_dim)
-        k = self._project("k", x, kv_heads, "kv_heads", qk_dim)
+        q_heads, q_axis = (self.num_heads, "heads") if config.qk_groups is None else (config.qk_groups, "qk_groups")
+        k_heads, k_axis = (kv_heads, "kv_heads") if config.qk_groups is None else (config.qk_groups, "qk_groups")
+        q = self._project("q", x, q_heads, q_axis, qk_dim)
+        k = self._project("k", x, k_heads, k_axis, qk_dim)
         v = self._project("v", x, kv_heads, "kv_heads", self.head_dim)
 
         convolution, rows = None, {"segment_ids": segment_ids, "lengths": lengths}
@@ -98,8 +102,8 @@ class Mixer(nn.Module):
             )
         if config.conv_width > 1:
             before = ConvolutionInputs(None, None, None) if cache is None else cache.convolution
-            q, q_inputs = self._convolve("q", q, "heads", before.q, **rows)
-            k, k_inputs = self._convolve("k", k, "kv_heads", before.k, **rows)
+            q, q_inputs = self._convolve("q", q, q_axis, before.q, **rows)
+            k, k_inputs = self._convolve("k", k, k_axis, before.k, **rows)
             v, v_inputs = self._convolve("v", v, "kv_heads", before.v, **rows)
             convolution = ConvolutionInputs(q_inputs, k_inputs, v_inputs)
 
@@ -117,6 +121,8 @@ class Mixer(nn.Module):
             if positions is None:
                 positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
             q, k = (apply_rope(y, positions, self.rope_theta) for y in (q, k))
+        if config.qk_groups is not None:
+            q, k = self._of_all_heads(q, "heads"), self._of_all_heads(k, "kv_heads")
 
         if cache is None:
             y = decay_attention(q, k, v, log_decay, **rows, **self._operation("length"))
@@ -130,10 +136,11 @@ class Mixer(nn.Module):
         if residual is not None:
             y = y + residual
         if config.z_gate:
-            y = y * nn.silu(self._project("z", x, self.num_heads, "heads", self.head_dim, use_bias=True))
+            y = y * nn.silu(self._project("z", x, self.num_heads, "heads", self.head_dim, config.z_bias))
         if config.norm == "output":
             eps = self.norm_eps if self.output_norm_eps is None else self.output_norm_eps
-            y = RMSNorm(("heads", "head_dim"), eps, dtype, self.execution.param_dtype, name="norm")(y)
+            param_dtype, groups = self.execution.param_dtype, config.norm_groups
+            y = RMSNorm(("heads", "head_dim"), eps, dtype, param_dtype, groups, name="norm")(y)
         y = nn.with_logical_constraint(y, ("batch", "length", "heads", "head_dim"))
         out = Projection(("heads", "head_dim"), ("embed",), x.shape[-1:], name="out", **self._dtypes())
         return out(y), cache
@@ -163,15 +170,24 @@ class Mixer(nn.Module):
         width, shape = self.config.conv_width, x.shape[2:]
         init = uniform(width)
         kernel = self._param(f"conv_{name}_kernel", init, ("conv", axis, "head_dim"), (width, *shape))
-        bias = self._param(f"conv_{name}_bias", init, (axis, "head_dim"), shape)
+        bias = self._param(f"conv_{name}_bias", init, (axis, "head_dim"), shape) if self.config.conv_bias else None
         return causal_convolution(x, kernel, bias, initial_inputs=initial_inputs, **rows)
+
+    def _of_all_heads(self, x, axis):
+        """q or k [B, T, groups, K] as every head has it: copies, which the forms and the kernels take."""
+        x = repeat_heads(x, self.num_heads)
+        return nn.with_logical_constraint(x, ("batch", "length", axis, "head_dim"))
 
     def _activate(self, x):
         return {"none": lambda x: x, "relu": nn.relu, "silu": nn.silu}[self.config.activation](x)
 
     def _residual(self, v):
         """D * v, for every query head."""
-        weight = self._param("D", nn.initializers.ones, ("heads", "head_dim"), (self.num_heads, self.head_dim))
+        axes, shape = ("heads", "head_dim"), (self.num_heads, self.head_dim)
+        if self.config.d_per_head:
+            weight = self._param("D", nn.initializers.ones, axes[:1], shape[:1])[:, None]
+        else:
+            weight = self._param("D", nn.initializers.ones, axes, shape)
         v = jnp.repeat(v, self.num_heads // v.shape[2], axis=2)
         return v * broadcast_parameter(weight, v.shape, v.dtype)
 

@@ -25,17 +25,26 @@ class RMSNorm(nn.Module):
       eps: added to the mean.
       dtype: of the result.
       param_dtype: of `scale`, which has the normalised dimensions and starts at 1.
+      groups: equal parts of the first normalised dimension, each with a mean of its own.
     """
 
     axes: tuple[str, ...] = ("embed",)
     eps: float = 1e-5
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
+    groups: int = 1
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Normalises x [..., *dims]."""
-        init = with_logical_axes(nn.initializers.ones, self.axes)
-        scale = self.param("scale", init, x.shape[-len(self.axes) :], self.param_dtype)
-        y = divide_by_rms(x, len(self.axes), self.eps)
+        init, rank = with_logical_axes(nn.initializers.ones, self.axes), len(self.axes)
+        scale = self.param("scale", init, x.shape[-rank:], self.param_dtype)
+        y = divide_by_rms(self._apart(x, rank), rank, self.eps).reshape(x.shape)
         return (y * jnp.expand_dims(scale, range(x.ndim - scale.ndim))).astype(self.dtype)
+
+    def _apart(self, x: jax.Array, rank: int) -> jax.Array:
+        """x [..., first, *rest] as [..., groups, first / groups, *rest]."""
+        if self.groups == 1:
+            return x
+        axis = x.ndim - rank
+        return x.reshape(*x.shape[:axis], self.groups, x.shape[axis] // self.groups, *x.shape[axis + 1 :])

@@ -2,6 +2,8 @@
 
 import jax.numpy as jnp
 
+from twomamba_jax.ops.numerics import accumulation_dtype
+
 
 def heads_first(q, k, v, log_decay):
     """[B, T, H, K] -> [B, G, R, T, K]; [B, T, G, .] -> [B, G, T, .]; a `log_decay` of None stays None."""
@@ -22,3 +24,9 @@ def tokens_first(y):
     """[B, G, R, T, V] -> [B, T, H, V]."""
     y = jnp.moveaxis(y, 3, 1)
     return y.reshape(*y.shape[:2], y.shape[2] * y.shape[3], y.shape[-1])
+
+
+def repeat_heads(x, num_heads: int):
+    """x [B, T, N, K] as [B, T, H, K], head h from h // (H // N); its gradient is summed in float32 or wider."""
+    wide = jnp.repeat(x.astype(accumulation_dtype(x.dtype)), num_heads // x.shape[2], axis=2)
+    return wide.astype(x.dtype)

@@ -408,15 +408,18 @@ def test_wrong_command_line_is_one_line(capsys):
         assert line.endswith("; see --help")
 
 
-def test_run_of_before_the_output_norms_epsilon_resumes(tmp_path):
-    """A key that config.json does not have is None; any other value is another run."""
+def test_run_of_before_newer_keys_resumes(tmp_path):
+    """A key that config.json does not have is None or False; any other value is another run."""
     workdir, config = tmp_path / "run", load_config(str(Path(__file__).parents[3] / "configs" / "2mamba.py"))
     claim(workdir, config, {"digest": "x"})
     saved = json.loads((workdir / "config.json").read_text())
-    del saved["model"]["output_norm_eps"]
+    del saved["model"]["output_norm_eps"], saved["model"]["tie_embeddings"]
     (workdir / "config.json").write_text(json.dumps(saved))
     claim(workdir, config, {"digest": "x"})
     (workdir / "config.json").write_text(json.dumps(saved))
     config.model.output_norm_eps = 1e-6
     with pytest.raises(UserError, match=r"model.output_norm_eps is 'absent' there and 1e-06 here"):
+        claim(workdir, config, {"digest": "x"})
+    config.model.output_norm_eps, config.model.tie_embeddings = None, True
+    with pytest.raises(UserError, match=r"model.tie_embeddings is 'absent' there and True here"):
         claim(workdir, config, {"digest": "x"})

@@ -32,12 +32,21 @@ def test_mixing_by_hand():
     assert [mixing_flops(narrow, 64, length) for length in (1024, 8192)] == [1024 * 96, 4 * 528 * 64]
 
 
+def test_shared_scores_count_once_for_all_heads():
+    """K = 128 that 24 heads of V = 64 share: T (128 / 24 + 64) by the scores, 4 x 128 x 64 by the state."""
+    released = VARIANTS["mamba2-released"].mixer
+    assert mixing_flops(released, 64, 24, 24) == pytest.approx(24 * (128 / 24 + 64))
+    assert mixing_flops(released, 64, 2048, 24) == 4 * 128 * 64
+
+
 def test_training_is_six_a_parameter_and_three_times_the_mixing():
     config = load_config("configs/2mamba.py")
     model = build_model(config).config
     params = {"embedding": {"embedding": SimpleNamespace(size=10**9)}, "head": SimpleNamespace(size=1000)}
     mixing = config.model.num_layers * config.model.num_heads * 256 * 128
     assert training_flops_per_token(model, params, 256) == 6 * 1000 + 3 * mixing
+    tied = dataclasses.replace(model, tie_embeddings=True)
+    assert training_flops_per_token(tied, {"embedding": params["embedding"]}, 256) == 6 * 10**9 + 3 * mixing
 
 
 def test_the_peak_is_of_all_devices_or_unknown():
