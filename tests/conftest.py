@@ -6,6 +6,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from support import garbage
 
 # Nearly all of the suite's time is compilation. This turns off LLVM's optimisation of what is compiled (as JAX's own
 # tests do), which halves it; the programs that the command-line tests start in processes of their own are optimised.
@@ -27,6 +28,12 @@ jax.config.update("jax_cpu_enable_async_dispatch", False)
 # Even one of them has threads that wait for one another, each of which may hold one of XLA's: those have to be more.
 # XLA reads this when its first device is asked for, and has a thread per core otherwise.
 os.environ.setdefault("NPROC", "16")
+
+
+def pytest_collection_finish():
+    """What has been imported by now stays."""
+    garbage.collect_less()
+
 
 # Linux gives a process 65,530 memory maps; compiled programs take several each, and LLVM aborts where none is left.
 MOST_MAPS = 25_000
