@@ -53,9 +53,9 @@ def test_loss_and_gradients_are_the_loop_s(remat):
     """In float32, to 1e-6 of the largest gradient: one program's sums may be in another order."""
     tokens = jax.random.randint(jax.random.key(0), (2, 13), 0, 23)
     batch = {"tokens": tokens, "targets": tokens[:, ::-1], "segment_ids": tokens // 9, "weights": tokens % 3 / 13.0}
-    found, params = [], params_of(model_of("softmax,2mamba*", 4))
+    found, params = [], params_of(model_of("softmax,2mamba*", 3))
     for scan_layers in (True, False):
-        model = model_of("softmax,2mamba*", 4, remat=remat, scan_layers=scan_layers)
+        model = model_of("softmax,2mamba*", 3, remat=remat, scan_layers=scan_layers)
 
         def loss(params, model=model):
             return weighted_sums(model, params, batch).loss
