@@ -21,7 +21,7 @@ from twomamba_jax.ops.state import FiniteState
 
 
 def normal(seed, *shape, dtype=jnp.float32):
-    return jax.random.normal(jax.random.key(seed), shape, dtype)
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
 
 
 def phi(score, x):
