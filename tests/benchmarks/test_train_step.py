@@ -227,8 +227,12 @@ def test_runs_take_turns(script, arguments, capsys):
         assert row["compile_seconds"] > 0
 
 
-def test_a_row_has_a_process_of_its_own(script, arguments, capsys):
+def test_a_row_has_a_process_of_its_own(script, arguments, compilation_cache, monkeypatch, capsys):
     """Its first step is that of this process, and what it prints besides goes to standard error."""
+    for key, value in compilation_cache.items():
+        monkeypatch.setenv(key.upper(), str(value))
+    monkeypatch.setenv("JAX_ENABLE_COMPILATION_CACHE", "1")
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
     chosen = ["--variants", "softmax", "--implementations", "xla"]
     assert script.main([*arguments, *chosen]) == 0
     report = json.loads(Path(script.parse(arguments).out.as_posix() + ".json").read_text())

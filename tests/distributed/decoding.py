@@ -14,6 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from support import garbage
 from support.exhaustive import EXHAUSTIVE
 from support.models import config_of, params_of
 
@@ -87,4 +88,5 @@ def compare(name) -> dict:
 
 
 if __name__ == "__main__":
+    garbage.collect_less()
     print(json.dumps({name: compare(name) for name in NAMES}))

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 import optax
 from jax.sharding import AxisType
+from support import garbage
 
 from train.configuration import apply_overrides, build_model, load_config
 from train.data.rows import make_row
@@ -105,4 +106,5 @@ def main(meshes, cases):
 
 
 if __name__ == "__main__":
+    garbage.collect_less()
     main(*map(json.loads, sys.argv[1:]))

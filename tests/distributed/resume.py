@@ -12,6 +12,7 @@ from pathlib import Path
 import flax.linen as nn
 import jax
 from jax.sharding import AxisType
+from support import garbage
 
 from train.checkpoint import Checkpoints
 from train.configuration import apply_overrides, load_config
@@ -51,4 +52,5 @@ def third_step(devices, workdir):
 
 
 if __name__ == "__main__":
+    garbage.collect_less()
     print(json.dumps({devices: third_step(devices, Path(sys.argv[1])) for devices in MESHES}))

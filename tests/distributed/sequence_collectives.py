@@ -12,6 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from support import garbage
 from support.exhaustive import EXHAUSTIVE
 
 from train.sharding import MESH_AXES, RULES
@@ -51,6 +52,7 @@ def compile_on_mesh(name, tokens):
 
 
 if __name__ == "__main__":
+    garbage.collect_less()
     found = {name: collectives(compile_on_mesh(name, TOKENS)) for name in NAMES}
     found["2mamba of twice the tokens"] = collectives(compile_on_mesh("2mamba", 2 * TOKENS))
     print(json.dumps(found))

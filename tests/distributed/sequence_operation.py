@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, PartitionSpec
-from support import oracle
+from support import garbage, oracle
 from support.cases import VALUE_DIM, Case
 from support.exhaustive import EXHAUSTIVE
 
@@ -139,6 +139,7 @@ def packed(score):
 
 
 if __name__ == "__main__":
+    garbage.collect_less()
     with jax.enable_x64(True):
         cases = {name: errors(*case) for name, case in CASES.items()}
         documents = {score: packed(score) for score in ("squared", "exp")}

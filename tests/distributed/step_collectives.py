@@ -10,6 +10,7 @@ import numpy as np
 import optax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from support import garbage
 from support.models import model_of
 
 from train import cross_entropy as module
@@ -103,6 +104,7 @@ def in_one_pass(function, *arguments):
         module._rows = passes
 
 
+garbage.collect_less()
 print(
     json.dumps(
         {

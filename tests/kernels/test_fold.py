@@ -62,24 +62,28 @@ def test_rows_that_are_not_due_may_hold_anything():
 
     poison = jax.tree.map(poisoned, (state, previous, keys, values)), start, jax.tree.map(poisoned, weights)
     poison = (*poison[0], start, *poison[2])
+    fold = jax.jit(functools.partial(kernel.fold, "linear"))
     with interpreted():
-        clean, dirty = (jax.jit(functools.partial(kernel.fold, "linear"))(*x, due) for x in (arguments, poison))
+        clean, dirty = (fold(*x, due) for x in (arguments, poison))
     for want, got, before in zip(jax.tree.leaves(clean), jax.tree.leaves(dirty), jax.tree.leaves(poison)):
         np.testing.assert_array_equal(got[:, due], want[:, due])
         np.testing.assert_array_equal(got[:, 1], before[:, 1])
 
 
-def decode(cache, counts, implementation, score="linear", partition=None):
-    """The cache after calls of up to r tokens, of which `counts` [calls][B] count in each row; and their outputs."""
+def folding_by(implementation, partition=None):
+    """Jitted: the outputs of some tokens, by XLA, and the cache behind them, which `implementation` folds."""
 
     @jax.jit
     def call(cache, tokens, lengths):
-        y, new = ops.cached_attention(
-            *tokens, cache, score=score, normalize=True, lengths=lengths, implementation="xla", precision="highest"
-        )
-        options = {"score": score, "implementation": implementation, "precision": "highest", "partition": partition}
-        return y, ops.append(cache, new, **options)
+        common = {"score": "linear", "precision": "highest"}
+        y, new = ops.cached_attention(*tokens, cache, normalize=True, lengths=lengths, implementation="xla", **common)
+        return y, ops.append(cache, new, implementation=implementation, partition=partition, **common)
 
+    return call
+
+
+def decode(call, cache, counts):
+    """The cache after calls of up to r tokens, of which `counts` [calls][B] count in each row; and their outputs."""
     outputs = []
     for seed, lengths in enumerate(counts):
         shape = len(lengths), cache.fold_size, 1
@@ -89,26 +93,26 @@ def decode(cache, counts, implementation, score="linear", partition=None):
     return cache, outputs
 
 
-def empty_cache(rows, *, score="linear", fold_size=2, **options):
-    return ops.init_decoding_cache(score, rows, 1, 64, 64, fold_size=fold_size, **options)
+def empty_cache(rows, *, fold_size=2, **options):
+    return ops.init_decoding_cache("linear", rows, 1, 64, 64, fold_size=fold_size, **options)
 
 
 COUNTS = [(2, 1, 0), (1, 2, 1), (2, 2, 1), (1, 0, 2), (2, 2, 1)]  # 4, 3 and 2 folds
 
 
 @pytest.mark.usefixtures("few_programs")
-@pytest.mark.parametrize(("rollback", "mesh"), [(False, False), (True, True)], ids=["one-device", "rollback-mesh"])
+@pytest.mark.parametrize(("rollback", "mesh"), [(True, True), (False, False)][: None if EXHAUSTIVE else 1])
 def test_a_cache_that_the_kernel_folds_is_the_one_that_xla_folds(rollback, mesh):
-    want, outputs = decode(empty_cache(3, rollback=rollback), COUNTS, "xla")
+    want, outputs = decode(folding_by("xla"), empty_cache(3, rollback=rollback), COUNTS)
     np.testing.assert_array_equal(want.folded, [8, 6, 4])
     with interpreted():
         if mesh:
             axes = jax.make_mesh((1, 1), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
             with jax.set_mesh(axes):
-                partition = PartitionSpec("data", None, "tensor")
-                got, others = decode(empty_cache(3, rollback=rollback), COUNTS, "mosaic_gpu", partition=partition)
+                call = folding_by("mosaic_gpu", PartitionSpec("data", None, "tensor"))
+                got, others = decode(call, empty_cache(3, rollback=rollback), COUNTS)
         else:
-            got, others = decode(empty_cache(3, rollback=rollback), COUNTS, "mosaic_gpu")
+            got, others = decode(folding_by("mosaic_gpu"), empty_cache(3, rollback=rollback), COUNTS)
     for x, y in zip(jax.tree.leaves((got, others)), jax.tree.leaves((want, outputs)), strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5)
 
@@ -116,16 +120,16 @@ def test_a_cache_that_the_kernel_folds_is_the_one_that_xla_folds(rollback, mesh)
 @pytest.mark.usefixtures("few_programs")
 def test_rolls_back_to_the_bit():
     """Over a fold, in two rows of three; what follows then has the bits that it had."""
-    start, last = COUNTS[:3], COUNTS[3:]
+    start, last, call = COUNTS[:3], COUNTS[3:], folding_by("mosaic_gpu")
     with interpreted():
-        cache, _ = decode(empty_cache(3, rollback=True), start, "mosaic_gpu")
-        want = decode(cache, last, "mosaic_gpu")
-        ahead, _ = decode(cache, [(1, 2, 1)], "mosaic_gpu")
+        cache, _ = decode(call, empty_cache(3, rollback=True), start)
+        want = decode(call, cache, last)
+        ahead, _ = decode(call, cache, [(1, 2, 1)])
         np.testing.assert_array_equal(ahead.folded - cache.folded, [2, 2, 0])
         back = ops.roll_back(ahead, jnp.array([1, 2, 1]))
         for x, y in zip(jax.tree.leaves(back.state), jax.tree.leaves(cache.state), strict=True):
             np.testing.assert_array_equal(x, y)
-        got = decode(back, last, "mosaic_gpu")
+        got = decode(call, back, last)
     np.testing.assert_array_equal(got[0].length, want[0].length)
     for x, y in zip(jax.tree.leaves((got[0].state, got[1])), jax.tree.leaves((want[0].state, want[1])), strict=True):
         np.testing.assert_array_equal(x, y)
@@ -176,8 +180,9 @@ def test_folds_by_xla_what_the_kernel_cannot(monkeypatch):
     monkeypatch.setattr(kernel, "fold", None)
     long = empty_cache(3, fold_size=129)
     with interpreted():
-        got, _ = decode(long, [(2, 1, 2)], "mosaic_gpu")
-    got = got.length, decode(empty_cache(3), [(2, 1, 2)], "mosaic_gpu")[0].length  # no kernel: it needs a GPU
+        got, _ = decode(folding_by("mosaic_gpu"), long, [(2, 1, 2)])
+    short, _ = decode(folding_by("mosaic_gpu"), empty_cache(3), [(2, 1, 2)])  # no kernel: it needs a GPU
+    got = got.length, short.length
     assert [x.tolist() for x in got] == [[2, 1, 2]] * 2
 
 

@@ -77,14 +77,13 @@ def test_the_number_of_programs_changes_nothing():
     assert_same_bits(many, three)
 
 
-def test_two_runs_have_the_same_bits_and_so_has_a_call_without_gradients():
+def test_two_runs_have_the_same_bits():
     call = ROWS.call()
-    first = call.run()
-    assert_same_bits(call.run(), first)
-    assert_same_bits(jax.jit(call.operation)(*call.inputs), first["y"])
+    assert_same_bits(call.run(), call.run())
 
 
 def test_the_final_state_is_that_of_xla():
+    """And y, without gradients, has the bits that it has with them."""
     call = ROWS.call()
     y, state = jax.jit(functools.partial(call.operation, return_final_state=True))(*call.inputs)
     common = {"form": "parallel", "implementation": "xla", "return_final_state": True}

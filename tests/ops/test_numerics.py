@@ -100,12 +100,13 @@ def test_pairwise_decays_equal_their_sums(size):
     """To a few eps of themselves even after decays of -128, where a difference of prefix sums loses 1e-5 and more."""
     rng = np.random.default_rng(0)
     a = np.where(rng.random(size) < 0.1, -128, -rng.random(size) * 0.1).astype(np.float32)
-    got = np.tril(np.asarray(pairwise_log_decay(jnp.asarray(a)), np.float64))
+    log_decay, decay = jax.jit(lambda a: (pairwise_log_decay(a), pairwise_decay(a)))(a)
+    got = np.tril(np.asarray(log_decay, np.float64))
     wide = a.astype(np.float64)
     later = np.tril(np.ones((size, size)), -1)  # [t, j]: t > j
     want = (wide[:, None] * later).cumsum(0)  # [i, j]: the sum over j < t <= i
     assert (np.abs(got - want) <= 16 * EPS * np.abs(want)).all()
-    decay = np.asarray(pairwise_decay(jnp.asarray(a)), np.float64)
+    decay = np.asarray(decay, np.float64)
     assert (decay == np.tril(decay)).all()
     # x e^-x <= 0.37: a relative error of the exponent is a smaller, absolute one of the decay.
     assert (np.abs(decay - np.tril(np.exp(want))) <= 16 * EPS).all()

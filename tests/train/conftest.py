@@ -5,7 +5,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
@@ -40,34 +39,6 @@ TINY = {
     "sample.tokens": 8,
     "execution.remat": "none",  # less to compile
 }
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_runtest_setup():
-    """The cache below serves these tests alone: elsewhere few programs are compiled twice."""
-    jax.config.update("jax_enable_compilation_cache", True)
-
-
-@pytest.hookimpl(trylast=True)
-def pytest_runtest_teardown():
-    """See pytest_runtest_setup."""
-    jax.config.update("jax_enable_compilation_cache", False)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def compilation_cache(tmp_path_factory):
-    """Most tiny runs are of one model: each worker compiles it once. Empty at the start, so nothing stale is in it."""
-    keys = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {key: getattr(jax.config, key) for key in keys}
-    for key, value in keys.items():
-        jax.config.update(key, value)
-    yield keys
-    for key, value in before.items():
-        jax.config.update(key, value)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -140,9 +111,9 @@ def user_error(capsys):
 
 @pytest.fixture(scope="session")
 def start(compilation_cache):
-    """A function that starts the command line in a process of its own."""
+    """A function that starts the command line in a process of its own, with the programs that this one has compiled."""
     variables = {key.upper(): str(value) for key, value in compilation_cache.items()}
-    variables["JAX_ENABLE_COMPILATION_CACHE"] = "1"
+    variables |= {"JAX_ENABLE_COMPILATION_CACHE": "1", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 
     def run(arguments: list[str]) -> subprocess.Popen[str]:
         environment = os.environ | variables

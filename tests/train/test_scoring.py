@@ -14,12 +14,13 @@ from train.evaluate import main
 from train.scoring import Scorer
 from twomamba_jax import generate
 
+CONTEXTS = [[5, 4, 3], [1], [7] * 9]
 PAIRS = [([22], [1, 2, 3]), ([5, 4, 3], [2]), ([5, 4, 3], [7, 7]), ([5, 4, 3], []), (list(range(11)), [0, 9])]
 
 
-@pytest.fixture(scope="module", params=["2mamba", "softmax"])
-def scorer(request):
-    model = model_of(request.param)
+@pytest.fixture(scope="module")
+def scorer():
+    model = model_of("softmax,2mamba", 2)  # a cache of each kind
     return Scorer(model, params_of(model), load_tokenizer("ids:23", "22"), rows=2, max_length=16)
 
 
@@ -28,6 +29,16 @@ def logits_of(scorer):
     """A function from tokens to the log probabilities of what follows each: one padded shape for all."""
     apply = jax.jit(lambda tokens: jax.nn.log_softmax(scorer.model.apply({"params": scorer.params}, tokens)[0]))
     return lambda tokens: np.asarray(apply(jnp.asarray([[*tokens, *[0] * (32 - len(tokens))]])))[: len(tokens)]
+
+
+@pytest.fixture(scope="module")
+def generated(scorer):
+    """Of each of CONTEXTS the five tokens that the model itself generates."""
+    tokens = np.zeros((3, 9), np.int32)
+    for row, context in zip(tokens, CONTEXTS):
+        row[: len(context)] = context
+    options = {"lengths": jnp.asarray(list(map(len, CONTEXTS))), "max_new_tokens": 5}
+    return generate(scorer.model, scorer.params, jnp.asarray(tokens), **options).tokens.tolist()
 
 
 def likelihood(logits_of, context, continuation):
@@ -50,11 +61,11 @@ def test_request_in_another_batch_has_the_same_number(scorer):
     assert scorer.loglikelihoods(PAIRS[::-1])[::-1] == together
 
 
-def test_greedy_continuation_is_found_greedy(scorer):
-    greedy = generate(scorer.model, scorer.params, jnp.asarray([[5, 4, 3]]), max_new_tokens=4).tokens[0].tolist()
-    assert scorer.loglikelihoods([([5, 4, 3], greedy)])[0][1]
-    other = [*greedy[:3], (greedy[3] + 1) % 23]
-    assert not scorer.loglikelihoods([([5, 4, 3], other)])[0][1]
+def test_greedy_continuation_is_found_greedy(scorer, generated):
+    context, greedy = CONTEXTS[0], generated[0]
+    assert scorer.loglikelihoods([(context, greedy)])[0][1]
+    other = [*greedy[:4], (greedy[4] + 1) % 23]
+    assert not scorer.loglikelihoods([(context, other)])[0][1]
 
 
 def test_rolling_predicts_each_token_once(scorer, logits_of):
@@ -66,22 +77,15 @@ def test_rolling_predicts_each_token_once(scorer, logits_of):
     assert scorer.rolling(tokens) == pytest.approx(expected + rest, rel=1e-5)
 
 
-def test_continuations_stop_at_a_string(scorer):
+def test_continuations_stop_at_a_string(scorer, generated):
     """Each is the model's own generation, cut at its first stop string, whatever else is in the batch."""
-    contexts = [[5, 4, 3], [1], [7] * 9]
-    expected = [
-        scorer.tokenizer.decode(
-            generate(scorer.model, scorer.params, jnp.asarray([one]), max_new_tokens=5, stop_tokens=(22,)).tokens[0]
-        )
-        for one in contexts
-    ]
-    found = scorer.continuations(contexts, (), 5)
-    assert [text.split() for text in found] == [
-        text.split()[: len(ours.split())] for text, ours in zip(expected, found)
-    ]
+    end = scorer.tokenizer.eos_id
+    expected = [scorer.tokenizer.decode([*tokens, end][: [*tokens, end].index(end)]) for tokens in generated]
+    found = scorer.continuations(CONTEXTS, (), 5)
+    assert [text.split() for text in found] == [text.split() for text in expected]
     assert len(found[0].split()) == 5
     word = found[0].split()[1]
-    stopped = scorer.continuations(contexts, (f" {word}",), 5)
+    stopped = scorer.continuations(CONTEXTS, (f" {word}",), 5)
     assert stopped == [text[: text.find(f" {word}")] if f" {word}" in text else text for text in found]
 
 
