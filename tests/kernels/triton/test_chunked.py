@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import support.triton  # noqa: F401 (before triton)
-from support.chunked_cases import assert_near, normal, wide
+from support.chunked_cases import Case, assert_near, normal, wide
 from support.exhaustive import EXHAUSTIVE
 
 from pallas_kernels.chunked import layout
@@ -201,3 +201,16 @@ def test_linear_gradient(dim, normalize):
         dx = dx + of_z * wide(factor).swapaxes(1, 2)[..., None]
     assert_near(got, wide(added) + dx, 2**-7)
     assert_near(sums, (wide(x) * dx).sum(-1).swapaxes(1, 2), 2**-7)
+
+
+WHOLE = [Case(150, "linear", heads=(1, 1), edges=(140,))]
+WHOLE += [Case(300, heads=(1, 1), edges=(290,))] if EXHAUSTIVE else []
+
+
+@pytest.mark.parametrize("case", WHOLE, ids=str)
+def test_the_form_equals_the_oracle(case):
+    """Outputs, states and every gradient, by way of the operation."""
+    got, want = case.results(jax.jit, "triton", chunk_size=128), case.oracle()
+    assert got.keys() == want.keys()
+    for name, x in got.items():
+        assert_near(x, want[name], 2**-6, name)

@@ -45,7 +45,7 @@ def test_needs_its_packages(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("capability", "like"), [("8.0", 80), ("8.6", 86), ("8.9", 86), ("9.0", 90), ("10.0", 90), ("12.0", 86)]
+    ("capability", "like"), [("8.0", 80), ("8.6", 86), ("8.9", 86), ("9.0", 90), ("10.0", 100), ("12.0", 86)]
 )
 def test_an_unknown_gpu_takes_the_tiles_of_one_with_as_much_shared_memory(monkeypatch, capability, like):
     set_devices(monkeypatch, ("a GPU", capability))
