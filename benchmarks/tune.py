@@ -2,15 +2,19 @@
 
 Times every candidate below (forward and backward, with decay, normalised, 65,536 tokens x 16 heads), refuses what
 disagrees with the first candidate, and writes pallas_kernels/quadratic/table.py; entries of other devices, scores, head
-dims and lengths stay. `benchmarks/compile_kernels.py` says whether the new entries compile cleanly.
+dims and lengths stay. `benchmarks/compile_kernels.py` says whether the new entries compile cleanly. With
+`--implementation triton` it prints the entries of pallas_kernels/triton/quadratic/table.py, one for all lengths, and
+`benchmarks/compile_triton.py` has that say.
 """
 
 import argparse
+import dataclasses
 import itertools
 import pprint
 import statistics
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -18,10 +22,9 @@ import jax.numpy as jnp
 from jax.experimental.mosaic.gpu import profiler
 
 from pallas_kernels.device import device_kind, unsupported_device
-from pallas_kernels.quadratic import table
+from pallas_kernels.quadratic import mosaic_gpu, table, tuning
 from pallas_kernels.quadratic.attention import Attention, attention
-from pallas_kernels.quadratic.mosaic_gpu import KERNELS as MOSAIC_GPU
-from pallas_kernels.quadratic.tuning import Tiles, Tuning
+from pallas_kernels.triton import device as triton
 
 KERNELS = ("forward", "backward_queries", "backward_keys")
 TOTAL, HEADS, ITERATIONS, TOLERANCE = 65536, 16, 5, 2e-2
@@ -29,6 +32,53 @@ SHARED = {"resident": False}
 NARROW = {"own": 128, "streamed": 64}
 WIDE = {"own": 128, "streamed": 128}
 LEAN = {"consumer_registers": 240, "producer_registers": 24, "part": 32}
+
+
+@dataclasses.dataclass(frozen=True)
+class Language:
+    """Kernels to tune.
+
+    Attributes:
+      kernels: that attention takes.
+      tuning: (the tiles of the three kernels, as in the table) -> their tuning.
+      candidates: (score, head dim) -> the tiles to try.
+      names: (score) -> what the device calls the three kernels, or how that begins.
+    """
+
+    kernels: object
+    tuning: Callable
+    candidates: Callable
+    names: Callable[[str], tuple[str, ...]]
+
+
+def mosaic_language() -> Language:
+    """The kernels in Pallas Mosaic GPU."""
+    return Language(
+        mosaic_gpu.KERNELS,
+        lambda tiles: tuning.Tuning(*(tuning.Tiles(**t) for t in tiles)),
+        candidates,
+        lambda score: tuple(f"{score}_{kernel}_mosaic" for kernel in KERNELS),
+    )
+
+
+def triton_language() -> Language:
+    """The kernels in Triton."""
+    from pallas_kernels.triton.quadratic import kernels, programs, tiles  # slow to import, and an extra
+
+    return Language(
+        kernels.KERNELS,
+        lambda entries: tiles.Tuning(*(tiles.Tiles(**t) for t in entries)),
+        lambda score, head_dim: triton_candidates(head_dim),
+        lambda score: tuple(kernel.__name__ for kernel in programs.BY_NAME.values()),
+    )
+
+
+def triton_candidates(head_dim: int) -> list[tuple[dict, dict, dict]]:
+    """The same tiles for all three kernels; not every GPU has the shared memory or registers for all of them."""
+    names = "own", "streamed", "warps", "stages"
+    wide = [(64, 64, 4, 3), (64, 32, 4, 3), (64, 32, 4, 2), (128, 64, 8, 3), (128, 64, 8, 2), (128, 32, 8, 3)]
+    narrow = [(64, 32, 4, 2), (64, 32, 8, 2), (128, 32, 8, 2), (128, 16, 8, 3), (128, 64, 8, 2)]
+    return [(dict(zip(names, sizes)),) * 3 for sizes in (wide if head_dim == 64 else narrow)]
 
 
 def candidates(score: str, head_dim: int) -> list[tuple[dict, dict, dict]]:
@@ -56,10 +106,12 @@ def arrays(score: str, tokens: int, head_dim: int) -> tuple[jax.Array, ...]:
     return q, k, v, -2e-3 * jax.random.uniform(last, shape), dy
 
 
-def measure(score: str, tiles: tuple[dict, dict, dict], inputs) -> tuple[dict[str, float], list[jax.Array]]:
+def measure(
+    language: Language, score: str, tiles: tuple[dict, dict, dict], inputs
+) -> tuple[dict[str, float], list[jax.Array]]:
     """Milliseconds of each kernel (the median), and y and the gradients."""
-    tuning = Tuning(*(Tiles(**t) for t in tiles))
-    spec = Attention(MOSAIC_GPU, score, True, inputs[0].shape[-1] ** -0.5, 2.0**-100, tuning)
+    scale = inputs[0].shape[-1] ** -0.5
+    spec = Attention(language.kernels, score, True, scale, 2.0**-100, language.tuning(tiles))
 
     def both(q, k, v, log_decay, dy):
         y, pull = jax.vjp(lambda *x: attention(spec, *x, None), q, k, v, log_decay)
@@ -67,10 +119,8 @@ def measure(score: str, tiles: tuple[dict, dict, dict], inputs) -> tuple[dict[st
 
     outputs, runs = profiler.measure(jax.jit(both), iterations=ITERATIONS, aggregate=False)(*inputs)
     times = {
-        kernel: statistics.median(
-            sum(ms for name, ms in run if name.startswith(f"{score}_{kernel}_mosaic")) for run in runs
-        )
-        for kernel in KERNELS
+        kernel: statistics.median(sum(ms for name, ms in run if name.startswith(start)) for run in runs)
+        for kernel, start in zip(KERNELS, language.names(score))
     }
     return times, outputs
 
@@ -81,12 +131,16 @@ def agree(a: list[jax.Array], b: list[jax.Array]) -> bool:
     return bool(jnp.max(jnp.stack(errors)) < TOLERANCE)
 
 
-def choose(score: str, head_dim: int, tokens: int) -> tuple[dict, dict, dict]:
+def choose(language: Language, score: str, head_dim: int, tokens: int) -> tuple[dict, dict, dict]:
     """The fastest tiles of each kernel."""
     inputs, reference = arrays(score, tokens, head_dim), None
     best = [(float("inf"), None)] * len(KERNELS)
-    for tiles in candidates(score, head_dim):
-        times, outputs = measure(score, tiles, inputs)
+    for tiles in language.candidates(score, head_dim):
+        try:
+            times, outputs = measure(language, score, tiles, inputs)
+        except jax.errors.JaxRuntimeError as error:  # more shared memory than there is
+            print(f"{score} {head_dim} {tiles[0]}  REFUSED: {' '.join(str(error).split())[:120]}", flush=True)
+            continue
         reference = reference or outputs
         verdict = "" if agree(outputs, reference) else "  REFUSED: differs from the first"
         for i, kernel in enumerate(KERNELS):
@@ -109,12 +163,24 @@ def main() -> None:
     parser.add_argument("--scores", nargs="+", default=["squared", "exp", "linear"])
     parser.add_argument("--head_dims", nargs="+", type=int, default=[64, 128])
     parser.add_argument("--tokens", nargs="+", type=int, default=[2048, 8192], help="upper ends of the buckets")
+    parser.add_argument("--implementation", choices=("mosaic_gpu", "triton"), default="mosaic_gpu")
     options = parser.parse_args()
-    if reason := unsupported_device():
+    in_triton = options.implementation == "triton"
+    if reason := triton.unsupported_device() if in_triton else unsupported_device():
         sys.exit(f"nothing to tune here: {reason}")
+    language = triton_language() if in_triton else mosaic_language()
+    cases = list(itertools.product(options.scores, options.head_dims, options.tokens))
+    if in_triton:
+        longest = max(options.tokens)
+        best = {case: choose(language, *case) for case in cases if case[2] == longest}
+        like = triton.like(triton.capability())
+        for (score, head_dim, _), tiles in best.items():
+            for name, sizes in zip(("forward", "queries", "keys"), tiles):
+                print(f"{(name, like, score, head_dim)}: {sizes},")
+        return
     entries = dict(table.TABLE)
-    for score, head_dim, tokens in itertools.product(options.scores, options.head_dims, options.tokens):
-        entries[device_kind(), score, head_dim, tokens] = choose(score, head_dim, tokens)
+    for score, head_dim, tokens in cases:
+        entries[device_kind(), score, head_dim, tokens] = choose(language, score, head_dim, tokens)
     write(entries)
     print(Path(table.__file__).read_text())
 

@@ -5,6 +5,7 @@ import runpy
 import shutil
 import sys
 
+import jax
 import jax.numpy as jnp
 import pytest
 
@@ -23,7 +24,7 @@ def tune(monkeypatch, tmp_path):
 
 
 def test_writes_the_fastest_tiles_that_agree(tune, monkeypatch, tmp_path, capsys):
-    def measure(score, tiles, inputs):
+    def measure(language, score, tiles, inputs):
         wrong = tiles[0]["stages"] == 4  # the fastest forward kernel
         times = {kernel: 1 / kind["stages"] for kernel, kind in zip(tune.KERNELS, tiles, strict=True)}
         return times, [jnp.full((3,), 2.0 if wrong else 1.0)]
@@ -41,6 +42,36 @@ def test_writes_the_fastest_tiles_that_agree(tune, monkeypatch, tmp_path, capsys
     for forward, queries, keys in new.values():
         assert (forward["stages"], queries["stages"], keys["stages"]) == (3, 4, 4)
     assert "REFUSED: differs from the first" in capsys.readouterr().out
+
+
+def test_prints_entries_of_the_triton_table(tune, monkeypatch, capsys):
+    """Tiles that the GPU refuses are left out; of several lengths the longest is timed."""
+
+    def measure(language, score, tiles, inputs):
+        assert inputs[0].shape[1] == 2048
+        if tiles[0]["own"] == 128:
+            raise jax.errors.JaxRuntimeError("Shared memory requested exceeds device resources")
+        return {kernel: tiles[0]["stages"] - i * tiles[0]["streamed"] for i, kernel in enumerate(tune.KERNELS)}, [
+            jnp.ones((3,))
+        ]
+
+    def candidates(score, head_dim):
+        return tune.triton_candidates(head_dim)
+
+    monkeypatch.setattr(tune, "measure", measure)
+    monkeypatch.setattr(tune, "triton_language", lambda: tune.Language(None, None, candidates, None))
+    monkeypatch.setattr(tune.triton, "unsupported_device", lambda: None)
+    monkeypatch.setattr(tune.triton, "capability", lambda: 89)
+    options = ["--implementation", "triton", "--scores", "exp", "--head_dims", "64", "--tokens", "2048", "1024"]
+    monkeypatch.setattr(sys, "argv", ["tune.py", *options])
+    tune.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert sum("REFUSED: Shared memory requested exceeds device resources" in line for line in lines) == 3
+    assert lines[-3:] == [
+        "('forward', 86, 'exp', 64): {'own': 64, 'streamed': 32, 'warps': 4, 'stages': 2},",
+        "('queries', 86, 'exp', 64): {'own': 64, 'streamed': 64, 'warps': 4, 'stages': 3},",
+        "('keys', 86, 'exp', 64): {'own': 64, 'streamed': 64, 'warps': 4, 'stages': 3},",
+    ]
 
 
 def test_without_a_gpu_it_says_so(tune, monkeypatch):
