@@ -71,9 +71,12 @@ def test_the_state_that_a_step_returns_is_cut_as_the_rules_say(steps, mesh):
 
 @pytest.mark.parametrize(("variant", "mesh"), [case for case in CASES if "fsdp" in MESHES[case[1]]])
 def test_no_large_array_is_replicated_under_fsdp(steps, variant, mesh):
-    shapes, parts = steps[f"{variant} {mesh}"]["shapes"].values(), MESHES[mesh]["fsdp"]
-    count = sum(math.prod(whole) for whole, _ in shapes)
-    assert all(math.prod(part) <= math.prod(whole) / parts for whole, part in shapes if math.prod(whole) > count / 100)
+    """Taps of convolutions are small in any model but one as small as this."""
+    shapes, parts = steps[f"{variant} {mesh}"]["shapes"], MESHES[mesh]["fsdp"]
+    count = sum(math.prod(whole) for whole, _ in shapes.values())
+    large = [path for path, (whole, _) in shapes.items() if math.prod(whole) > count / 100 and "conv_" not in path]
+    assert len(large) > 4
+    assert all(math.prod(shapes[path][1]) <= math.prod(shapes[path][0]) / parts for path in large)
 
 
 def test_a_checkpoint_of_eight_devices_resumes_on_four_and_on_one(simulate, tmp_path):

@@ -157,8 +157,8 @@ def test_refuses_with_the_reason():
     with pytest.raises(ValueError, match="it needs a Hopper GPU"):
         attend(q, k, v, log_decay, cache, implementation="mosaic_gpu")
     _, new = attend(q, k, v, log_decay, cache)
-    with pytest.raises(ValueError, match="implementation='triton' is unknown"):
-        append(cache, new, score="squared", implementation="triton")
+    with pytest.raises(ValueError, match="implementation='cuda' is unknown"):
+        append(cache, new, score="squared", implementation="cuda")
 
 
 @on_hopper

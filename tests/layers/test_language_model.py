@@ -249,7 +249,7 @@ def test_execution_refuses_what_it_does_not_know():
         ({"remat": True}, "remat=True is unknown: expected one of none, states, dots, full"),
         ({"scan_layers": 0}, "scan_layers=0 must be None, True or False"),
         ({"form": "fast"}, "form='fast' is unknown: expected None or one of parallel, chunked, recurrent"),
-        ({"implementation": "triton"}, "implementation='triton' is unknown"),
+        ({"implementation": "cuda"}, "implementation='cuda' is unknown"),
         ({"precision": "low"}, "precision='low' is unknown: expected None or one of highest"),
         ({"chunk_size": 0}, "chunk_size=0 must be an integer of at least 1"),
         ({"chunk_size": 2.5}, "chunk_size=2.5 must be an integer of at least 1"),
