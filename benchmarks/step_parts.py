@@ -11,7 +11,7 @@ import jax
 
 # The first pattern that is found in an operation's line of the compiled program says which part it belongs to.
 PARTS = {
-    "attention kernels": r'custom_call_target="(mosaic_gpu|__cudnn)',
+    "attention kernels": r'custom_call_target="(mosaic_gpu|triton_kernel_call|__cudnn)',
     "slices and stacks of the loop over layers": r"LanguageModel\)+/while/body/(jit\(dynamic|dynamic)",
     "head and loss": r"jvp\(\)|/head",
     "embedding": r"embedding|_take",

@@ -17,6 +17,8 @@ LIKE = {86: 86, 88: 86, 89: 86, 90: 90, 100: 100, 101: 100, 103: 100, 110: 100, 
 
 ARCHITECTURES = 80, 86, 89, 90, 100, 120  # that `benchmarks/compile_triton.py` compiles for
 
+UNLOWERED_JAX = (0, 12)  # from this version on jax-triton 0.4.1 cannot lower its calls
+
 _compiled_for = contextvars.ContextVar("compiled_for", default=None)
 
 
@@ -60,6 +62,8 @@ def unsupported_device() -> str | None:
     missing = [name for name in ("triton", "jax_triton") if importlib.util.find_spec(name) is None]
     if missing:
         return f"{' and '.join(missing)} cannot be imported: pip install 'twomamba-jax[triton]'"
+    if not interpreting() and jax.__version_info__ >= UNLOWERED_JAX:
+        return f"jax-triton does not lower it under JAX {jax.__version__}: pip install 'twomamba-jax[triton]'"
     return several_kinds()
 
 

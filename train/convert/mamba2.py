@@ -27,12 +27,12 @@ HEAD = "lm_head.weight"
 NO_LIMIT = [0.0, math.inf]
 
 # What each config.json can ask for besides sizes, and the one value that this library computes. A key that is absent
-# has it.
+# has it. Hugging Face's norm_before_gate is not among them: its program never reads it and multiplies by the gate
+# first, while mistralai/Mamba-Codestral-7B-v0.1 says true.
 HUGGING_FACE_ONLY = {
     "hidden_act": "silu",
     "use_bias": False,
     "rms_norm": True,
-    "norm_before_gate": False,
     "time_step_limit": NO_LIMIT,
 }
 STATE_SPACES_ONLY = {"d_intermediate": 0, "attn_layer_idx": [], "rms_norm": True}

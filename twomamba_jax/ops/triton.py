@@ -11,7 +11,7 @@ from pallas_kernels.triton.decoding import fold, step
 from pallas_kernels.triton.quadratic.kernels import KERNELS
 from twomamba_jax.ops.kernels import Kernels
 
-# Measured on one H200 alone: docs/triton.md.
+# Those of `ops.mosaic_gpu`: against XLA's chunked form these kernels have not been measured.
 LONGEST = {"linear": 16384, "squared": 131072, "exp": sys.maxsize}
 
 

@@ -19,6 +19,7 @@ def set_devices(monkeypatch, *devices):
     monkeypatch.setattr(jax, "devices", lambda: found)
     monkeypatch.setattr(device, "interpreting", lambda: False)
     monkeypatch.setattr(device.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(device, "UNLOWERED_JAX", (99,))
 
 
 @pytest.mark.parametrize(
@@ -44,10 +45,20 @@ def test_needs_its_packages(monkeypatch):
     assert device.unsupported_device() == "jax_triton cannot be imported: pip install 'twomamba-jax[triton]'"
 
 
+def test_needs_a_jax_under_which_its_calls_are_lowered(monkeypatch):
+    """Or it would be chosen by default and then fail."""
+    set_devices(monkeypatch, ("NVIDIA A100", "8.0"))
+    monkeypatch.setattr(device, "UNLOWERED_JAX", jax.__version_info__)
+    assert f"jax-triton does not lower it under JAX {jax.__version__}: pip install" in device.unsupported_device()
+    monkeypatch.setattr(device, "interpreting", lambda: True)
+    assert device.unsupported_device() is None
+
+
 @pytest.mark.parametrize(
-    ("capability", "like"), [("8.0", 80), ("8.6", 86), ("8.9", 86), ("9.0", 90), ("10.0", 100), ("12.0", 86)]
+    ("capability", "like"),
+    [("8.0", 80), ("8.7", 80), ("8.6", 86), ("8.9", 86), ("9.0", 90), ("10.0", 100), ("12.0", 86)],
 )
-def test_an_unknown_gpu_takes_the_tiles_of_one_with_as_much_shared_memory(monkeypatch, capability, like):
+def test_a_gpu_takes_the_tiles_of_one_with_as_much_memory(monkeypatch, capability, like):
     set_devices(monkeypatch, ("a GPU", capability))
     assert device.like(device.capability()) == like
     with device.compiled_for(80):
@@ -63,7 +74,7 @@ def test_each_gpu_has_its_kernels(monkeypatch, devices, chosen):
     assert dispatch.kernels_of_device() == chosen
 
 
-def test_none_falls_to_xla_with_the_reason_and_the_name_is_refused(monkeypatch, caplog):
+def test_none_takes_xla_with_the_reason_and_a_name_is_refused(monkeypatch, caplog):
     set_devices(monkeypatch, ("T4", "7.5"))
     x = jax.ShapeDtypeStruct((1, 8, 1, 64), jnp.bfloat16)
     dispatch._log_choice.cache_clear()

@@ -82,7 +82,7 @@ def test_outputs_states_and_gradients_equal_the_oracle(code, case):
 
 
 @pytest.mark.parametrize("score", ["linear", "squared", "exp"])
-def test_the_same_inputs_give_the_same_bits_whatever_the_memory_held(code, score):
+def test_bits_are_the_same_whatever_the_memory_held(code, score):
     call = Case(score=score, tokens=2000, batch=2, heads=(8, 4), segments=True, implementation="triton").call()
     first = call.run()
     poison = jnp.full((2**28,), jnp.nan, jnp.float32)  # memory that the next outputs may be given

@@ -47,7 +47,7 @@ def test_outputs_and_gradients_equal_the_oracle(case):
     assert_close(call, got)
 
 
-def test_a_mapped_row_is_computed_alone_whatever_is_beside_it_in_memory():
+def test_a_mapped_row_ignores_what_is_beside_it_in_memory():
     """Tiles reach beyond a sequence that they do not divide: there is the next one, of nothing but NaN."""
     case = Case(tokens=136, heads=(2, 1), batch=2, implementation="triton").call()
     arrays = {name: getattr(case, name).at[1].set(jnp.nan) for name in ("q", "k", "v", "dy")}

@@ -258,7 +258,6 @@ def refused(directory, capsys):
     [
         ({"hidden_act": "gelu"}, "hidden_act='gelu', expected 'silu', which is what this library has of Mamba-2"),
         ({"use_bias": True}, "use_bias=True, expected False"),
-        ({"norm_before_gate": True}, "norm_before_gate=True, expected False"),
         ({"time_step_limit": [0.001, 0.1]}, "time_step_limit=[0.001, 0.1], expected [0.0, inf]"),
         ({"conv_kernel": 5}, "a convolution of 5 tokens, expected 2, 3 or 4"),
         ({"conv_kernel": 1}, "a convolution of 1 tokens, expected 2, 3 or 4"),
@@ -313,6 +312,13 @@ def test_config_without_a_size_is_refused(hugging_face, capsys):
 def test_tied_head_that_is_not_the_embedding_is_refused(state_spaces, capsys):
     line = refused(state_spaces(tensors={"lm_head.weight": np.ones((96, 32), np.float32)}), capsys)
     assert "lm_head.weight is not backbone.embedding.weight, and by config.json the two are tied" in line
+
+
+def test_what_hugging_face_does_not_read_changes_nothing():
+    """Its norm is behind the gate, whatever config.json says; that of Mamba-Codestral-7B-v0.1 says otherwise."""
+    config = json.loads((CHECKPOINT / "config.json").read_text())
+    told = config | {"norm_before_gate": True}
+    assert mamba2.HUGGING_FACE.read_model(told, "x") == mamba2.HUGGING_FACE.read_model(config, "x")
 
 
 def test_limits_as_transformers_5_writes_them_are_read():
