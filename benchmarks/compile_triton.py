@@ -181,11 +181,11 @@ def compile_entry(entry: dict, architecture: int) -> Report:
 
 
 def one_of_each(entries: Sequence[dict]) -> list[dict]:
-    """The last entry of every kernel, of the fewest options, for every architecture that any of its entries serves."""
+    """The first entry of every kernel, with all its options, for every architecture that any of its entries serves."""
     found = {}
     for entry in entries:
         for architecture in entry["arch"]:
-            found[entry["kernel"].__name__, architecture] = entry | {"arch": (architecture,)}
+            found.setdefault((entry["kernel"].__name__, architecture), entry | {"arch": (architecture,)})
     return list(found.values())
 
 
