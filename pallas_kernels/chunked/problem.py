@@ -33,14 +33,17 @@ class Tiles:
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """One call, apart from its arrays: N chunks of C tokens, H heads in G groups that share a state."""
+    """One call, apart from its arrays: N chunks of C tokens, H heads in G groups that share a state.
+
+    `tiles` is None where the kernels find theirs by themselves.
+    """
 
     batch: int
     tokens: int
     heads: int
     groups: int
     chunk: int
-    tiles: Tiles
+    tiles: Tiles | None
     interpret: bool
 
     @property

@@ -24,7 +24,10 @@ _compiled_for = contextvars.ContextVar("compiled_for", default=None)
 
 @contextlib.contextmanager
 def compiled_for(capability: int) -> Iterator[None]:
-    """Kernels traced inside are those of another compute capability, such as 80."""
+    """Kernels traced inside are those of another compute capability, such as 80.
+
+    What was traced before is kept by sizes alone: `jax.clear_caches()` between two capabilities in one process.
+    """
     token = _compiled_for.set(capability)
     try:
         yield
