@@ -221,4 +221,4 @@ def test_warns_of_a_jax_whose_kernels_spill(monkeypatch, caplog, first, packages
     with caplog.at_level("WARNING", logger="twomamba_jax"):
         assert dispatch.choose_implementation(None, "parallel", lambda kernels: None) == "mosaic_gpu"
     dispatch._log_choice.cache_clear()
-    assert ("compiles the kernels with spilled registers: take JAX 0.11.2" in caplog.text) == warns
+    assert ("compiles the kernels with spilled registers" in caplog.text) == warns

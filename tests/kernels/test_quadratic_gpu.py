@@ -15,7 +15,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from support.cases import pairwise
 from support.hopper import HOPPER, on_two_devices
-from support.kernel_cases import INPUTS, Case, U, assert_close
+from support.kernel_cases import INPUTS, Case, assert_close
 
 from twomamba_jax import decay_attention
 from twomamba_jax.ops import dispatch
@@ -157,7 +157,7 @@ def test_rematerialised_layers_in_a_scan():
     got, want = jax.jit(lambda: results(jax.checkpoint))(), jax.jit(lambda: results(lambda layer: layer))()
     for name, x in want.items():
         x, error = (np.asarray(a).astype(np.float64) for a in (x, got[name] - x))
-        assert np.sqrt((error**2).mean()) <= U * np.sqrt((x**2).mean()), name
+        assert np.sqrt((error**2).mean()) <= call.unit * np.sqrt((x**2).mean()), name
 
 
 @on_two_devices
