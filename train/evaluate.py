@@ -89,20 +89,25 @@ def read_config(workdir: Path) -> ConfigDict:
     return config
 
 
+def read_run(workdir: Path, overrides: list[tuple[str, str]]) -> tuple[ConfigDict, Task]:
+    """The configuration of the run in `workdir` with the overrides, and its data. Raises UserError."""
+    config = read_config(workdir)
+    apply_overrides(config, overrides)
+    validate(config)
+    if "tokenizer" in config.data and has_file(config.data.tokenizer):
+        # The run's own copy: the file that it was made of may be gone.
+        load_kept_tokenizer(config.data, workdir)
+        config.data.tokenizer = str(kept_path(config.data.tokenizer, workdir))
+    return config, make_task(config, lambda _: None)
+
+
 def evaluate_run(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> dict[str, Any]:
     """The figures: `step`, `split`, `rows`, those of `train.evaluation.evaluate`, and `by_context`.
 
     Raises UserError for what the user can put right.
     """
-    config = read_config(options.workdir)
-    apply_overrides(config, overrides)
-    validate(config)
-    if "tokenizer" in config.data and has_file(config.data.tokenizer):
-        # The run's own copy: the file that it was made of may be gone.
-        load_kept_tokenizer(config.data, options.workdir)
-        config.data.tokenizer = str(kept_path(config.data.tokenizer, options.workdir))
+    config, task = read_run(options.workdir, overrides)
     model = build_anywhere(config)
-    task = make_task(config, lambda _: None)
     rows, targets_per_byte = _split(task, options.split)
     params, step = restore_on_one_device(options.workdir, model, options.checkpoint, warn)
     measure = jax.jit(lambda params, batch: token_losses(model, params, batch))
