@@ -14,7 +14,7 @@ Activation = Literal["none", "relu", "silu"]
 ActivationOn = Literal["qk", "qkv"]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class MixerConfig:
     """One token mixer of the paper's family.
 
@@ -157,7 +157,7 @@ class MixerConfig:
         return self.norm == "softmax"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """A language model in the shape of Llama 2, with a mixer per layer (Appendix B).
 

@@ -36,7 +36,7 @@ REMATS = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Execution:
     """Dtypes, memory and kernels.
 

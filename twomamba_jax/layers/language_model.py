@@ -20,7 +20,7 @@ from twomamba_jax.ops.segments import valid_tokens
 from twomamba_jax.shapes import Array, Float, Lengths, SegmentIds, Tokens
 
 
-class Block(nn.Module):
+class Block(nn.Module, kw_only=True):
     """x + mixer(norm(x)), then x + mlp(norm(x)) where there is an MLP.
 
     Attributes:
@@ -45,13 +45,13 @@ class Block(nn.Module):
         norm = {"eps": config.norm_eps, "dtype": dtype, "param_dtype": param_dtype}
         mixed, new = Mixer(
             self.mixer,
-            config.num_heads,
-            config.head_dim,
-            config.kv_heads,
-            config.rope_theta,
-            config.norm_eps,
-            self.execution,
-            config.output_norm_eps,
+            num_heads=config.num_heads,
+            head_dim=config.head_dim,
+            num_kv_heads=config.kv_heads,
+            rope_theta=config.rope_theta,
+            norm_eps=config.norm_eps,
+            output_norm_eps=config.output_norm_eps,
+            execution=self.execution,
             name="mixer",
         )(
             RMSNorm(name="mixer_norm", **norm)(x),
@@ -65,7 +65,9 @@ class Block(nn.Module):
         # Kept in the place of `mixed`, which only this sum needs.
         x = kept(nn.with_logical_constraint(x + mixed, ("batch", "length", "embed")))
         if config.mlp_dim:
-            x = x + SwiGLU(config.mlp_dim, dtype, param_dtype, name="mlp")(RMSNorm(name="mlp_norm", **norm)(x))
+            x = x + SwiGLU(config.mlp_dim, dtype=dtype, param_dtype=param_dtype, name="mlp")(
+                RMSNorm(name="mlp_norm", **norm)(x)
+            )
             x = nn.with_logical_constraint(x, ("batch", "length", "embed"))
         return x, new
 
@@ -157,7 +159,13 @@ class LanguageModel(nn.Module):
                 length=count,
                 unroll=count if one_by_one else 1,
                 metadata_params={nn.PARTITION_NAME: "layers"},
-            )(config, mixer, execution, cache_is_empty, name=f"layers_{index}")
+            )(
+                config=config,
+                mixer=mixer,
+                execution=execution,
+                cache_is_empty=cache_is_empty,
+                name=f"layers_{index}",
+            )
             rows = segment_ids, lengths, positions
             if cache is None:
                 x, _ = layers(x, None, np.arange(count), None, *rows)

@@ -1,5 +1,6 @@
 """The token mixer: every variant of the paper, by its config alone."""
 
+import dataclasses
 import math
 
 import flax.linen as nn
@@ -42,6 +43,7 @@ class Mixer(nn.Module):
     """
 
     config: MixerConfig
+    _: dataclasses.KW_ONLY
     num_heads: int
     head_dim: int
     num_kv_heads: int | None = None
@@ -139,8 +141,8 @@ class Mixer(nn.Module):
             y = y * nn.silu(self._project("z", x, self.num_heads, "heads", self.head_dim, config.z_bias))
         if config.norm == "output":
             eps = self.norm_eps if self.output_norm_eps is None else self.output_norm_eps
-            param_dtype, groups = self.execution.param_dtype, config.norm_groups
-            y = RMSNorm(("heads", "head_dim"), eps, dtype, param_dtype, groups, name="norm")(y)
+            options = {"eps": eps, "groups": config.norm_groups, **self._dtypes()}
+            y = RMSNorm(("heads", "head_dim"), name="norm", **options)(y)
         y = nn.with_logical_constraint(y, ("batch", "length", "heads", "head_dim"))
         out = Projection(("heads", "head_dim"), ("embed",), x.shape[-1:], name="out", **self._dtypes())
         return out(y), cache
@@ -163,7 +165,7 @@ class Mixer(nn.Module):
 
     def _project(self, name, x, heads, axis, size, use_bias=False):
         dims = (heads, size)
-        y = Projection(("embed",), (axis, "head_dim"), dims, use_bias, name=name, **self._dtypes())(x)
+        y = Projection(("embed",), (axis, "head_dim"), dims, use_bias=use_bias, name=name, **self._dtypes())(x)
         return nn.with_logical_constraint(y, ("batch", "length", axis, "head_dim"))
 
     def _convolve(self, name, x, axis, initial_inputs, **rows):

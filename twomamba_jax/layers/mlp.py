@@ -1,5 +1,6 @@
 """The gated MLP of Llama 2."""
 
+import dataclasses
 from typing import Any
 
 import flax.linen as nn
@@ -21,6 +22,7 @@ class SwiGLU(nn.Module):
     """
 
     mlp_dim: int
+    _: dataclasses.KW_ONLY
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 

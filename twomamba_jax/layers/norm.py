@@ -1,5 +1,6 @@
 """Root mean square normalisation."""
 
+import dataclasses
 from typing import Any
 
 import flax.linen as nn
@@ -29,6 +30,7 @@ class RMSNorm(nn.Module):
     """
 
     axes: tuple[str, ...] = ("embed",)
+    _: dataclasses.KW_ONLY
     eps: float = 1e-5
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32

@@ -1,5 +1,6 @@
 """A linear map between axes with names."""
 
+import dataclasses
 import math
 from typing import Any
 
@@ -53,6 +54,7 @@ class Projection(nn.Module):
     in_axes: tuple[str, ...]
     out_axes: tuple[str, ...]
     out_dims: tuple[int, ...]
+    _: dataclasses.KW_ONLY
     use_bias: bool = False
     kernel_init: Any = None
     dtype: Any = jnp.float32

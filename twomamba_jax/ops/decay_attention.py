@@ -1,6 +1,7 @@
 """The public operation, and its single step."""
 
 import functools
+from typing import Literal, TypedDict, Unpack, overload
 
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
@@ -19,6 +20,58 @@ from twomamba_jax.ops.segments import extend_last_segment, segment_runs, valid_t
 from twomamba_jax.ops.sharding import sequence_axis, spread
 from twomamba_jax.ops.state import KeyValueCache, State, init_state
 from twomamba_jax.shapes import Array, Float, Keys, Lengths, LogDecay, Outputs, Queries, SegmentIds, Values
+
+
+class Options(TypedDict, total=False):
+    """The keywords of `decay_attention` on which the type of its result does not depend."""
+
+    score: Score
+    normalize: bool
+    scale: float | None
+    segment_ids: SegmentIds | None
+    lengths: Lengths | None
+    initial_state: State | None
+    form: Form | None
+    chunk_size: int | None
+    implementation: Implementation | None
+    precision: Precision
+    partition: PartitionSpec | None
+
+
+@overload
+def decay_attention(
+    q: Queries,
+    k: Keys,
+    v: Values,
+    log_decay: LogDecay | None = None,
+    *,
+    return_final_state: Literal[False] = False,
+    **options: Unpack[Options],
+) -> Outputs: ...
+
+
+@overload
+def decay_attention(
+    q: Queries,
+    k: Keys,
+    v: Values,
+    log_decay: LogDecay | None = None,
+    *,
+    return_final_state: Literal[True],
+    **options: Unpack[Options],
+) -> tuple[Outputs, State]: ...
+
+
+@overload
+def decay_attention(
+    q: Queries,
+    k: Keys,
+    v: Values,
+    log_decay: LogDecay | None = None,
+    *,
+    return_final_state: bool,
+    **options: Unpack[Options],
+) -> Outputs | tuple[Outputs, State]: ...
 
 
 def decay_attention(
