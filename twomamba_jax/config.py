@@ -50,6 +50,11 @@ class MixerConfig:
 
     Raises:
       ValueError: an unknown value, or a combination that defines no model.
+
+    Examples:
+      >>> mixer = MixerConfig(score="squared", norm="softmax", conv_width=2, decay="softplus")
+      >>> mixer == VARIANTS["2mamba"].mixer
+      True
     """
 
     score: Score
@@ -178,6 +183,19 @@ class ModelConfig:
     Raises:
       ValueError: a size below its least, heads that do not divide or do not go with a mixer's groups, a number of
         mixers that is not the number of layers, an odd head_dim with rotary embeddings.
+
+    Examples:
+      >>> config = ModelConfig(
+      ...     vocab_size=16,
+      ...     d_model=8,
+      ...     num_layers=2,
+      ...     num_heads=2,
+      ...     head_dim=4,
+      ...     mlp_dim=16,
+      ...     mixers=VARIANTS["2mamba"].mixer,
+      ... )
+      >>> config.kv_heads, len(config.layer_mixers)
+      (2, 2)
     """
 
     vocab_size: int

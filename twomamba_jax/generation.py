@@ -20,7 +20,13 @@ from twomamba_jax.shapes import Array, Bool, Float, Int, Lengths, Tokens
 
 
 class Generation(NamedTuple):
-    """New tokens [B, N], of which the first `lengths [B]` count (a stop token among them; zeros after it)."""
+    """New tokens [B, N], of which the first `lengths [B]` count (a stop token among them; zeros after it).
+
+    Examples:
+      >>> generation = generate(model, params, tokens, max_new_tokens=5)
+      >>> generation.tokens.shape, generation.lengths.tolist()
+      ((1, 5), [5])
+    """
 
     tokens: Int[Array, "B N"]
     lengths: Int[Array, "B"]
@@ -31,6 +37,11 @@ class Decoding(NamedTuple):
 
     `logits` are those of the next token, `keys` one `jax.random.key` per row, `count` the tokens generated so far, and
     `done` the rows that have met a stop token.
+
+    Examples:
+      >>> start = prefill(model, params, tokens, init_cache(config, batch=1, max_length=32))
+      >>> start.logits.shape, start.count.item(), start.done.tolist()
+      ((1, 16), 0, [False])
     """
 
     cache: Cache
@@ -87,6 +98,11 @@ def generate(
     Raises:
       ValueError: an empty prompt, a token that the model does not have, numbers out of range, a temperature above 0, or
         traced by JAX, without `rng`.
+
+    Examples:
+      >>> generation = generate(model, params, [[1, 2, 3, 4]], max_new_tokens=5, temperature=0.8, rng=jax.random.key(1))
+      >>> generation.tokens.shape
+      (1, 5)
     """
     tokens, _, lengths = as_tokens(tokens, model.config.vocab_size, lengths=lengths, shortest=1)
     max_new_tokens = checked_integer("max_new_tokens", max_new_tokens)
@@ -109,6 +125,10 @@ def seed(decoding: Decoding, rng: jax.Array) -> Decoding:
     """The decoding with a key of its own for each row: `rng [rows]`, or `fold_in(rng, row)` of a single key.
 
     Raises ValueError for what are no keys, or not as many.
+
+    Examples:
+      >>> start = prefill(model, params, tokens, init_cache(config, batch=1, max_length=32))
+      >>> start = seed(start, jax.random.key(1))  # what a temperature above 0 then draws from
     """
     return decoding._replace(keys=_keys_beside(check_keys(rng, decoding.done.shape[0]), decoding.done))
 
@@ -166,6 +186,11 @@ def prefill(
 
     Returns:
       `Decoding` with keys of seed 0.
+
+    Examples:
+      >>> start = prefill(model, params, tokens, init_cache(config, batch=1, max_length=32))
+      >>> start.cache.position.tolist()
+      [4]
     """
     prefill_size = checked_integer("prefill_size", prefill_size, or_none=True)
     return prefill_pieces(model, params, tokens, cache, lengths, prefill_size, _rules())
@@ -204,7 +229,13 @@ def prefill_pieces(model, params, tokens, cache, lengths, prefill_size, rules) -
 
 
 def fork(decoding: Decoding, copies: int) -> Decoding:
-    """Every row `copies` times, one after the other; random keys are repeated too."""
+    """Every row `copies` times, one after the other; random keys are repeated too.
+
+    Examples:
+      >>> start = prefill(model, params, tokens, init_cache(config, batch=1, max_length=32))
+      >>> fork(start, 3).cache.position.tolist()
+      [4, 4, 4]
+    """
     if copies == 1:
         return decoding
 
@@ -234,6 +265,12 @@ def decode(
 
     The token that a row draws when `count` have been generated depends on its logits and `fold_in(key, count)` alone,
     so that a generation in pieces is the generation in one. It ends early when all rows are done.
+
+    Examples:
+      >>> start = prefill(model, params, tokens, init_cache(config, batch=1, max_length=32))
+      >>> generation, decoding = decode(model, params, start, 5)
+      >>> generation.tokens.shape, decoding.count.item()
+      ((1, 5), 5)
     """
     temperature, top_k, top_p = sampling
     stops = jnp.ravel(jnp.asarray(stop_tokens, jnp.int32))

@@ -16,6 +16,11 @@ class Sampling(NamedTuple):
 
     `temperature` 0 takes the likeliest token. `top_k` keeps so many tokens; `top_p` the fewest whose probabilities
     (after `top_k`) sum to at least `top_p`. None: no cut.
+
+    Examples:
+      >>> sampling = Sampling(temperature=0.8)
+      >>> start = prefill(model, params, tokens, init_cache(config, batch=1, max_length=32))
+      >>> generation, _ = decode(model, params, start, 5, sampling=sampling)
     """
 
     temperature: float | jax.Array = 0.0

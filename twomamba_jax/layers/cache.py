@@ -36,7 +36,13 @@ class ConvolutionInputs(NamedTuple):
 
 
 class MixerCache(NamedTuple):
-    """The operation's cache, and the convolution's inputs (None where the mixer has no convolution)."""
+    """The operation's cache, and the convolution's inputs (None where the mixer has no convolution).
+
+    Examples:
+      >>> cache = init_cache(config, batch=1, max_length=32)
+      >>> cache.layers[0].convolution.v.shape  # both layers' last input of a convolution over two
+      (2, 1, 1, 2, 4)
+    """
 
     attention: DecodingCache
     convolution: ConvolutionInputs | None
@@ -60,6 +66,11 @@ class Cache(NamedTuple):
     """One `MixerCache` per run of equal layers, its arrays with a leading layer axis, and the next token's position.
 
     `rollback` is None where no token can be taken back.
+
+    Examples:
+      >>> cache = init_cache(config, batch=1, max_length=32)
+      >>> len(cache.layers), cache.position.tolist()  # both layers have equal mixers
+      (1, [0])
     """
 
     layers: tuple[MixerCache, ...]
@@ -95,6 +106,12 @@ def init_cache(
     Raises:
       ValueError: batch, max_length or fold_size below 1; a batch or heads that are no multiple of the devices that they
         are spread over.
+
+    Examples:
+      >>> cache = init_cache(config, batch=1, max_length=32, rollback=True)
+      >>> logits, cache = apply({"params": params}, tokens, cache=cache)
+      >>> logits.shape, cache.position.tolist()
+      ((1, 4, 16), [4])
     """
     batch, max_length = checked_integer("batch", batch), checked_integer("max_length", max_length)
     fold_size = checked_integer("fold_size", fold_size)
@@ -189,7 +206,12 @@ def init_mixer_cache(
 
 
 def cache_bytes(config: ModelConfig, batch: int, max_length: int, **options) -> int:
-    """The size in bytes of `init_cache` with these arguments; nothing is allocated."""
+    """The size in bytes of `init_cache` with these arguments; nothing is allocated.
+
+    Examples:
+      >>> cache_bytes(config, batch=1, max_length=32) == cache_bytes(config, batch=1, max_length=32_000)
+      True
+    """
     return state_bytes(jax.eval_shape(lambda: init_cache(config, batch, max_length, **options)))
 
 
@@ -234,6 +256,12 @@ def roll_back(cache: Cache, counts: int | Int[Array, "B"]) -> Cache:
     Raises:
       ValueError: a cache without rollback; more tokens than can be taken back (inside `jax.jit`, where that cannot be
         raised, the rows where it happens are NaN from there on).
+
+    Examples:
+      >>> cache = init_cache(config, batch=1, max_length=32, rollback=True)
+      >>> _, cache = apply({"params": params}, tokens, cache=cache)
+      >>> roll_back(cache, 3).position.tolist()
+      [1]
     """
     if cache.rollback is None:
         raise ValueError("this cache cannot be rolled back: make it with init_cache(..., rollback=True)")

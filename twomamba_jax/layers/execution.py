@@ -57,6 +57,11 @@ class Execution:
     Raises:
       ValueError: a dtype that is not floating, an unknown remat, form, implementation or precision, a scan_layers that
         is no bool, a chunk size below 1 or without the chunked form.
+
+    Examples:
+      >>> model = LanguageModel(config, Execution(dtype=jnp.bfloat16, remat="dots"))
+      >>> model.execution.param_dtype  # parameters stay as they are
+      dtype('float32')
     """
 
     dtype: Any = jnp.float32

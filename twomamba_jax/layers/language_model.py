@@ -81,6 +81,14 @@ class LanguageModel(nn.Module):
     Attributes:
       config: what to compute.
       execution: how to compute it.
+
+    Examples:
+      >>> model = LanguageModel(config)
+      >>> tokens = jnp.array([[1, 2, 3, 4]])
+      >>> params = jax.jit(model.init)(jax.random.key(0), tokens)["params"]
+      >>> apply = jax.jit(model.apply)
+      >>> apply({"params": params}, tokens).shape
+      (1, 4, 16)
     """
 
     config: ModelConfig
@@ -195,10 +203,21 @@ class LanguageModel(nn.Module):
 
 
 def head_kernel(params) -> Float[Array, "E vocab"]:
-    """W of `head_logits` from the parameters of a `LanguageModel`: its own, or the transposed embedding where tied."""
-    return params["head"] if "head" in params else params["embedding"]["embedding"].T
+    """W of `head_logits` from the parameters of a `LanguageModel`: its own, or the transposed embedding where tied.
+
+    Examples:
+      >>> head_kernel(params).shape
+      (8, 16)
+    """
+    return nn.unbox(params["head"]) if "head" in params else nn.unbox(params["embedding"]["embedding"]).T
 
 
 def head_logits(x: Float[Array, "... E"], kernel: Float[Array, "E vocab"]) -> Float[Array, "... vocab"]:
-    """x W, the product in x's dtype, summed and kept in float32 or wider."""
+    """x W, the product in x's dtype, summed and kept in float32 or wider.
+
+    Examples:
+      >>> x = jnp.ones((1, 2, 8))  # such as some tokens of `model.apply(..., apply_head=False)`
+      >>> head_logits(x, head_kernel(params)).shape
+      (1, 2, 16)
+    """
     return jnp.einsum("...e,ev->...v", x, kernel.astype(x.dtype), preferred_element_type=accumulation_dtype(x.dtype))

@@ -40,6 +40,13 @@ class Mixer(nn.Module):
       norm_eps: epsilon of the output norm, and of normalised keys.
       execution: how to compute it.
       output_norm_eps: epsilon of the output norm; None is `norm_eps`.
+
+    Examples:
+      >>> mixer = Mixer(VARIANTS["2mamba"].mixer, num_heads=2, head_dim=4)
+      >>> x = jnp.ones((1, 5, 8))
+      >>> (y, cache), variables = jax.jit(mixer.init_with_output)(jax.random.key(0), x)
+      >>> y.shape, cache is None
+      ((1, 5, 8), True)
     """
 
     config: MixerConfig

@@ -19,6 +19,11 @@ class SwiGLU(nn.Module):
       mlp_dim: hidden width.
       dtype: of the products.
       param_dtype: of the kernels.
+
+    Examples:
+      >>> y, variables = jax.jit(SwiGLU(mlp_dim=16).init_with_output)(jax.random.key(0), jnp.ones((1, 5, 8)))
+      >>> y.shape, sorted(variables["params"])
+      ((1, 5, 8), ['down', 'gate', 'up'])
     """
 
     mlp_dim: int

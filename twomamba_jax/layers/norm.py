@@ -27,6 +27,11 @@ class RMSNorm(nn.Module):
       dtype: of the result.
       param_dtype: of `scale`, which has the normalised dimensions and starts at 1.
       groups: equal parts of the first normalised dimension, each with a mean of its own.
+
+    Examples:
+      >>> y, _ = RMSNorm(eps=0).init_with_output(jax.random.key(0), jnp.array([[3.0, -3.0]]))
+      >>> y.tolist()
+      [[1.0, -1.0]]
     """
 
     axes: tuple[str, ...] = ("embed",)

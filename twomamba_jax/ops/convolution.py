@@ -45,6 +45,12 @@ def causal_convolution(
     Raises:
       ValueError: a kernel whose channels are not those of x, initial inputs of another shape, segment ids or lengths
         that are no integers of these shapes, or lengths that are known and out of range.
+
+    Examples:
+      >>> x = jnp.array([1.0, 2, 3, 4]).reshape(1, 4, 1)
+      >>> y, inputs = causal_convolution(x, jnp.ones((2, 1)))
+      >>> y.ravel().tolist(), inputs.ravel().tolist()
+      ([1.0, 3.0, 5.0, 7.0], [4.0])
     """
     x, kernel, bias, initial_inputs = as_arrays(x, kernel, bias, initial_inputs)
     segment_ids, lengths = as_rows(x.shape, segment_ids, lengths)

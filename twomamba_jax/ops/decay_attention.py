@@ -145,6 +145,12 @@ def decay_attention(
       ValueError: shapes or dtypes that do not fit, an unknown score, form or implementation, a form or implementation
         that cannot compute this call, sizes that are no multiple of the devices that they are spread over, a cache
         without room for T tokens (inside `jax.jit`, where that cannot be raised, the rows that overflow are NaN).
+
+    Examples:
+      >>> q = k = v = jax.random.normal(jax.random.key(0), (1, 5, 2, 4))
+      >>> y, state = decay_attention(q, k, v, return_final_state=True)
+      >>> y.shape, state.kv.shape
+      ((1, 5, 2, 4), (1, 2, 10, 4))
     """
     call = check_call(
         q,
@@ -225,6 +231,13 @@ def decay_attention_step(
 
     Raises:
       ValueError: shapes, dtypes or a state that do not fit; a full cache, outside `jax.jit`.
+
+    Examples:
+      >>> q = k = v = jnp.ones((1, 2, 4))
+      >>> state = init_state("linear", batch=1, num_kv_heads=2, head_dim=4, value_dim=4)
+      >>> y, state = decay_attention_step(q, k, v, None, state, score="linear", normalize=False)
+      >>> y[0, 0].tolist()  # <q, k> / sqrt(4), times the first token's own v
+      [2.0, 2.0, 2.0, 2.0]
     """
     q, k, v, log_decay = as_arrays(q, k, v, log_decay)
     for name, x in (("q", q), ("k", k), ("v", v)):
