@@ -2,6 +2,7 @@
 
 import inspect
 import logging
+import runpy
 import typing
 
 import jax
@@ -192,12 +193,16 @@ def test_composes_with_vmap_and_checkpoint():
 
 
 def test_the_type_of_the_result_follows_return_final_state():
-    """The overloads take what the function takes, and name its result for each value."""
-    signature = inspect.signature(decay_attention)
+    """The overloads take what the function takes, and name its result for each value.
+
+    Read from the module as it is without what checks its annotations here, which hides all overloads but the last.
+    """
+    plain = runpy.run_path(inspect.getsourcefile(inspect.unwrap(decay_attention)))["decay_attention"]
+    signature = inspect.signature(plain)
     whole, options, results = dict(signature.parameters), typing.get_type_hints(Options), {}
     del whole["return_final_state"]
     assert {name: whole.pop(name).annotation for name in options} == options
-    for overload in typing.get_overloads(decay_attention):
+    for overload in typing.get_overloads(plain):
         own = inspect.signature(overload)
         *arrays, returns, _ = own.parameters.values()
         assert arrays == list(whole.values())

@@ -21,7 +21,7 @@ from twomamba_jax.ops.integers import checked_integer
 from twomamba_jax.ops.score import SCORES
 from twomamba_jax.ops.sharding import check_multiple
 from twomamba_jax.ops.state import state_bytes
-from twomamba_jax.shapes import Array, Float, Int
+from twomamba_jax.shapes import AnyArray, Array, Float, Int
 
 
 class ConvolutionInputs(NamedTuple):
@@ -242,7 +242,7 @@ def advance(cache: Cache, layers: tuple[MixerCache, ...], counts) -> Cache:
     return Cache(layers, cache.position + counts, rollback)
 
 
-def roll_back(cache: Cache, counts: int | Int[Array, "B"]) -> Cache:
+def roll_back(cache: Cache, counts: int | np.integer | Int[AnyArray, "B"]) -> Cache:
     """The cache without the last `counts` tokens of each row.
 
     The calls that follow give bit for bit what they would have given had those tokens never been there. At most r

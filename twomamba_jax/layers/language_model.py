@@ -17,7 +17,7 @@ from twomamba_jax.layers.tokens import as_tokens
 from twomamba_jax.ops.kept import kept
 from twomamba_jax.ops.numerics import accumulation_dtype
 from twomamba_jax.ops.segments import valid_tokens
-from twomamba_jax.shapes import Array, Float, Lengths, SegmentIds, Tokens
+from twomamba_jax.shapes import AnyArray, Array, Float, Lengths, SegmentIds, Tokens
 
 
 class Block(nn.Module, kw_only=True):
@@ -105,7 +105,7 @@ class LanguageModel(nn.Module):
         cache_is_empty: bool = False,
         last_only: bool = False,
         apply_head: bool = True,
-    ) -> Float[Array, "B T vocab"] | tuple[Float[Array, "B T vocab"], Cache]:
+    ) -> Float[Array, "B N vocab"] | tuple[Float[Array, "B N vocab"], Cache]:
         """Logits of the token after each one, float32 or wider.
 
         Args:
@@ -122,8 +122,8 @@ class LanguageModel(nn.Module):
             by piece with `head_logits` and `head_kernel`.
 
         Returns:
-          logits [B, T, vocab], or [B, 1, vocab] of the last tokens; without the head, the normalised hidden states
-          [B, T, E] or [B, 1, E] in `execution.dtype`; with `cache`, (logits, cache).
+          logits [B, N, vocab], N = T, or 1 where it is `last_only`; without the head, the normalised hidden states
+          [B, N, E] in `execution.dtype`; with `cache`, (logits, cache).
 
         Raises:
           ValueError: tokens, segment_ids or lengths that are not integers of these shapes; tokens out of the vocabulary
@@ -212,7 +212,7 @@ def head_kernel(params) -> Float[Array, "E vocab"]:
     return nn.unbox(params["head"]) if "head" in params else nn.unbox(params["embedding"]["embedding"]).T
 
 
-def head_logits(x: Float[Array, "... E"], kernel: Float[Array, "E vocab"]) -> Float[Array, "... vocab"]:
+def head_logits(x: Float[AnyArray, "... E"], kernel: Float[AnyArray, "E vocab"]) -> Float[Array, "... vocab"]:
     """x W, the product in x's dtype, summed and kept in float32 or wider.
 
     Examples:

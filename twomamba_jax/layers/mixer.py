@@ -23,7 +23,7 @@ from twomamba_jax.ops.layout import repeat_heads
 from twomamba_jax.ops.numerics import accumulation_dtype, broadcast_parameter
 from twomamba_jax.ops.rope import apply_rope
 from twomamba_jax.ops.segments import valid_tokens
-from twomamba_jax.shapes import Array, Float, Int, Lengths, SegmentIds
+from twomamba_jax.shapes import AnyArray, Array, Float, Int, Lengths, SegmentIds
 
 
 class Mixer(nn.Module):
@@ -62,11 +62,11 @@ class Mixer(nn.Module):
     @nn.compact
     def __call__(
         self,
-        x: Float[Array, "B T E"],
+        x: Float[AnyArray, "B T E"],
         *,
         segment_ids: SegmentIds | None = None,
         lengths: Lengths | None = None,
-        positions: Int[Array, "B T"] | None = None,
+        positions: Int[AnyArray, "B T"] | None = None,
         cache: MixerCache | None = None,
         cache_is_empty: bool = False,
         appends: bool = True,

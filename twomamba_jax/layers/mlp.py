@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from twomamba_jax.layers.projection import Projection
+from twomamba_jax.shapes import AnyArray
 
 PROJECTION_INIT = nn.initializers.normal(0.02)  # Appendix B: standard deviation 0.02
 
@@ -32,7 +33,7 @@ class SwiGLU(nn.Module):
     param_dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: AnyArray) -> jax.Array:
         """x [B, T, E] -> [B, T, E]."""
 
         def dense(name, in_axis, out_axis, features):

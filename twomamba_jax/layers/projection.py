@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from twomamba_jax.layers.partitioning import with_logical_axes
 from twomamba_jax.ops.kept import kept_cast
 from twomamba_jax.ops.numerics import broadcast_parameter
+from twomamba_jax.shapes import AnyArray
 
 
 def uniform(fan_in: int):
@@ -61,7 +62,7 @@ class Projection(nn.Module):
     param_dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: AnyArray) -> jax.Array:
         """x [..., *in] -> [..., *out]."""
         rank = len(self.in_axes)
         in_dims = x.shape[-rank:]

@@ -10,17 +10,17 @@ import jax.numpy as jnp
 from twomamba_jax.ops.checks import as_arrays, as_rows
 from twomamba_jax.ops.numerics import broadcast_parameter
 from twomamba_jax.ops.segments import extend_last_segment, segment_runs, valid_tokens
-from twomamba_jax.shapes import Array, Float, Lengths, SegmentIds
+from twomamba_jax.shapes import AnyArray, Array, Float, Lengths, SegmentIds
 
 
 def causal_convolution(
-    x: Float[Array, "B T *C"],
-    kernel: Float[Array, "W *C"],
-    bias: Float[Array, "*C"] | None = None,
+    x: Float[AnyArray, "B T *C"],
+    kernel: Float[AnyArray, "W *C"],
+    bias: Float[AnyArray, "*C"] | None = None,
     *,
     segment_ids: SegmentIds | None = None,
     lengths: Lengths | None = None,
-    initial_inputs: Float[Array, "B M *C"] | None = None,
+    initial_inputs: Float[AnyArray, "B M *C"] | None = None,
 ) -> tuple[Float[Array, "B T *C"], Float[Array, "B M *C"]]:
     """y_t = bias + sum_i kernel[W - 1 - i] x_{t - i}, i = 0, ..., W - 1, each channel on its own.
 

@@ -19,7 +19,20 @@ from twomamba_jax.ops.score import Score
 from twomamba_jax.ops.segments import extend_last_segment, segment_runs, valid_tokens
 from twomamba_jax.ops.sharding import sequence_axis, spread
 from twomamba_jax.ops.state import KeyValueCache, State, init_state
-from twomamba_jax.shapes import Array, Float, Keys, Lengths, LogDecay, Outputs, Queries, SegmentIds, Values
+from twomamba_jax.shapes import (
+    AnyArray,
+    Array,
+    Float,
+    Float32,
+    Float64,
+    Keys,
+    Lengths,
+    LogDecay,
+    Outputs,
+    Queries,
+    SegmentIds,
+    Values,
+)
 
 
 class Options(TypedDict, total=False):
@@ -210,10 +223,10 @@ def attend(
 
 
 def decay_attention_step(
-    q: Float[Array, "B H K"],
-    k: Float[Array, "B G K"],
-    v: Float[Array, "B G V"],
-    log_decay: Float[Array, "B G"] | None,
+    q: Float[AnyArray, "B H K"],
+    k: Float[AnyArray, "B G K"],
+    v: Float[AnyArray, "B G V"],
+    log_decay: Float32[AnyArray, "B G"] | Float64[AnyArray, "B G"] | None,
     state: State,
     *,
     score: Score,
