@@ -253,7 +253,7 @@ class ModelConfig:
         return (self.mixers,) * self.num_layers if isinstance(self.mixers, MixerConfig) else self.mixers
 
     @property
-    def runs(self) -> tuple[tuple[MixerConfig, int], ...]:
+    def layer_runs(self) -> tuple[tuple[MixerConfig, int], ...]:
         """(mixer, count) for each maximal run of layers with equal mixers: what the model scans over."""
         runs: list[tuple[MixerConfig, int]] = []
         for mixer in self.layer_mixers:

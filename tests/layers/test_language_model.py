@@ -41,7 +41,7 @@ def test_hybrid_is_its_blocks_in_order():
     """Three scanned runs, the middle one of two layers, against the blocks one after the other."""
     model = model_of(PATTERN, 4)
     config, params = model.config, params_of(model)
-    assert [count for _, count in config.runs] == [1, 2, 1]
+    assert [count for _, count in config.layer_runs] == [1, 2, 1]
     assert {name for name in params if name.startswith("layers_")} == {"layers_0", "layers_1", "layers_2"}
 
     @jax.jit

@@ -63,7 +63,7 @@ class Rollback(NamedTuple):
 
 
 class Cache(NamedTuple):
-    """One `MixerCache` per run of equal layers, its arrays with a leading layer axis, and the next token's position.
+    """One `MixerCache` a layer run, its arrays with a leading layer axis, and the next token's position.
 
     `rollback` is None where no token can be taken back.
 
@@ -105,7 +105,7 @@ def init_cache(
 
     Raises:
       ValueError: batch, max_length or fold_size below 1; a batch or heads that are no multiple of the devices that they
-        are spread over.
+        are sharded over.
 
     Examples:
       >>> cache = init_cache(config, batch=1, max_length=32, rollback=True)
@@ -133,14 +133,14 @@ def _init_cache(config: ModelConfig, batch: int, max_length: int, options: tuple
 
     position, left = jnp.zeros((2, batch), jnp.int32)
     cache = Cache(
-        tuple(stacked(mixer, count) for mixer, count in config.runs),
+        tuple(stacked(mixer, count) for mixer, count in config.layer_runs),
         position,
         Rollback(left, jnp.int32(options["fold_size"])) if options["rollback"] else None,
     )
-    return _spread(cache, config)
+    return _shard(cache, config)
 
 
-def _spread(cache: Cache, config: ModelConfig) -> Cache:
+def _shard(cache: Cache, config: ModelConfig) -> Cache:
     """The cache with its rows and heads over the axes of the mesh that the logical axis rules name."""
 
     def constrain(x, *names):
@@ -159,7 +159,7 @@ def _spread(cache: Cache, config: ModelConfig) -> Cache:
             jax.tree.map(lambda x: constrain(x, "layers", "batch", "heads"), layer.attention),
             convolution(mixer, layer.convolution),
         )
-        for layer, (mixer, _) in zip(cache.layers, config.runs)
+        for layer, (mixer, _) in zip(cache.layers, config.layer_runs)
     )
     rollback = cache.rollback
     if rollback is not None:

@@ -75,8 +75,8 @@ class Block(nn.Module, kw_only=True):
 class LanguageModel(nn.Module):
     """The Llama-2 shape of Appendix B with a mixer of the 2Mamba family in each layer.
 
-    Each run of layers with equal mixers is one `nn.scan`: its parameters carry a leading `layers` axis, whether or not
-    it is a loop (`execution.scan_layers`).
+    Each run of layers with equal mixers (`ModelConfig.layer_runs`) is one `nn.scan`: its parameters carry a leading
+    `layers` axis, whether or not it is a loop (`execution.scan_layers`).
 
     Attributes:
       config: what to compute.
@@ -158,7 +158,7 @@ class LanguageModel(nn.Module):
         one_by_one = execution.scan_layers is False
         block = REMATS[execution.remat](Block, prevent_cse=one_by_one)
         caches = []
-        for index, (mixer, count) in enumerate(config.runs):
+        for index, (mixer, count) in enumerate(config.layer_runs):
             layers = nn.scan(
                 block,
                 variable_axes={"params": 0},

@@ -136,7 +136,7 @@ class Mixer(nn.Module):
         if cache is None:
             y = decay_attention(q, k, v, log_decay, **rows, **self._operation("length"))
         else:
-            # A cache is not spread along its tokens, and the new ones are too few to be.
+            # A cache is not sharded along its tokens, and the new ones are too few to be.
             options = self._operation(None) | {"is_empty": cache_is_empty}
             y, new = cached_attention(q, k, v, log_decay, cache.attention, **rows, **options)
             new = MixerTokens(new, convolution)

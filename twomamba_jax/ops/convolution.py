@@ -1,6 +1,6 @@
 """Causal depthwise convolution with a short window, a carried state, and segment resets.
 
-Each tap is the one after it, delayed by a token. Where the tokens are spread over devices, XLA makes a delay of a
+Each tap is the one after it, delayed by a token. Where the tokens are sharded over devices, XLA makes a delay of a
 device's own tokens and one of the device before: W - 1 inputs are passed on, and none is gathered.
 """
 
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from twomamba_jax.ops.checks import as_arrays, as_rows
 from twomamba_jax.ops.numerics import broadcast_parameter
-from twomamba_jax.ops.segments import extend_last_segment, segment_runs, valid_tokens
+from twomamba_jax.ops.segments import extend_last_segment, number_segments, valid_tokens
 from twomamba_jax.shapes import AnyArray, Array, Float, Lengths, SegmentIds
 
 
@@ -91,10 +91,10 @@ def causal_convolution(
     last = counts[:, None] + jnp.arange(before)[None]
     final = jnp.take_along_axis(extended, broadcast(last), axis=1)
     if segment_ids is not None:
-        run = segment_runs(extend_last_segment(segment_ids, lengths))
-        # The inputs before token 0 are in its segment, which is run 0.
-        of_inputs = jnp.take_along_axis(jnp.pad(run, ((0, 0), (before, 0))), last, axis=1)
-        final = jnp.where(broadcast(of_inputs == run[:, -1:]), final, 0)
+        segment = number_segments(extend_last_segment(segment_ids, lengths))
+        # The inputs before token 0 are in its segment, which is segment 0.
+        of_inputs = jnp.take_along_axis(jnp.pad(segment, ((0, 0), (before, 0))), last, axis=1)
+        final = jnp.where(broadcast(of_inputs == segment[:, -1:]), final, 0)
     return y, final.astype(initial_inputs.dtype)
 
 

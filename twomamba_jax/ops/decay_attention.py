@@ -16,8 +16,8 @@ from twomamba_jax.ops.integers import checked_integer
 from twomamba_jax.ops.layout import heads_first, tokens_first
 from twomamba_jax.ops.numerics import Precision
 from twomamba_jax.ops.score import Score
-from twomamba_jax.ops.segments import extend_last_segment, segment_runs, valid_tokens
-from twomamba_jax.ops.sharding import sequence_axis, spread
+from twomamba_jax.ops.segments import extend_last_segment, number_segments, valid_tokens
+from twomamba_jax.ops.sharding import sequence_axis, shard_call
 from twomamba_jax.ops.state import KeyValueCache, State, init_state
 from twomamba_jax.shapes import (
     AnyArray,
@@ -144,9 +144,9 @@ def decay_attention(
         elsewhere; said once in the log.
       precision: None uses weights and features in q's dtype (float16 in float32) and JAX's default product precision;
         `highest` computes everything in float32 or wider. Denominators and states are always float32 or wider.
-      partition: the mesh axes over which q [B, T, H, K] is spread, and so k, v and the result, where a mesh is set
+      partition: the mesh axes over which q [B, T, H, K] is sharded, and so k, v and the result, where a mesh is set
         (`jax.set_mesh`). A kernel runs on each device's batch entries and heads; XLA needs no hint for these. Where the
-        tokens are spread too, each device computes its slice, by any implementation. Of a finite score devices pass on
+        tokens are sharded too, each device computes its slice, by any implementation. Of a finite score devices pass on
         a state, 1 + log2(n) messages of it whatever T is; `parallel` then takes all tokens of a device at once. For
         `exp` each gathers all T keys, values and log decays (docs/sharding.md has the bytes). An initial state is that
         before the first device's tokens.
@@ -156,7 +156,7 @@ def decay_attention(
 
     Raises:
       ValueError: shapes or dtypes that do not fit, an unknown score, form or implementation, a form or implementation
-        that cannot compute this call, sizes that are no multiple of the devices that they are spread over, a cache
+        that cannot compute this call, sizes that are no multiple of the devices that they are sharded over, a cache
         without room for T tokens (inside `jax.jit`, where that cannot be raised, the rows that overflow are NaN).
 
     Examples:
@@ -209,10 +209,10 @@ def attend(
         q, k, v = (jnp.where(valid[..., None, None], x, 0) for x in (q, k, v))
         log_decay = None if log_decay is None else jnp.where(valid[..., None], log_decay, 0)
 
-    # XLA spreads what does not go along the tokens by itself; a kernel is not partitioned by the compiler.
+    # XLA shards by itself what does not go along the tokens; a kernel is not partitioned by the compiler.
     on_mesh = None if implementation == "xla" and axis is None else partition
     local = functools.partial(dispatch.load(implementation).attend, op, form, chunk_size, return_final_state)
-    y, final = spread(local, on_mesh, q, k, v, log_decay, segment_ids, state)
+    y, final = shard_call(local, on_mesh, q, k, v, log_decay, segment_ids, state)
     if return_final_state and final is None:
         final = _state_after(op, k, v, log_decay, segment_ids, counts, state)
     if lengths is not None:
@@ -272,9 +272,9 @@ def decay_attention_step(
 def _state_after(op, k, v, log_decay, segment_ids, counts, state):
     """The state after the last token, for a form that does not compute it on the way."""
     _, k, v, log_decay = heads_first(k, k, v, log_decay)
-    run = None if segment_ids is None else segment_runs(segment_ids)
+    segment = None if segment_ids is None else number_segments(segment_ids)
     if op.finite:
-        return final_state(op, k, v, log_decay, run, state)
+        return final_state(op, k, v, log_decay, segment, state)
     if state is None:
         state = init_state("exp", k.shape[0], k.shape[1], k.shape[3], v.shape[3], capacity=k.shape[2], dtype=k.dtype)
-    return key_values.append(k, v, log_decay, run, counts, state)
+    return key_values.append(k, v, log_decay, segment, counts, state)
