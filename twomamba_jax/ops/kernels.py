@@ -144,7 +144,7 @@ class Kernels:
             denominator = not_negative(through_state) + of_ring
             return divide(numerator[..., None], denominator, op.denominator_floor)[:, :, :, None, :, 0]
 
-        return _spread(attend, partition, cache.layer, of_layers, (q[:, :, :, 0], key, value, decays))
+        return _sharded(attend, partition, cache.layer, of_layers, (q[:, :, :, 0], key, value, decays))
 
     def unsupported_fold(self, kv, keys, values, size: int) -> str | None:
         """Why the kernel cannot fold `size` tokens of these rings into these states, or None if it can."""
@@ -162,7 +162,7 @@ def _in_stack(cache: RecurrentCache | LayerCache) -> LayerCache:
     return LayerCache(jax.tree.map(lambda x: x[None], cache._replace(previous=None)), jnp.int32(0))
 
 
-def _spread(call: Callable, partition: PartitionSpec | None, layer, of_layers, of_token):
+def _sharded(call: Callable, partition: PartitionSpec | None, layer, of_layers, of_token):
     """call(layer, of_layers, of_token) -> [B, G, ...]; arrays [L, B, G, ...] or [L, B], and [B, G, ...]."""
     if partition is None or jax.sharding.get_abstract_mesh().empty:
         return call(layer, of_layers, of_token)
