@@ -3,7 +3,8 @@
 `python benchmarks/attention.py`: causal, bf16, B T the same at every length. Not timed: what does not fit in memory,
 and what fails its check, which compares a sample of rows, and all that their gradients reach, with the definition in
 float64. Programs of one length and direction run by turns. Prints a Markdown table, and what it found of the rows of
-pallas_kernels/chunked/crossovers.py; writes OUT.json and OUT.png. `--plot A.json B.json` shows several runs as
+pallas_kernels/chunked/crossovers.py; writes OUT.json and OUT.png. `--unchecked` leaves out the check, which takes
+longer than the rest, where `pytest -m gpu tests/kernels` has passed. `--plot A.json B.json` shows several runs as
 one, such as `--tokens 1024 2048 4096 8192` and `--tokens 16384 32768`, or `--rows cudnn chunked` and the others. On a
 GPU that is no Hopper: `--rows cudnn triton-quadratic triton-chunked xla`.
 """
@@ -45,7 +46,9 @@ def reason(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:160]
 
 
-def prepare(row: Row, seed: int, limit: float, every_row: bool = False) -> tuple[Row, tuple[Callable, tuple] | None]:
+def prepare(
+    row: Row, seed: int, limit: float, check: bool = True, every_row: bool = False
+) -> tuple[Row, tuple[Callable, tuple] | None]:
     """The row, and its program with the inputs; a note in place of these where it is not to be timed."""
     try:
         inputs = make_inputs(row, seed)
@@ -56,6 +59,8 @@ def prepare(row: Row, seed: int, limit: float, every_row: bool = False) -> tuple
         row = dataclasses.replace(row, temporary_bytes=memory.temp_size_in_bytes, peak_bytes=peak)
         if need > limit:
             return dataclasses.replace(row, note=f"does not fit: {need / GIB:.1f} GiB"), None
+        if not check:
+            return row, (program, inputs)
         row = dataclasses.replace(row, error_over_bound=error_over_bound(row, program, inputs, seed, every_row))
         if not row.error_over_bound <= 1:  # NaN included
             return dataclasses.replace(row, note=f"fails its check: {row.error_over_bound:.3g} times the bound"), None
@@ -107,13 +112,13 @@ def kernels_of(program: Callable, inputs: tuple) -> dict[str, float]:
 
 def measure(rows: list[Row], options: argparse.Namespace) -> list[Row]:
     """The rows of one length and direction with their figures."""
-    done, programs, limit = [], {}, options.memory_limit * GIB
+    done, programs, limit, check = [], {}, options.memory_limit * GIB, not options.unchecked
     for place, row in enumerate(rows):
         short = dataclasses.replace(row, tokens=SHORT_TOKENS[row.attention], batch=SHORT_BATCH)
-        if row.attention != CUDNN and (note := refusal(short, options.seed, limit)):
+        if check and row.attention != CUDNN and (note := refusal(short, options.seed, limit)):
             done.append(dataclasses.replace(row, note=note))
             continue
-        row, programs[place] = prepare(row, options.seed, limit)
+        row, programs[place] = prepare(row, options.seed, limit, check)
         done.append(row)
     times = {place: [] for place, program in programs.items() if program}
     for place in [*times] * ROUNDS:
@@ -163,6 +168,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--no_decay", action="store_true", help="ours without a decay")
     # By default it forgets over 1000 tokens or so, which leaves weight to every tile near the diagonal's.
     add("--decay", type=float, default=-2e-3, help="log decays are uniform from here to 0")
+    add("--unchecked", action="store_true", help="times programs that were not compared with the definition")
     add("--iterations", type=int, default=4, help=f"the most runs in each of {ROUNDS} rounds")
     add("--kernels", action="store_true", help="also the time of each kernel, which needs CUPTI")
     add("--memory_limit", type=float, default=0.8 * pool, metavar="GIB", help="default: 80 %% of what JAX may take")

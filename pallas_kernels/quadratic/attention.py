@@ -34,12 +34,14 @@ class Kernels:
       backward_keys: (problem, tuning, q, k, v, dy, logit, delta, decay, last_visible) -> dk, dv and, with a decay,
         sum_i W_ij [B, G, T padded].
       tuning: (score, head dim, tokens) -> the tuning on this device.
+      float16: whether they also take float16, where no weight leaves its range: those of exp, normalised.
     """
 
     forward: Callable
     backward_queries: Callable
     backward_keys: Callable
     tuning: Callable
+    float16: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,12 +93,14 @@ class Attention:
         return self.tuning or self.kernels.tuning(self.score, q.shape[3], q.shape[1])
 
 
-def unsupported(q, k, v, *, score: str, precision: str | None) -> str | None:
+def unsupported(kernels: Kernels, q, k, v, *, score: str, normalize: bool, precision: str | None) -> str | None:
     """Why the kernels cannot compute a call, on a device that they are written for, or None if they can."""
     if score not in SCORES:
         return f"score={score!r} is none of {', '.join(SCORES)}"
-    if q.dtype != jnp.bfloat16:
+    if q.dtype != jnp.bfloat16 and not (kernels.float16 and q.dtype == jnp.float16):
         return f"it takes bfloat16 q, k and v, got {q.dtype}"
+    if q.dtype == jnp.float16 and not (score == "exp" and normalize):
+        return f"it takes float16 for score='exp', normalised, whose weights are at most 1, got score={score!r}"
     if precision is not None:
         return f"precision={precision!r} needs products of float32, and it has those of bfloat16"
     if k.shape[-1] not in HEAD_DIMS:
@@ -105,11 +109,12 @@ def unsupported(q, k, v, *, score: str, precision: str | None) -> str | None:
 
 
 def attention(attention: Attention, q, k, v, log_decay, run):
-    """y [B, T, H, V] bfloat16; differentiable in q, k, v and log_decay.
+    """y [B, T, H, V] in q's dtype; differentiable in q, k, v and log_decay.
 
     Args:
       attention: what to compute.
-      q: [B, T, H, K] bfloat16; k, v: [B, T, G, K] bfloat16, with H a multiple of G and K 64 or 128.
+      q: [B, T, H, K], bfloat16 or what else `unsupported` lets pass; k, v: [B, T, G, K] of the same dtype, with H a
+        multiple of G and K 64 or 128.
       log_decay: [B, T, G] float32, not positive and not below -128; None: no decay.
       run: [B, T] int32, the number of each token's segment in its row, ascending; None: one segment.
     """

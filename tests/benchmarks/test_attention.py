@@ -253,6 +253,11 @@ def test_does_not_time_what_fails_at_short_lengths(attention, monkeypatch, tmp_p
     options = attention.parse([*SMALL, "--directions", "forward", "--out", str(tmp_path / "a")])
     assert attention.run(options, []) == 1
     assert "times the bound (T = 15) |" in capsys.readouterr().out
+    options.unchecked = True
+    assert attention.run(options, []) == 0
+    (record,) = json.loads(options.out.with_suffix(".json").read_text())["rows"][:1]
+    assert record["milliseconds"]
+    assert record["error_over_bound"] is None
 
 
 def test_tells_runs_that_differ_in_a_bit(attention):

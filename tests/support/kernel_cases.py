@@ -1,9 +1,9 @@
 """Calls of the kernels for their tests, and how far the results may be from the oracle's.
 
-A rounding to bfloat16 errs by at most U = 2^-8 of what is rounded, in the root mean square by 0.41 U, and by no more
-than 3^-1/2 U whatever the numbers. Results are bfloat16, and so is the left operand of every product. So a result that
-is a sum of terms, each rounded once, errs by U of itself where it is written, and before by a random sum of standard
-deviation 0.41 U size, size^2 being the sum of the squared terms:
+A rounding to bfloat16 errs by at most U = 2^-8 of what is rounded (float16: 2^-11), in the root mean square by 0.41 U,
+and by no more than 3^-1/2 U whatever the numbers. Results are rounded, and so is the left operand of every product. So
+a result that is a sum of terms, each rounded once, errs by U of itself where it is written, and before by a random sum
+of standard deviation 0.41 U size, size^2 being the sum of the squared terms:
 
     |error| <= U (|want| + SPREAD size)
 
@@ -33,7 +33,7 @@ from support import oracle
 
 from twomamba_jax import decay_attention
 
-U, FINE = 2.0**-8, 2.0**-20
+FINE = 2.0**-20
 SPREAD = 2.5  # six standard deviations
 ROOT_MEAN_SQUARE = 3**-0.5
 SMALLEST = 2.0**-100  # 2^-126 of T |t| |q|
@@ -52,6 +52,11 @@ class Call:
     dy: jax.Array
     options: dict
     implementation: str = "mosaic_gpu"
+
+    @property
+    def unit(self) -> float:
+        """U."""
+        return float(jnp.finfo(self.q.dtype).eps) / 2
 
     def replace(self, **changes) -> "Call":
         """The call with other arrays, or other keywords."""
@@ -103,10 +108,12 @@ class Case:
     head_dim: int = 64
     tokens: int = 130
     batch: int = 1
+    dtype: str = "bfloat16"
     implementation: str = "mosaic_gpu"
 
     def __str__(self):
         flags = [name for name in ("normalize", "decay", "segments", "lengths") if getattr(self, name)]
+        flags += [self.dtype] * (self.dtype != "bfloat16")
         sizes = [f"B{self.batch}", f"T{self.tokens}", "H{}G{}".format(*self.heads), f"K{self.head_dim}"]
         return "-".join([self.score, *sizes, *flags])
 
@@ -116,7 +123,7 @@ class Case:
         (heads, kv_heads), shape = self.heads, (self.batch, self.tokens)
 
         def normal(count):
-            return jnp.asarray(rng.normal(size=(*shape, count, self.head_dim)), jnp.bfloat16)
+            return jnp.asarray(rng.normal(size=(*shape, count, self.head_dim)), self.dtype)
 
         q, k, v, dy = (normal(count) for count in (heads, kv_heads, kv_heads, heads))
         if self.score == "linear" and self.normalize:
@@ -132,16 +139,16 @@ class Case:
 
 def assert_close(call: Call, got: dict[str, jax.Array]) -> None:
     """y and every gradient are as close to the oracle's as the roundings let them be."""
-    want, size = call.oracle(), error_sizes(call)
+    want, size, unit = call.oracle(), error_sizes(call), call.unit
     assert got.keys() == want.keys()
     for name, x in got.items():
         error, magnitude = np.abs(np.asarray(x).astype(np.float64) - want[name]), np.abs(want[name])
-        bound = (FINE if name == "log_decay" else U) * magnitude + SPREAD * U * size[name] + SMALLEST
+        bound = (FINE if name == "log_decay" else unit) * magnitude + SPREAD * unit * size[name] + SMALLEST
         worst = np.unravel_index(np.argmax(np.nan_to_num(error - bound, nan=np.inf)), error.shape)
         assert (error <= bound).all(), (name, worst, np.asarray(x)[worst], want[name][worst], bound[worst])
         if name != "log_decay" and call.q.shape[1] > 50:  # enough numbers, with roundings of their own, for a mean
             mean = np.sqrt((magnitude**2 + size[name] ** 2).mean())
-            assert np.sqrt((error**2).mean()) <= ROOT_MEAN_SQUARE * U * mean, (name, error)
+            assert np.sqrt((error**2).mean()) <= ROOT_MEAN_SQUARE * unit * mean, (name, error)
 
 
 def error_sizes(call: Call) -> dict[str, np.ndarray]:
@@ -156,12 +163,12 @@ def error_sizes(call: Call) -> dict[str, np.ndarray]:
     for b, h in np.ndindex(batch, heads):
         n, g = lengths[b], h * groups // heads
         head = (q[b, :n, h], k[b, :n, g], v[b, :n, g], decay[b, :n, g], segment[b, :n], dy[b, :n, h])
-        for name, place, square in zip(squares, (h, h, g, g, g), _squared_sizes(call.options, *head)):
+        for name, place, square in zip(squares, (h, h, g, g, g), _squared_sizes(call.options, call.unit, *head)):
             squares[name][b, :n, place] += square
     return {name: np.sqrt(square) for name, square in squares.items()}
 
 
-def _squared_sizes(options, q, k, v, decay, segment, dy):
+def _squared_sizes(options, unit, q, k, v, decay, segment, dy):
     """Of y, dq, dk, dv [T, .] and dlog_decay [T] of one head."""
     normalize, scale = options["normalize"], options.get("scale", q.shape[1] ** -0.5)
     x, total = scale * q @ k.T, np.cumsum(np.maximum(decay, oracle.MIN_LOG_DECAY))
@@ -174,16 +181,16 @@ def _squared_sizes(options, q, k, v, decay, segment, dy):
     y2 = w**2 @ v**2 + r2[:, None] * y**2
     e2 = normalize * (dy**2 * (np.abs(y) + np.sqrt(y2)) ** 2).sum(axis=1)
     dy_length, v_length, y_length = (np.linalg.norm(a, axis=1) for a in (dy, v, y))
-    t2 = t**2 + (FINE / U * dy_length[:, None] * (v_length + normalize * y_length[:, None])) ** 2
+    t2 = t**2 + (FINE / unit * dy_length[:, None] * (v_length + normalize * y_length[:, None])) ** 2
     dq2 = s**2 * t2 @ k**2 + e2[:, None] * (s @ k) ** 2
     dk2 = (s**2 * (t2 + e2[:, None])).T @ q**2
     dv2 = (w**2).T @ dy**2
 
     last_decays = total - np.pad(total, (CHUNK, 0))[: len(total)]
-    r2 = r2 + CHUNK * (2.0**-24 / U * last_decays) ** 2
+    r2 = r2 + CHUNK * (2.0**-24 / unit * last_decays) ** 2
     w_before, change_before = (np.cumsum(a, axis=1) - a for a in (w, w * t))  # the sums over j < t
     da2 = np.tril(e2[:, None] * w_before**2 + r2[:, None] * change_before**2).sum(axis=0)
-    return y2, dq2, dk2, dv2, da2 + (FINE / U) ** 2 * (w**2 * t2).sum()
+    return y2, dq2, dk2, dv2, da2 + (FINE / unit) ** 2 * (w**2 * t2).sum()
 
 
 def _weights(score, normalize, x, logs):

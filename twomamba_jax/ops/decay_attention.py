@@ -138,10 +138,10 @@ def decay_attention(
         `recurrent` holds T states, for small T and K; `exp` has none. None chooses by T, K, V and score.
       chunk_size: tokens per chunk, of the chunked form, which it asks for where `form` is None; None chooses.
       implementation: `xla`, or kernels, `mosaic_gpu` for Hopper GPUs and `triton` for NVIDIA GPUs of compute capability
-        8.0 and later, for bfloat16 and heads of 64 or 128, the larger of K and V, to which the other is padded; of the
-        chunked form for `linear`, in chunks of a multiple of 128 tokens, and for `squared` with heads of 64, in chunks
-        of a multiple of 256 or, `triton`, of 128. None: the kernels for this GPU where they support the call, and XLA
-        elsewhere; said once in the log.
+        8.0 and later, for bfloat16 (`triton`: also float16 for `exp`, normalised) and heads of 64 or 128, the larger of
+        K and V, to which the other is padded; of the chunked form for `linear`, in chunks of a multiple of 128 tokens,
+        and for `squared` with heads of 64, in chunks of a multiple of 256 or, `triton`, of 128. None: the kernels for
+        this GPU where they support the call, and XLA elsewhere; said once in the log.
       precision: None uses weights and features in q's dtype (float16 in float32) and JAX's default product precision;
         `highest` computes everything in float32 or wider. Denominators and states are always float32 or wider.
       partition: the mesh axes over which q [B, T, H, K] is sharded, and so k, v and the result, where a mesh is set

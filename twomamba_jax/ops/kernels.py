@@ -59,7 +59,8 @@ class Kernels:
             return (
                 f"it needs all tokens of a sequence on one device in the parallel form, and {axis.name!r} spreads them"
             )
-        if reason := quadratic.unsupported(q, k, v, score=op.score, precision=op.precision):
+        rules = {"score": op.score, "normalize": op.normalize, "precision": op.precision}
+        if reason := quadratic.unsupported(self.quadratic, q, k, v, **rules):
             return reason
         if form == "parallel":
             return None

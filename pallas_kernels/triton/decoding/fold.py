@@ -155,23 +155,28 @@ def fold(score: Literal["linear", "squared"], state, previous, keys, values, sta
     arrays, structure = jax.tree.flatten((state, previous))
     cut = TILES[like(capability())]
     sizes = constexprs(score, cut, arrays[0].shape, keys.shape[3], log_weights.shape[-1])
-    # XLA would merge the kernel with slices that it takes, or that its results become, whatever arrays they belong to;
-    # and nothing would say then that it works in place. Barriers keep them apart.
-    arrays, keys, values = lax.optimization_barrier((arrays, keys, values))
-    operands = [plan(due, start), keys, values, jnp.exp(log_weights), jnp.exp(log_carry), *arrays]
-    after = call(
-        fold_kernel,
-        *operands,
-        *([None] * (9 - len(operands))),
-        out_type=(),
-        grid=(sizes["PROGRAMS"],),
-        num_warps=cut.num_warps,
-        num_stages=cut.num_stages,
-        name="fold",
-        aliases=tuple(range(5, len(operands))),
-        **sizes,
-    )
-    return structure.unflatten(lax.optimization_barrier(after))
+
+    @jax.custom_batching.sequential_vmap  # jax-triton has no rule of its own
+    def run(due, start, keys, values, log_weights, log_carry, *arrays):
+        # XLA would merge the kernel with slices that it takes, or that its results become, whatever arrays they belong
+        # to; and nothing would say then that it works in place. Barriers keep them apart.
+        arrays, keys, values = lax.optimization_barrier((arrays, keys, values))
+        operands = [plan(due, start), keys, values, jnp.exp(log_weights), jnp.exp(log_carry), *arrays]
+        after = call(
+            fold_kernel,
+            *operands,
+            *([None] * (9 - len(operands))),
+            out_type=(),
+            grid=(sizes["PROGRAMS"],),
+            num_warps=cut.num_warps,
+            num_stages=cut.num_stages,
+            name="fold",
+            aliases=tuple(range(5, len(operands))),
+            **sizes,
+        )
+        return lax.optimization_barrier(after)
+
+    return structure.unflatten(run(due, start, keys, values, log_weights, log_carry, *arrays))
 
 
 def constexprs(score: str, cut: FoldTiles, shape: tuple[int, ...], slots: int, tokens: int) -> dict:

@@ -210,17 +210,22 @@ def decode_step(spec: DecodeStep, layer, kv, key_sum, keys, values, folded, leng
     sizes = constexprs(spec, cut, batch, groups, repeats, kv, keys.shape[3])
     parts = num_parts(kv.shape[3], cut, sizes)
     shape = parts, batch, groups, repeats, 3 if spec.normalize else 1, SIZE
-    (y,) = call(
-        decode_step_kernel,
-        *(jnp.reshape(layer, (1,)), kv, key_sum, keys, values, folded, length, q, k, v, log_decay),
-        out_type=(jax.ShapeDtypeStruct(shape, jnp.float32),),
-        grid=(batch * groups, parts),
-        num_warps=cut.num_warps,
-        num_stages=cut.num_stages,
-        name="decode_step",
-        **sizes,
-    )
-    return y
+
+    @jax.custom_batching.sequential_vmap  # jax-triton has no rule of its own
+    def run(layer, *arrays):
+        (y,) = call(
+            decode_step_kernel,
+            *(jnp.reshape(layer, (1,)), *arrays),
+            out_type=(jax.ShapeDtypeStruct(shape, jnp.float32),),
+            grid=(batch * groups, parts),
+            num_warps=cut.num_warps,
+            num_stages=cut.num_stages,
+            name="decode_step",
+            **sizes,
+        )
+        return y
+
+    return run(layer, kv, key_sum, keys, values, folded, length, q, k, v, log_decay)
 
 
 def constexprs(spec: DecodeStep, cut: StepTiles, batch: int, groups: int, repeats: int, kv, slots: int) -> dict:

@@ -25,4 +25,4 @@ def _tuning(score: str, head_dim: int, tokens: int) -> Tuning:
     return tuning(capability(), score, head_dim)
 
 
-KERNELS = Kernels(_forward, _backward_queries, _backward_keys, _tuning)
+KERNELS = Kernels(_forward, _backward_queries, _backward_keys, _tuning, float16=True)

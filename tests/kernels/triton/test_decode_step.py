@@ -55,6 +55,24 @@ def test_heads_of_a_layer_are_those_that_each_would_be_alone():
     assert np.abs(got).sum(0).min() > 0
 
 
+@pytest.mark.usefixtures("large_tiles")
+def test_mapped_tokens_are_those_that_each_would_be_alone():
+    """Of one state."""
+    state = normal(0, 1, 1, 1, 64, 64), normal(1, 1, 1, 1, 64)
+    rings = normal(2, 1, 1, 1, 8, 64), normal(3, 1, 1, 1, 8, 64)
+    ends = [np.full((1, 1), x, np.int32) for x in (4, 7)]
+    tokens = normal(4, 3, 1, 1, 1, 64), normal(5, 3, 1, 1, 64), normal(6, 3, 1, 1, 64)
+    decays = np.zeros((1, 1, 64), np.float32)
+
+    @jax.jit
+    def step(*token):
+        return kernel.decode_step(
+            DecodeStep("linear", True, 1 / 8), jnp.int32(0), *state, *rings, *ends, *token, decays
+        )
+
+    np.testing.assert_array_equal(jax.vmap(step)(*tokens), jnp.stack([step(*token) for token in zip(*tokens)]))
+
+
 def test_every_program_has_tiles():
     """However many states share the GPU, the parts of one cover it once."""
     spec = DecodeStep("squared", True, 1 / 8)

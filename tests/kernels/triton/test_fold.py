@@ -38,6 +38,17 @@ def test_equals_the_formula(score, size, dtype, of_tokens, due, previous):
     check(score, arguments, due, jax.jit(functools.partial(kernel.fold, score))(*arguments, due))
 
 
+@pytest.mark.usefixtures("few_programs")
+def test_mapped_states_are_those_that_each_would_be_alone():
+    due = np.array([True, False])
+    one = problem("linear", 4, due, previous=True)
+    pair = one, jax.tree.map(lambda x: x[..., ::-1], one)
+    fold = jax.jit(functools.partial(kernel.fold, "linear"))
+    got = jax.jit(jax.vmap(fold, in_axes=(*[0] * len(one), None)))(*jax.tree.map(lambda *x: jnp.stack(x), *pair), due)
+    want = jax.tree.map(lambda *x: jnp.stack(x), *(fold(*arguments, due) for arguments in pair))
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
 def test_more_programs_than_tiles_that_are_due():
     """In the tiles of the table."""
     due = np.array([False, True])

@@ -28,10 +28,11 @@ SETTINGS = {
 if EXHAUSTIVE:
     SETTINGS |= {"head_dim": [64, 128], "tokens": [130, 1, 63, 400]}
     CASES = [Case(implementation="triton", **settings) for settings in pairwise(SETTINGS)]
+    CASES += [Case(tokens=300, score="exp", segments=True, dtype="float16", implementation="triton")]
 else:
     CASES = [
         Case(tokens=300, segments=True, heads=(2, 1), implementation="triton"),
-        Case(tokens=300, score="exp", heads=(1, 1), implementation="triton"),
+        Case(tokens=300, score="exp", heads=(1, 1), dtype="float16", implementation="triton"),
         Case(tokens=130, score="linear", normalize=False, decay=False, heads=(1, 1), implementation="triton"),
         Case(tokens=1, score="exp", normalize=False, segments=True, head_dim=128, implementation="triton"),
     ]
@@ -73,6 +74,13 @@ def write_piece(out_ptr, GROUP: tl.constexpr, TILES: tl.constexpr):
     out_ptr += 2 * tl.program_id(0)
     tl.store(out_ptr, head.to(tl.int32))
     tl.store(out_ptr + 1, tile)
+
+
+@pytest.mark.parametrize(("score", "normalize"), [("squared", True), ("exp", False)])
+def test_float16_is_refused_where_a_weight_may_leave_its_range(score, normalize):
+    call = Case(tokens=9, score=score, normalize=normalize, dtype="float16", implementation="triton").call()
+    with pytest.raises(ValueError, match="it takes float16 for score='exp', normalised"):
+        call.operation(*call.inputs)
 
 
 @pytest.mark.parametrize("tiles", [(128, 96, 8, 2), (64, 128, 4, 2), (64, 64, 2, 2), (64, 64, 4, 0)], ids=str)
