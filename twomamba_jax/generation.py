@@ -13,10 +13,10 @@ from twomamba_jax.layers import Cache, LanguageModel, init_cache
 from twomamba_jax.layers.layer_parameters import stack_layers, unstack_layers
 from twomamba_jax.layers.tokens import as_tokens
 from twomamba_jax.ops.decoding.cached_attention import FOLD_SIZE
-from twomamba_jax.ops.integers import checked_integer
+from twomamba_jax.ops.integers import Integer, checked_integer
 from twomamba_jax.ops.known import known
-from twomamba_jax.sampling import GREEDY, Sampling, check_sampling, sample
-from twomamba_jax.shapes import Array, Bool, Float, Int, Lengths, Tokens
+from twomamba_jax.sampling import GREEDY, Number, Sampling, check_sampling, sample
+from twomamba_jax.shapes import AnyArray, Array, Bool, Float, Int, Lengths, Tokens
 
 
 class Generation(NamedTuple):
@@ -54,18 +54,18 @@ class Decoding(NamedTuple):
 def generate(
     model: LanguageModel,
     params,
-    tokens: Tokens,
+    tokens: Tokens | Sequence[Sequence[Integer]],
     *,
-    max_new_tokens: int,
-    lengths: Lengths | None = None,
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    stop_tokens: Sequence[int] = (),
-    num_samples: int = 1,
-    rng: jax.Array | None = None,
-    prefill_size: int | None = None,
-    fold_size: int = FOLD_SIZE,
+    max_new_tokens: Integer,
+    lengths: Lengths | Sequence[Integer] | None = None,
+    temperature: Number = 0.0,
+    top_k: Integer | None = None,
+    top_p: Number | None = None,
+    stop_tokens: Sequence[Integer] | Int[AnyArray, "n"] = (),
+    num_samples: Integer = 1,
+    rng: AnyArray | None = None,
+    prefill_size: Integer | None = None,
+    fold_size: Integer = FOLD_SIZE,
     state_dtype=jnp.float32,
 ) -> Generation:
     """Continues each row of `tokens` by up to `max_new_tokens` tokens.
@@ -121,7 +121,7 @@ def generate(
     return decode(model, params, start, max_new_tokens, sampling=sampling, stop_tokens=stop_tokens)[0]
 
 
-def seed(decoding: Decoding, rng: jax.Array) -> Decoding:
+def seed(decoding: Decoding, rng: AnyArray) -> Decoding:
     """The decoding with a key of its own for each row: `rng [rows]`, or `fold_in(rng, row)` of a single key.
 
     Raises ValueError for what are no keys, or not as many.
@@ -134,12 +134,12 @@ def seed(decoding: Decoding, rng: jax.Array) -> Decoding:
 
 
 @functools.partial(jax.jit, keep_unused=True)
-def _keys_beside(rng: jax.Array, done: jax.Array) -> jax.Array:
+def _keys_beside(rng: AnyArray, done: jax.Array) -> jax.Array:
     """`row_keys`, bound to a device if `done` is: for arrays of both kinds `decode` would be compiled once more."""
     return row_keys(rng, done.shape[0])
 
 
-def row_keys(rng: jax.Array, rows: int) -> jax.Array:
+def row_keys(rng: AnyArray, rows: int) -> jax.Array:
     """Keys [rows]: `rng` itself if it is that already, else `fold_in(rng, row)` for each row. Raises ValueError."""
     rng = check_keys(rng, rows)
     if rng.ndim == 0:
@@ -168,11 +168,11 @@ def _words() -> tuple[int, ...]:
 def prefill(
     model: LanguageModel,
     params,
-    tokens: Tokens,
+    tokens: Tokens | Sequence[Sequence[Integer]],
     cache: Cache,
     *,
-    lengths: Lengths | None = None,
-    prefill_size: int | None = None,
+    lengths: Lengths | Sequence[Integer] | None = None,
+    prefill_size: Integer | None = None,
 ) -> Decoding:
     """Reads prompts into an empty cache, which is donated; `prefill_size` tokens at a time.
 
@@ -228,7 +228,7 @@ def prefill_pieces(model, params, tokens, cache, lengths, prefill_size, rules) -
     return Decoding(cache, logits, keys, jnp.int32(0), jnp.zeros((batch,), bool))
 
 
-def fork(decoding: Decoding, copies: int) -> Decoding:
+def fork(decoding: Decoding, copies: Integer) -> Decoding:
     """Every row `copies` times, one after the other; random keys are repeated too.
 
     Examples:
@@ -256,10 +256,10 @@ def decode(
     model: LanguageModel,
     params,
     decoding: Decoding,
-    num_tokens: int,
+    num_tokens: Integer,
     *,
     sampling: Sampling = GREEDY,
-    stop_tokens: Sequence[int] = (),
+    stop_tokens: Sequence[Integer] | Int[AnyArray, "n"] = (),
 ) -> tuple[Generation, Decoding]:
     """Up to `num_tokens` more tokens of every row that is not done, and where to go on; `decoding` is donated.
 

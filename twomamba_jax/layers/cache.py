@@ -17,7 +17,7 @@ from twomamba_jax.layers.execution import Execution
 from twomamba_jax.ops.decoding import cached_attention
 from twomamba_jax.ops.decoding.cached_attention import FOLD_SIZE, DecodingCache, init_decoding_cache
 from twomamba_jax.ops.decoding.new_tokens import NewTokens
-from twomamba_jax.ops.integers import checked_integer
+from twomamba_jax.ops.integers import Integer, checked_integer
 from twomamba_jax.ops.score import SCORES
 from twomamba_jax.ops.sharding import check_multiple
 from twomamba_jax.ops.state import state_bytes
@@ -80,10 +80,10 @@ class Cache(NamedTuple):
 
 def init_cache(
     config: ModelConfig,
-    batch: int,
-    max_length: int,
+    batch: Integer,
+    max_length: Integer,
     *,
-    fold_size: int = FOLD_SIZE,
+    fold_size: Integer = FOLD_SIZE,
     rollback: bool = False,
     dtype=jnp.float32,
     state_dtype=jnp.float32,
@@ -205,7 +205,7 @@ def init_mixer_cache(
     return MixerCache(attention, ConvolutionInputs(q, k, inputs(kv_heads, config.head_dim)))
 
 
-def cache_bytes(config: ModelConfig, batch: int, max_length: int, **options) -> int:
+def cache_bytes(config: ModelConfig, batch: Integer, max_length: Integer, **options) -> int:
     """The size in bytes of `init_cache` with these arguments; nothing is allocated.
 
     Examples:
@@ -242,7 +242,7 @@ def advance(cache: Cache, layers: tuple[MixerCache, ...], counts) -> Cache:
     return Cache(layers, cache.position + counts, rollback)
 
 
-def roll_back(cache: Cache, counts: int | np.integer | Int[AnyArray, "B"]) -> Cache:
+def roll_back(cache: Cache, counts: Integer | Int[AnyArray, "B"]) -> Cache:
     """The cache without the last `counts` tokens of each row.
 
     The calls that follow give bit for bit what they would have given had those tokens never been there. At most r

@@ -1,5 +1,7 @@
 """A causal language model: embedding, blocks of a mixer and an MLP, head."""
 
+from collections.abc import Sequence
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -14,6 +16,7 @@ from twomamba_jax.layers.mlp import PROJECTION_INIT, SwiGLU
 from twomamba_jax.layers.norm import RMSNorm
 from twomamba_jax.layers.partitioning import with_logical_axes
 from twomamba_jax.layers.tokens import as_tokens
+from twomamba_jax.ops.integers import Integer
 from twomamba_jax.ops.kept import kept
 from twomamba_jax.ops.numerics import accumulation_dtype
 from twomamba_jax.ops.segments import valid_tokens
@@ -97,11 +100,11 @@ class LanguageModel(nn.Module):
     @nn.compact
     def __call__(
         self,
-        tokens: Tokens,
+        tokens: Tokens | Sequence[Sequence[Integer]],
         *,
         cache: Cache | None = None,
         segment_ids: SegmentIds | None = None,
-        lengths: Lengths | None = None,
+        lengths: Lengths | Sequence[Integer] | None = None,
         cache_is_empty: bool = False,
         last_only: bool = False,
         apply_head: bool = True,

@@ -12,7 +12,7 @@ from twomamba_jax.ops.decay import clamp_log_decay
 from twomamba_jax.ops.dispatch import Form, Implementation
 from twomamba_jax.ops.forms import key_values, recurrent
 from twomamba_jax.ops.forms.parallel import final_state
-from twomamba_jax.ops.integers import checked_integer
+from twomamba_jax.ops.integers import Integer, checked_integer
 from twomamba_jax.ops.layout import heads_first, tokens_first
 from twomamba_jax.ops.numerics import Precision
 from twomamba_jax.ops.score import Score
@@ -45,7 +45,7 @@ class Options(TypedDict, total=False):
     lengths: Lengths | None
     initial_state: State | None
     form: Form | None
-    chunk_size: int | None
+    chunk_size: Integer | None
     implementation: Implementation | None
     precision: Precision
     partition: PartitionSpec | None
@@ -101,7 +101,7 @@ def decay_attention(
     initial_state: State | None = None,
     return_final_state: bool = False,
     form: Form | None = None,
-    chunk_size: int | None = None,
+    chunk_size: Integer | None = None,
     implementation: Implementation | None = None,
     precision: Precision = None,
     partition: PartitionSpec | None = None,
@@ -188,7 +188,7 @@ def attend(
     *,
     return_final_state: bool,
     form: Form | None,
-    chunk_size: int | None,
+    chunk_size: Integer | None,
     implementation: Implementation | None,
     partition: PartitionSpec | None,
 ) -> tuple[Outputs, State | None]:
