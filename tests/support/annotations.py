@@ -1,7 +1,8 @@
 """What the annotations of the library are checked with.
 
 jaxtyping makes two functions of each: one with its parameters and Any for a result, called before it, and one with its
-parameters and its result, called after it. The first is left alone: what a function refuses, it says itself.
+parameters and its result, called after it. The first is left alone: what a function refuses, it says itself. What it
+accepts has to be what its annotations say; where none says what it returns, nothing is checked.
 """
 
 from collections.abc import Callable
