@@ -161,7 +161,8 @@ def decay_attention(
 
     Examples:
       >>> q = k = v = jax.random.normal(jax.random.key(0), (1, 5, 2, 4))
-      >>> y, state = decay_attention(q, k, v, return_final_state=True)
+      >>> attend = jax.jit(decay_attention, static_argnames="return_final_state")
+      >>> y, state = attend(q, k, v, return_final_state=True)
       >>> y.shape, state.kv.shape
       ((1, 5, 2, 4), (1, 2, 10, 4))
     """
