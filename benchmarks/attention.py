@@ -2,9 +2,9 @@
 
 `python benchmarks/attention.py`: causal, bf16, B T the same at every length. Not timed: what does not fit in memory,
 and what fails its check, which compares a sample of rows, and all that their gradients reach, with the definition in
-float64. Programs of one length and direction run by turns. Prints a Markdown table, and the rows of
-pallas_kernels/chunked/table.py that it found; writes OUT.json and OUT.png. `--unchecked` leaves out the check, which
-takes longer than the rest, where `pytest -m gpu tests/kernels` has passed. `--plot A.json B.json` shows several runs as
+float64. Programs of one length and direction run by turns. Prints a Markdown table, and what it found of the rows of
+pallas_kernels/chunked/crossovers.py; writes OUT.json and OUT.png. `--unchecked` leaves out the check, which takes
+longer than the rest, where `pytest -m gpu tests/kernels` has passed. `--plot A.json B.json` shows several runs as
 one, such as `--tokens 1024 2048 4096 8192` and `--tokens 16384 32768`, or `--rows cudnn chunked` and the others. On a
 GPU that is no Hopper: `--rows cudnn triton-quadratic triton-chunked xla`.
 """

@@ -9,7 +9,7 @@ from pathlib import Path
 from attention_rows import BOTH, CUDNN, FORWARD, Row
 from matplotlib.figure import Figure
 
-from pallas_kernels.chunked.table import Crossover
+from pallas_kernels.chunked.crossovers import Crossover
 
 # Products of the causal half, 2 (T^2 / 2) K flops each: two forward (scores, outputs), five backward (the scores again,
 # the gradients of weights, values, queries and keys).

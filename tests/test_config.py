@@ -136,14 +136,14 @@ def test_model_with_one_mixer_is_the_model_with_one_each():
     one, mixer = ModelConfig(**MODEL), MODEL["mixers"]
     each = ModelConfig(**MODEL | {"mixers": (mixer,) * 3})
     assert one.layer_mixers == each.layer_mixers == (mixer,) * 3
-    assert one.runs == each.runs == ((mixer, 3),)
+    assert one.layer_runs == each.layer_runs == ((mixer, 3),)
 
 
 def test_runs_join_equal_neighbours_only():
     a, b = MixerConfig(**MIXER), MixerConfig(**MIXER, conv_width=2)
     same_as_a = MixerConfig(**MIXER)
     config = ModelConfig(**MODEL | {"num_layers": 6, "mixers": (a, same_as_a, b, a, b, b)})
-    assert config.runs == ((a, 2), (b, 1), (a, 1), (b, 2))
+    assert config.layer_runs == ((a, 2), (b, 1), (a, 1), (b, 2))
 
 
 def test_kv_heads_default_to_heads():

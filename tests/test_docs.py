@@ -24,6 +24,19 @@ def test_every_page_is_in_the_navigation():
     assert sorted(re.findall(r"[\w/-]+\.md", navigation)) == PAGES
 
 
+def test_files_that_pages_name_by_their_path_exist():
+    named = {
+        path
+        for page in PAGES
+        if not page.startswith("measurements/")
+        for path in re.findall(
+            r"`((?:twomamba_jax|pallas_kernels|train|configs|benchmarks|tests)/[\w/]+\.py)`", (DOCS / page).read_text()
+        )
+    }
+    assert len(named) > 20
+    assert [path for path in sorted(named) if not (DOCS.parent / path).is_file()] == []
+
+
 def test_the_example_of_variants_runs():
     (block,) = re.findall(r"```python\n(.*?)```", (DOCS / "variants.md").read_text(), re.DOTALL)
     exec(compile(block, "variants.md", "exec"), {})  # the point of the test

@@ -1,11 +1,13 @@
 """Importing the library costs little and brings none of what only training needs."""
 
+import importlib
 import json
 import subprocess
 import sys
 from pathlib import Path
 
 import twomamba_jax
+from twomamba_jax import generation
 
 MEASURE = """
 import json, sys, time
@@ -32,3 +34,9 @@ def test_public_names_exist():
     names = twomamba_jax.__all__
     assert [name for name in names if not hasattr(twomamba_jax, name)] == []
     assert len(set(names)) == len(names)
+
+
+def test_the_command_and_the_function_share_a_name():
+    """Importing what `python -m` runs leaves the function where it is."""
+    assert importlib.import_module("twomamba_jax.generate") is generation.generate
+    assert twomamba_jax.generate is generation.generate

@@ -1,4 +1,4 @@
-"""The device mesh, and which axis of it each logical axis of the model is spread over.
+"""The device mesh, and which axis of it each logical axis of the model is sharded over.
 
 The step is always `jax.jit` with shardings over a mesh of four axes; one device is a mesh of one.
 """

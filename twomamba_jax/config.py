@@ -14,7 +14,7 @@ Activation = Literal["none", "relu", "silu"]
 ActivationOn = Literal["qk", "qkv"]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class MixerConfig:
     """One token mixer of the paper's family.
 
@@ -50,6 +50,11 @@ class MixerConfig:
 
     Raises:
       ValueError: an unknown value, or a combination that defines no model.
+
+    Examples:
+      >>> mixer = MixerConfig(score="squared", norm="softmax", conv_width=2, decay="softplus")
+      >>> mixer == VARIANTS["2mamba"].mixer
+      True
     """
 
     score: Score
@@ -157,7 +162,7 @@ class MixerConfig:
         return self.norm == "softmax"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """A language model in the shape of Llama 2, with a mixer per layer (Appendix B).
 
@@ -178,6 +183,19 @@ class ModelConfig:
     Raises:
       ValueError: a size below its least, heads that do not divide or do not go with a mixer's groups, a number of
         mixers that is not the number of layers, an odd head_dim with rotary embeddings.
+
+    Examples:
+      >>> config = ModelConfig(
+      ...     vocab_size=16,
+      ...     d_model=8,
+      ...     num_layers=2,
+      ...     num_heads=2,
+      ...     head_dim=4,
+      ...     mlp_dim=16,
+      ...     mixers=VARIANTS["2mamba"].mixer,
+      ... )
+      >>> config.kv_heads, len(config.layer_mixers)
+      (2, 2)
     """
 
     vocab_size: int
@@ -235,7 +253,7 @@ class ModelConfig:
         return (self.mixers,) * self.num_layers if isinstance(self.mixers, MixerConfig) else self.mixers
 
     @property
-    def runs(self) -> tuple[tuple[MixerConfig, int], ...]:
+    def layer_runs(self) -> tuple[tuple[MixerConfig, int], ...]:
         """(mixer, count) for each maximal run of layers with equal mixers: what the model scans over."""
         runs: list[tuple[MixerConfig, int]] = []
         for mixer in self.layer_mixers:

@@ -13,14 +13,20 @@ from twomamba_jax.layers import Cache, LanguageModel, init_cache
 from twomamba_jax.layers.layer_parameters import stack_layers, unstack_layers
 from twomamba_jax.layers.tokens import as_tokens
 from twomamba_jax.ops.decoding.cached_attention import FOLD_SIZE
-from twomamba_jax.ops.integers import checked_integer
+from twomamba_jax.ops.integers import Integer, checked_integer
 from twomamba_jax.ops.known import known
-from twomamba_jax.sampling import GREEDY, Sampling, check_sampling, sample
-from twomamba_jax.shapes import Array, Bool, Float, Int, Lengths, Tokens
+from twomamba_jax.sampling import GREEDY, Number, Sampling, check_sampling, sample
+from twomamba_jax.shapes import AnyArray, Array, Bool, Float, Int, Lengths, Tokens
 
 
 class Generation(NamedTuple):
-    """New tokens [B, N], of which the first `lengths [B]` count (a stop token among them; zeros after it)."""
+    """New tokens [B, N], of which the first `lengths [B]` count (a stop token among them; zeros after it).
+
+    Examples:
+      >>> generation = generate(model, params, tokens, max_new_tokens=5)
+      >>> generation.tokens.shape, generation.lengths.tolist()
+      ((1, 5), [5])
+    """
 
     tokens: Int[Array, "B N"]
     lengths: Int[Array, "B"]
@@ -31,6 +37,11 @@ class Decoding(NamedTuple):
 
     `logits` are those of the next token, `keys` one `jax.random.key` per row, `count` the tokens generated so far, and
     `done` the rows that have met a stop token.
+
+    Examples:
+      >>> start = prefill(model, params, tokens, init_cache(config, batch=1, max_length=32))
+      >>> start.logits.shape, start.count.item(), start.done.tolist()
+      ((1, 16), 0, [False])
     """
 
     cache: Cache
@@ -43,18 +54,18 @@ class Decoding(NamedTuple):
 def generate(
     model: LanguageModel,
     params,
-    tokens: Tokens,
+    tokens: Tokens | Sequence[Sequence[Integer]],
     *,
-    max_new_tokens: int,
-    lengths: Lengths | None = None,
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    stop_tokens: Sequence[int] = (),
-    num_samples: int = 1,
-    rng: jax.Array | None = None,
-    prefill_size: int | None = None,
-    fold_size: int = FOLD_SIZE,
+    max_new_tokens: Integer,
+    lengths: Lengths | Sequence[Integer] | None = None,
+    temperature: Number = 0.0,
+    top_k: Integer | None = None,
+    top_p: Number | None = None,
+    stop_tokens: Sequence[Integer] | Int[AnyArray, "n"] = (),
+    num_samples: Integer = 1,
+    rng: AnyArray | None = None,
+    prefill_size: Integer | None = None,
+    fold_size: Integer = FOLD_SIZE,
     state_dtype=jnp.float32,
 ) -> Generation:
     """Continues each row of `tokens` by up to `max_new_tokens` tokens.
@@ -87,6 +98,11 @@ def generate(
     Raises:
       ValueError: an empty prompt, a token that the model does not have, numbers out of range, a temperature above 0, or
         traced by JAX, without `rng`.
+
+    Examples:
+      >>> generation = generate(model, params, [[1, 2, 3, 4]], max_new_tokens=5, temperature=0.8, rng=jax.random.key(1))
+      >>> generation.tokens.shape
+      (1, 5)
     """
     tokens, _, lengths = as_tokens(tokens, model.config.vocab_size, lengths=lengths, shortest=1)
     max_new_tokens = checked_integer("max_new_tokens", max_new_tokens)
@@ -105,21 +121,25 @@ def generate(
     return decode(model, params, start, max_new_tokens, sampling=sampling, stop_tokens=stop_tokens)[0]
 
 
-def seed(decoding: Decoding, rng: jax.Array) -> Decoding:
+def seed(decoding: Decoding, rng: AnyArray) -> Decoding:
     """The decoding with a key of its own for each row: `rng [rows]`, or `fold_in(rng, row)` of a single key.
 
     Raises ValueError for what are no keys, or not as many.
+
+    Examples:
+      >>> start = prefill(model, params, tokens, init_cache(config, batch=1, max_length=32))
+      >>> start = seed(start, jax.random.key(1))  # what a temperature above 0 then draws from
     """
     return decoding._replace(keys=_keys_beside(check_keys(rng, decoding.done.shape[0]), decoding.done))
 
 
 @functools.partial(jax.jit, keep_unused=True)
-def _keys_beside(rng: jax.Array, done: jax.Array) -> jax.Array:
+def _keys_beside(rng: AnyArray, done: jax.Array) -> jax.Array:
     """`row_keys`, bound to a device if `done` is: for arrays of both kinds `decode` would be compiled once more."""
     return row_keys(rng, done.shape[0])
 
 
-def row_keys(rng: jax.Array, rows: int) -> jax.Array:
+def row_keys(rng: AnyArray, rows: int) -> jax.Array:
     """Keys [rows]: `rng` itself if it is that already, else `fold_in(rng, row)` for each row. Raises ValueError."""
     rng = check_keys(rng, rows)
     if rng.ndim == 0:
@@ -148,11 +168,11 @@ def _words() -> tuple[int, ...]:
 def prefill(
     model: LanguageModel,
     params,
-    tokens: Tokens,
+    tokens: Tokens | Sequence[Sequence[Integer]],
     cache: Cache,
     *,
-    lengths: Lengths | None = None,
-    prefill_size: int | None = None,
+    lengths: Lengths | Sequence[Integer] | None = None,
+    prefill_size: Integer | None = None,
 ) -> Decoding:
     """Reads prompts into an empty cache, which is donated; `prefill_size` tokens at a time.
 
@@ -166,6 +186,11 @@ def prefill(
 
     Returns:
       `Decoding` with keys of seed 0.
+
+    Examples:
+      >>> start = prefill(model, params, tokens, init_cache(config, batch=1, max_length=32))
+      >>> start.cache.position.tolist()
+      [4]
     """
     prefill_size = checked_integer("prefill_size", prefill_size, or_none=True)
     return prefill_pieces(model, params, tokens, cache, lengths, prefill_size, _rules())
@@ -203,8 +228,14 @@ def prefill_pieces(model, params, tokens, cache, lengths, prefill_size, rules) -
     return Decoding(cache, logits, keys, jnp.int32(0), jnp.zeros((batch,), bool))
 
 
-def fork(decoding: Decoding, copies: int) -> Decoding:
-    """Every row `copies` times, one after the other; random keys are repeated too."""
+def fork(decoding: Decoding, copies: Integer) -> Decoding:
+    """Every row `copies` times, one after the other; random keys are repeated too.
+
+    Examples:
+      >>> start = prefill(model, params, tokens, init_cache(config, batch=1, max_length=32))
+      >>> fork(start, 3).cache.position.tolist()
+      [4, 4, 4]
+    """
     if copies == 1:
         return decoding
 
@@ -225,15 +256,21 @@ def decode(
     model: LanguageModel,
     params,
     decoding: Decoding,
-    num_tokens: int,
+    num_tokens: Integer,
     *,
     sampling: Sampling = GREEDY,
-    stop_tokens: Sequence[int] = (),
+    stop_tokens: Sequence[Integer] | Int[AnyArray, "n"] = (),
 ) -> tuple[Generation, Decoding]:
     """Up to `num_tokens` more tokens of every row that is not done, and where to go on; `decoding` is donated.
 
     The token that a row draws when `count` have been generated depends on its logits and `fold_in(key, count)` alone,
     so that a generation in pieces is the generation in one. It ends early when all rows are done.
+
+    Examples:
+      >>> start = prefill(model, params, tokens, init_cache(config, batch=1, max_length=32))
+      >>> generation, decoding = decode(model, params, start, 5)
+      >>> generation.tokens.shape, decoding.count.item()
+      ((1, 5), 5)
     """
     temperature, top_k, top_p = sampling
     stops = jnp.ravel(jnp.asarray(stop_tokens, jnp.int32))

@@ -6,9 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from twomamba_jax.ops.integers import checked_integer
+from twomamba_jax.ops.integers import Integer, checked_integer
 from twomamba_jax.ops.known import known
-from twomamba_jax.shapes import Array, Float, Int
+from twomamba_jax.shapes import AnyArray, Array, Float, Int
+
+Number = float | np.number | AnyArray  # one for all rows; JAX may trace it
 
 
 class Sampling(NamedTuple):
@@ -16,11 +18,16 @@ class Sampling(NamedTuple):
 
     `temperature` 0 takes the likeliest token. `top_k` keeps so many tokens; `top_p` the fewest whose probabilities
     (after `top_k`) sum to at least `top_p`. None: no cut.
+
+    Examples:
+      >>> sampling = Sampling(temperature=0.8)
+      >>> start = prefill(model, params, tokens, init_cache(config, batch=1, max_length=32))
+      >>> generation, _ = decode(model, params, start, 5, sampling=sampling)
     """
 
-    temperature: float | jax.Array = 0.0
-    top_k: int | None = None
-    top_p: float | jax.Array | None = None
+    temperature: Number = 0.0
+    top_k: Integer | None = None
+    top_p: Number | None = None
 
 
 GREEDY = Sampling()

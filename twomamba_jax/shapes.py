@@ -18,24 +18,28 @@ head; N counts chunks and C is the chunk size.
 """
 
 import jax
-from jaxtyping import Bool, Float, Float32, Int
+import numpy as np
+from jaxtyping import Bool, Float, Float32, Float64, Int
 
 Array = jax.Array
+AnyArray = jax.Array | np.ndarray  # what callers hand over, and a restored checkpoint holds
 
-Queries = Float[Array, "B T H K"]
-Keys = Float[Array, "B T G K"]
-Values = Float[Array, "B T G V"]
+Queries = Float[AnyArray, "B T H K"]
+Keys = Float[AnyArray, "B T G K"]
+Values = Float[AnyArray, "B T G V"]
 Outputs = Float[Array, "B T H V"]
-LogDecay = Float32[Array, "B T G"]
-SegmentIds = Int[Array, "B T"]
-Lengths = Int[Array, "B"]
-Tokens = Int[Array, "B T"]
+LogDecay = Float32[AnyArray, "B T G"] | Float64[AnyArray, "B T G"]
+SegmentIds = Int[AnyArray, "B T"]
+Lengths = Int[AnyArray, "B"]
+Tokens = Int[AnyArray, "B T"]
 
 __all__ = [
+    "AnyArray",
     "Array",
     "Bool",
     "Float",
     "Float32",
+    "Float64",
     "Int",
     "Keys",
     "Lengths",

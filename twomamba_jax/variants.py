@@ -15,7 +15,12 @@ from twomamba_jax.config import MixerConfig
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """A mixer, the place in the paper that it comes from, and the paper's figure for it (None: it has none)."""
+    """A mixer, the place in the paper that it comes from, and the paper's figure for it (None: it has none).
+
+    Examples:
+      >>> VARIANTS["2mamba"].mixer.score, VARIANTS["2mamba"].paper_loss
+      ('squared', 2.62)
+    """
 
     mixer: MixerConfig
     source: str
@@ -156,6 +161,12 @@ def parse_pattern(pattern: str, num_layers: int) -> tuple[MixerConfig, ...]:
     Raises:
       ValueError: an unknown variant or field (naming the nearest), a malformed entry, values that make no mixer, or a
         total that is not `num_layers`.
+
+    Examples:
+      >>> [mixer.score for mixer in parse_pattern("softmax,2mamba*,softmax", 4)]
+      ['exp', 'squared', 'squared', 'exp']
+      >>> parse_pattern("2mamba(conv_width=4)", 1)[0].conv_width
+      4
     """
     entries = [_parse_entry(entry, pattern) for entry in _split(pattern)]
     if len(entries) == 1 and "*" not in pattern.rpartition(")")[2]:

@@ -78,14 +78,14 @@ def unsupported(of_scores: Mapping[str, Stages], q, *, score: str, chunk_size: i
     return None
 
 
-def chunked_attention(spec: ChunkedAttention, q, k, v, log_decay, run, initial: StateArrays | None):
-    """y [B, T, H, V] bfloat16 and the state after the last token, or None; differentiable in all arrays but `run`.
+def chunked_attention(spec: ChunkedAttention, q, k, v, log_decay, segment, initial: StateArrays | None):
+    """y [B, T, H, V] bfloat16 and the state after the last token, or None; differentiable in all arrays but `segment`.
 
     Args:
       spec: what to compute.
       q: [B, T, H, K] bfloat16; k, v: [B, T, G, K] bfloat16, with H a multiple of G and K one of the score's head dims.
       log_decay: [B, T, G] float32, not positive and not below -128; None: no decay.
-      run: [B, T] int32, the number of each token's segment in its row, ascending from the state's, 0; None: one
+      segment: [B, T] int32, the number of each token's segment in its row, ascending from the state's, 0; None: one
         segment.
       initial: the state before the first token; None: nothing. With `spec.enter` only the first device's counts, whose
         gradient is its own. The state that is returned is then that after this device's tokens; only the last device's
@@ -97,8 +97,8 @@ def chunked_attention(spec: ChunkedAttention, q, k, v, log_decay, run, initial: 
         def pad(x, mode="constant"):
             return None if x is None else jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2), mode=mode)
 
-        q, k, v, log_decay, run = pad(q), pad(k), pad(v), pad(log_decay), pad(run, "edge")
-    y, final = _attention(spec, q, k, v, log_decay, run, initial)
+        q, k, v, log_decay, segment = pad(q), pad(k), pad(v), pad(log_decay), pad(segment, "edge")
+    y, final = _attention(spec, q, k, v, log_decay, segment, initial)
     return y[:, :tokens], final
 
 
@@ -110,11 +110,11 @@ class _Around(NamedTuple):
 
 
 @in_32_bits
-def _around(spec, q, k, log_decay, run) -> _Around:
+def _around(spec, q, k, log_decay, segment) -> _Around:
     batch, tokens, groups, chunk = *k.shape[:3], spec.chunk_of(q.shape[1])
     split = functools.partial(_split, chunk)
-    inside = Context.make(split(log_decay), split(run), spec.inside.tiles(split(q)))
-    return _Around(inside, chunk_weights(log_decay, run, (batch, tokens, groups), chunk))
+    inside = Context.make(split(log_decay), split(segment), spec.inside.tiles(split(q)))
+    return _Around(inside, chunk_weights(log_decay, segment, (batch, tokens, groups), chunk))
 
 
 def _problems(spec, q, k) -> list[Problem]:
@@ -152,13 +152,13 @@ def _join(batch, x):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(spec: ChunkedAttention, q, k, v, log_decay, run, initial):
-    y, final, *_ = _forward(spec, q, k, v, _around(spec, q, k, log_decay, run), initial)
+def _attention(spec: ChunkedAttention, q, k, v, log_decay, segment, initial):
+    y, final, *_ = _forward(spec, q, k, v, _around(spec, q, k, log_decay, segment), initial)
     return y, final
 
 
-def _attention_forward(spec: ChunkedAttention, q, k, v, log_decay, run, initial):
-    around = named_small(_around(spec, q, k, log_decay, run))
+def _attention_forward(spec: ChunkedAttention, q, k, v, log_decay, segment, initial):
+    around = named_small(_around(spec, q, k, log_decay, segment))
     y, final, norm, states = _forward(spec, q, k, v, around, initial)
     y, norm = named(y, norm)
     return (y, final), (q, k, v, around, initial, y, norm, states)

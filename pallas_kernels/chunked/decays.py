@@ -20,12 +20,12 @@ class Weights(NamedTuple):
     keep: jax.Array
 
 
-def chunk_weights(log_decay, run, shape: tuple[int, int, int], chunk: int) -> Weights:
+def chunk_weights(log_decay, segment, shape: tuple[int, int, int], chunk: int) -> Weights:
     """The weights of a call: exponentials of decay sums, 0 between segments.
 
     Args:
       log_decay: [B, T, G] float32, or None.
-      run: [B, T] int32, the number of each token's segment, ascending; or None. That of the state is 0.
+      segment: [B, T] int32, the number of each token's segment, ascending; or None. That of the state is 0.
       shape: B, T, G.
       chunk: tokens of a chunk, a multiple of 128.
     """
@@ -38,11 +38,11 @@ def chunk_weights(log_decay, run, shape: tuple[int, int, int], chunk: int) -> We
         backwards = _sums(x[..., ::-1, ::-1], inclusive=False)[..., ::-1, ::-1]
         reach = jnp.exp(backwards).reshape(batch, groups, tokens)
         keep = jnp.exp(x.sum((-2, -1)))
-    if run is not None:
-        runs = run.reshape(batch, -1, chunk)
-        last = runs[..., -1]
+    if segment is not None:
+        segments = segment.reshape(batch, -1, chunk)
+        last = segments[..., -1]
         first = jnp.concatenate([jnp.zeros_like(last[:, :1]), last[:, :-1]], axis=1)
-        seen = [(runs == edge[..., None]).reshape(batch, 1, tokens) for edge in (first, last)]
+        seen = [(segments == edge[..., None]).reshape(batch, 1, tokens) for edge in (first, last)]
         through, reach = (jnp.where(mask, 1.0 if w is None else w, 0.0) for mask, w in zip(seen, (through, reach)))
         through, reach = (jnp.broadcast_to(w, (batch, groups, tokens)) for w in (through, reach))
         keep = jnp.where((first == last)[:, None], keep, 0.0)

@@ -108,7 +108,7 @@ def unsupported(kernels: Kernels, q, k, v, *, score: str, normalize: bool, preci
     return None
 
 
-def attention(attention: Attention, q, k, v, log_decay, run):
+def attention(attention: Attention, q, k, v, log_decay, segment):
     """y [B, T, H, V] in q's dtype; differentiable in q, k, v and log_decay.
 
     Args:
@@ -116,7 +116,7 @@ def attention(attention: Attention, q, k, v, log_decay, run):
       q: [B, T, H, K], bfloat16 or what else `unsupported` lets pass; k, v: [B, T, G, K] of the same dtype, with H a
         multiple of G and K 64 or 128.
       log_decay: [B, T, G] float32, not positive and not below -128; None: no decay.
-      run: [B, T] int32, the number of each token's segment in its row, ascending; None: one segment.
+      segment: [B, T] int32, the number of each token's segment in its row, ascending; None: one segment.
     """
     tokens = q.shape[1]
     if padding := -tokens % 8:  # what the copies of tiles need of memory
@@ -124,18 +124,18 @@ def attention(attention: Attention, q, k, v, log_decay, run):
         def pad(x, mode="constant"):
             return None if x is None else jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2), mode=mode)
 
-        q, k, v, log_decay, run = pad(q), pad(k), pad(v), pad(log_decay), pad(run, "edge")
-    return _attention(attention, q, k, v, log_decay, run)[:, :tokens]
+        q, k, v, log_decay, segment = pad(q), pad(k), pad(v), pad(log_decay), pad(segment, "edge")
+    return _attention(attention, q, k, v, log_decay, segment)[:, :tokens]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(attention: Attention, q, k, v, log_decay, run):
-    context = Context.make(log_decay, run, attention.tiles(q))
+def _attention(attention: Attention, q, k, v, log_decay, segment):
+    context = Context.make(log_decay, segment, attention.tiles(q))
     return attend(attention, q, k, v, context, save_norm=False)[0]
 
 
-def _attention_forward(attention: Attention, q, k, v, log_decay, run):
-    context = named_small(Context.make(log_decay, run, attention.tiles(q)))
+def _attention_forward(attention: Attention, q, k, v, log_decay, segment):
+    context = named_small(Context.make(log_decay, segment, attention.tiles(q)))
     y, norm = named(*attend(attention, q, k, v, context, save_norm=attention.normalize))
     return y, (q, k, v, context, y, norm)
 
@@ -183,7 +183,7 @@ def differentiate(attention: Attention, q, k, v, context: Context, y, norm, dy):
     dlog_decay = None
     if decay is not None:
         row_sums = row_sums[0][..., :tokens].reshape(batch, kv_heads, -1, tokens).sum(2)
-        dlog_decay = decay_gradient(row_sums, column_sums[0][..., :tokens], context.run)
+        dlog_decay = decay_gradient(row_sums, column_sums[0][..., :tokens], context.segment)
     return dq, dk, dv, dlog_decay
 
 

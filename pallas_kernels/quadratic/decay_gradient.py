@@ -6,7 +6,7 @@ import jax.numpy as jnp
 CHUNK = 128
 
 
-def decay_gradient(row_sums, column_sums, run):
+def decay_gradient(row_sums, column_sums, segment):
     """da_t = sum of W_ij over pairs j < t <= i, for row_sums_i = sum_j W_ij and column_sums_j = sum_i W_ij.
 
     A pair counts in every row from j + 1 to i: da_t is the sum of row_sums - column_sums over the tokens from t on, in
@@ -15,7 +15,7 @@ def decay_gradient(row_sums, column_sums, run):
 
     Args:
       row_sums, column_sums: [B, G, T] float32.
-      run: [B, T] int32, the number of each token's segment in its row; None is one segment.
+      segment: [B, T] int32, the number of each token's segment in its row; None is one segment.
 
     Returns:
       [B, T, G] float32.
@@ -25,18 +25,19 @@ def decay_gradient(row_sums, column_sums, run):
     padding = chunks * CHUNK - tokens
     x = jnp.pad(row_sums - column_sums, ((0, 0), (0, 0), (0, padding))).reshape(batch, heads, chunks, CHUNK)
     later = (jnp.arange(CHUNK)[:, None] >= jnp.arange(CHUNK)).astype(x.dtype)  # [i, t]: i counts for t
-    if run is None:
+    if segment is None:
         within = jnp.einsum("bgci,it->bgct", x, later, precision="highest")
         heads_of_chunks = within[..., 0]
         after = jax.lax.cumsum(heads_of_chunks, axis=2, reverse=True) - heads_of_chunks
         total = within + after[..., None]
     else:
-        runs = jnp.pad(run, ((0, 0), (0, padding)), mode="edge").reshape(batch, chunks, CHUNK)
-        same = (runs[..., :, None] == runs[..., None, :]) * later
+        segments = jnp.pad(segment, ((0, 0), (0, padding)), mode="edge").reshape(batch, chunks, CHUNK)
+        same = (segments[..., :, None] == segments[..., None, :]) * later
         within = jnp.einsum("bgci,bcit->bgct", x, same, precision="highest")
-        # after_c: what the chunks after c add to the tokens of c's last run. One chunk's part of it is the sum of its
-        # first run if that continues c's last, and the chunks after it count too if its last run is the same.
-        first, last = runs[..., 0], runs[..., -1]
+        # after_c: what the chunks after c add to the tokens of c's last segment. One chunk's part of it is the sum of
+        # its first segment if that continues c's last, and the chunks after it count too if its last segment is the
+        # same.
+        first, last = segments[..., 0], segments[..., -1]
         continues = jnp.pad(first[:, 1:] == last[:, :-1], ((0, 0), (0, 1)))[:, None]
         through = jnp.pad(last[:, 1:] == last[:, :-1], ((0, 0), (0, 1)))[:, None]
         part = jnp.pad(within[..., 1:, 0], ((0, 0), (0, 0), (0, 1)))
@@ -45,5 +46,5 @@ def decay_gradient(row_sums, column_sums, run):
         _, after = jax.lax.associative_scan(
             lambda late, early: (late[0] * early[0], early[0] * late[1] + early[1]), (gate, part), reverse=True, axis=2
         )
-        total = within + jnp.where((runs == last[..., None])[:, None], after[..., None], 0)
+        total = within + jnp.where((segments == last[..., None])[:, None], after[..., None], 0)
     return jnp.moveaxis(total.reshape(batch, heads, -1)[..., :tokens], 1, 2)

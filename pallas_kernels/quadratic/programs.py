@@ -48,8 +48,8 @@ def _program(name, score, head_dim, tiles, decay, segments, normalize) -> Progra
     def function(q, k, v, dy, *rest):
         rest = list(rest)
         log_decay = rest.pop(0) if decay else None
-        run = rest.pop(0) if segments else None
-        y, pull = jax.vjp(lambda q, k, v, log_decay: attention(spec, q, k, v, log_decay, run), q, k, v, log_decay)
+        segment = rest.pop(0) if segments else None
+        y, pull = jax.vjp(lambda q, k, v, log_decay: attention(spec, q, k, v, log_decay, segment), q, k, v, log_decay)
         return y, pull(dy)
 
     return Program(name, function, tuple(arguments))

@@ -13,7 +13,7 @@ import pytest
 from support import oracle
 from support.exhaustive import EXHAUSTIVE
 
-from pallas_kernels.chunked.table import TABLE, Crossover
+from pallas_kernels.chunked.crossovers import TABLE, Crossover
 from twomamba_jax import decay_attention
 
 PATH = Path(__file__).parents[2] / "benchmarks" / "attention.py"

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels.chunked import table
-from pallas_kernels.chunked.table import Crossover, crossover
+from pallas_kernels.chunked import crossovers
+from pallas_kernels.chunked.crossovers import Crossover, crossover
 from twomamba_jax import decay_attention
 from twomamba_jax.ops import dispatch, kernels, mosaic_gpu
 
@@ -29,7 +29,7 @@ ROWS = (
     ],
 )
 def test_the_nearest_entry(monkeypatch, device, score, head_dim, direction, sequences, tokens):
-    monkeypatch.setattr(table, "TABLE", ROWS)
+    monkeypatch.setattr(crossovers, "TABLE", ROWS)
     assert crossover(device, score, head_dim, direction, sequences) == tokens
 
 
@@ -42,7 +42,7 @@ def test_the_nearest_entry(monkeypatch, device, score, head_dim, direction, sequ
     ],
 )
 def test_without_an_entry_both_do_equal_numbers_of_products(monkeypatch, score, head_dim, tokens):
-    monkeypatch.setattr(table, "TABLE", ())
+    monkeypatch.setattr(crossovers, "TABLE", ())
     monkeypatch.setattr(mosaic_gpu, "device_kind", lambda: "a GPU")
     assert mosaic_gpu.crossover(score, head_dim, 8) == tokens
 
@@ -57,7 +57,7 @@ def test_no_form_is_what_the_table_says(monkeypatch, score, implementation, cros
 
 def forms(monkeypatch, score, implementation, lengths) -> list[str]:
     """Those that the kernels are asked for."""
-    monkeypatch.setattr(table, "TABLE", ROWS)
+    monkeypatch.setattr(crossovers, "TABLE", ROWS)
     monkeypatch.setitem(dispatch.UNSUPPORTED_DEVICE, "mosaic_gpu", lambda: None)
     monkeypatch.setattr(mosaic_gpu, "device_kind", lambda: "a GPU")
     taken = []

@@ -139,7 +139,7 @@ def test_rolls_back_to_the_bit():
 def test_a_mixer_folds_by_its_implementation(implementation, folds, monkeypatch):
     monkeypatch.setitem(dispatch.UNSUPPORTED_DEVICE, "mosaic_gpu", lambda: None)
     config = config_of("mamba2", num_heads=1, num_kv_heads=1, head_dim=64)
-    mixer = Mixer(config.mixers[0], 1, 64, execution=Execution(implementation=implementation))
+    mixer = Mixer(config.mixers[0], num_heads=1, head_dim=64, execution=Execution(implementation=implementation))
     x = normal(0, 2, 1, config.d_model)
 
     def call(x):

@@ -17,7 +17,7 @@ from pallas_kernels.interpreter import interpreted
 from pallas_kernels.quadratic.attention import Attention
 from pallas_kernels.quadratic.mosaic_gpu import KERNELS
 from twomamba_jax import decay_attention
-from twomamba_jax.ops import dispatch, steps
+from twomamba_jax.ops import dispatch, recurrence
 from twomamba_jax.ops.score import features
 
 TOKENS, CHUNK = 256, 128
@@ -29,7 +29,7 @@ def enter(weights, added, initial, reverse):
     first = 1 if reverse else 0
     start = jax.tree.map(lambda x: x[first], initial)
     steps_of_first = jax.tree.map(lambda x: x[:, first], (weights, added))
-    passed = steps.advance(start, *steps.compose_all(*steps_of_first, reverse))
+    passed = recurrence.advance(start, *recurrence.compose_all(*steps_of_first, reverse))
     return jax.tree.map(lambda *x: jnp.stack(x[::-1] if reverse else x), start, passed)
 
 

@@ -227,7 +227,7 @@ def test_full_cache_raises_outside_jit():
     cache = init_mixer_cache(softmax, config, 1, 3)
     message = "the key/value cache holds 3 tokens and would need 4"
     with pytest.raises(ValueError, match=message):
-        Mixer(softmax, 4, 8, 2).init_with_output(jax.random.key(0), x, cache=cache)
+        Mixer(softmax, num_heads=4, head_dim=8, num_kv_heads=2).init_with_output(jax.random.key(0), x, cache=cache)
     q = jnp.zeros((1, 4, 2, 8))
     with pytest.raises(ValueError, match=message):
         decay_attention(q, q, q, score="exp", initial_state=init_state("exp", 1, 2, 8, 8, capacity=3))

@@ -41,7 +41,7 @@ def test_hybrid_is_its_blocks_in_order():
     """Three scanned runs, the middle one of two layers, against the blocks one after the other."""
     model = model_of(PATTERN, 4)
     config, params = model.config, params_of(model)
-    assert [count for _, count in config.runs] == [1, 2, 1]
+    assert [count for _, count in config.layer_runs] == [1, 2, 1]
     assert {name for name in params if name.startswith("layers_")} == {"layers_0", "layers_1", "layers_2"}
 
     @jax.jit
@@ -51,8 +51,9 @@ def test_hybrid_is_its_blocks_in_order():
             (*[None] * 5, jnp.broadcast_to(jnp.arange(13), (2, 13))),
         )
         for run, layer, name in ((0, 0, "softmax"), (1, 0, "2mamba"), (1, 1, "2mamba"), (2, 0, "mamba2")):
-            block = jax.tree.map(lambda leaf, layer=layer: leaf[layer], params[f"layers_{run}"])
-            x, _ = Block(config, VARIANTS[name].mixer, Execution()).apply({"params": block}, x, *rest)
+            layer_params = jax.tree.map(lambda leaf, layer=layer: leaf[layer], params[f"layers_{run}"])
+            block = Block(config=config, mixer=VARIANTS[name].mixer, execution=Execution())
+            x, _ = block.apply({"params": layer_params}, x, *rest)
         return RMSNorm().apply({"params": params["norm"]}, x) @ params["head"]
 
     assert_close(logits_of(model, params, TOKENS), by_hand(params, TOKENS))
@@ -222,7 +223,7 @@ def test_bfloat16_keeps_wide_what_must_be(calls):
         assert dtypes((q, k, v)) == narrow
         assert log_decay is None or {log_decay.dtype} == wide
 
-    block = Block(model.config, VARIANTS["mamba2"].mixer, model.execution)
+    block = Block(config=model.config, mixer=VARIANTS["mamba2"].mixer, execution=model.execution)
     x = jnp.zeros((2, 13, 32), jnp.bfloat16)
     (y, _), _ = jax.eval_shape(block.init_with_output, jax.random.key(0), x, *[None] * 6)
     assert {y.dtype} == narrow

@@ -223,7 +223,7 @@ def test_memoryless_sees_the_convolutions_window_alone():
 def test_half_lives_spread_from_the_first_head_to_the_last(heads, half_lives):
     """At a projection of 0, which is what a zero input has."""
     config, x = VARIANTS["2mamba-long"].mixer, jnp.zeros((1, 2, E))
-    bias = jax.jit(Mixer(config, heads, K).init)(jax.random.key(0), x)["params"]["decay_bias"]
+    bias = jax.jit(Mixer(config, num_heads=heads, head_dim=K).init)(jax.random.key(0), x)["params"]["decay_bias"]
     decay_per_token = -softplus(np.float64(nn.unbox(bias)))
     np.testing.assert_allclose(np.exp(decay_per_token * half_lives), 0.5, rtol=1e-6)
 
@@ -231,12 +231,14 @@ def test_half_lives_spread_from_the_first_head_to_the_last(heads, half_lives):
 def test_queries_and_keys_are_shared_between_heads_with_values():
     message = "qk_groups=2 shares queries and keys between heads that have values of their own, and num_kv_heads=2"
     with pytest.raises(ValueError, match=message):
-        jax.eval_shape(Mixer(GROUPED, H, K, num_kv_heads=2).init, jax.random.key(0), jnp.zeros((1, 2, E)))
+        jax.eval_shape(
+            Mixer(GROUPED, num_heads=H, head_dim=K, num_kv_heads=2).init, jax.random.key(0), jnp.zeros((1, 2, E))
+        )
 
 
 @pytest.mark.parametrize("name", ["mamba2", "mamba2-released", "2mamba-dt-long"])
 def test_parameters_gradients_are_summed_in_float32(name):
-    mixer = Mixer(VARIANTS[name].mixer, H, K, execution=Execution(dtype=jnp.bfloat16))
+    mixer = Mixer(VARIANTS[name].mixer, num_heads=H, head_dim=K, execution=Execution(dtype=jnp.bfloat16))
     x = jnp.zeros((2, 37, E), jnp.bfloat16)
     params = jax.eval_shape(lambda: nn.unbox(mixer.init(jax.random.key(0), x)["params"]))
 
@@ -250,11 +252,13 @@ def test_parameters_gradients_are_summed_in_float32(name):
 def test_initial_values():
     """Algorithm 2's for the decay; U(-1 / sqrt(fan in), 1 / sqrt(fan in)) for what projects and convolves."""
     width, heads = 16, 2048  # so many heads that draws come close to both ends of a range
-    mixer = Mixer(VARIANTS["mamba2"].mixer, num_heads=heads, head_dim=1)
-    params = nn.unbox(mixer.init(jax.random.key(0), jnp.zeros((1, 2, width)))["params"])
-    decay = nn.unbox(
-        Mixer(VARIANTS["2mamba"].mixer, heads, 1).init(jax.random.key(0), jnp.zeros((1, 2, width)))["params"]["decay"]
+    sizes = {"num_heads": heads, "head_dim": 1}
+    x = jnp.zeros((1, 2, width))
+    params, of_softplus = (
+        nn.unbox(Mixer(VARIANTS[name].mixer, **sizes).init(jax.random.key(0), x)["params"])
+        for name in ("mamba2", "2mamba")
     )
+    decay = of_softplus["decay"]
 
     def spans(x, low, high):
         """All of x within, and from within half a percent of one end to within half a percent of the other."""

@@ -128,8 +128,8 @@ def test_parameter_counts_of_the_paper(pattern, sizes, count):
 )
 def test_equal_neighbours_are_one_run(pattern, counts):
     config = config_of(pattern, 5)
-    assert [count for _, count in config.runs] == counts
-    assert [mixer for mixer, count in config.runs for _ in range(count)] == list(config.layer_mixers)
+    assert [count for _, count in config.layer_runs] == counts
+    assert [mixer for mixer, count in config.layer_runs for _ in range(count)] == list(config.layer_mixers)
     boxes = boxes_of(config)
     assert [boxes[f"layers_{run}/mixer/q/kernel"].value.shape[0] for run in range(len(counts))] == counts
     assert f"layers_{len(counts)}/mixer/q/kernel" not in boxes

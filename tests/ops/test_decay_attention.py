@@ -1,6 +1,9 @@
 """The public operation: refusals, choices, the key/value cache's capacity, outputs at padding."""
 
+import inspect
 import logging
+import runpy
+import typing
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +14,7 @@ from support.cases import Case
 
 from twomamba_jax import decay_attention, decay_attention_step, init_state, state_bytes
 from twomamba_jax.ops import dispatch, xla
+from twomamba_jax.ops.decay_attention import Options
 from twomamba_jax.ops.score import features, num_features
 
 pytestmark = pytest.mark.quick
@@ -186,3 +190,27 @@ def test_composes_with_vmap_and_checkpoint():
     mapped = jax.jit(jax.vmap(jax.grad(jax.checkpoint(loss))))(stacked)
     for i, want in enumerate(one_by_one):
         jax.tree.map(lambda a, b, i=i: np.testing.assert_allclose(a[i], b, rtol=2e-5, atol=1e-6), mapped, want)
+
+
+def test_the_type_of_the_result_follows_return_final_state():
+    """The overloads take what the function takes, and name its result for each value.
+
+    Read from the module as it is without what checks its annotations here, which hides all overloads but the last.
+    """
+    plain = runpy.run_path(inspect.getsourcefile(inspect.unwrap(decay_attention)))["decay_attention"]
+    signature = inspect.signature(plain)
+    whole, options, results = dict(signature.parameters), typing.get_type_hints(Options), {}
+    del whole["return_final_state"]
+    assert {name: whole.pop(name).annotation for name in options} == options
+    for overload in typing.get_overloads(plain):
+        own = inspect.signature(overload)
+        *arrays, returns, _ = own.parameters.values()
+        assert arrays == list(whole.values())
+        results[returns.annotation, returns.default] = own.return_annotation
+    y, both = typing.get_args(signature.return_annotation)
+    required = inspect.Parameter.empty
+    assert results == {
+        (typing.Literal[False], False): y,
+        (typing.Literal[True], required): both,
+        (bool, required): y | both,
+    }

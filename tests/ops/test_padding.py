@@ -69,7 +69,7 @@ def test_nan_padding_reaches_no_gradient_of_convolution():
 
 
 def test_nan_padding_reaches_no_gradient_of_a_mixer():
-    mixer = Mixer(VARIANTS["mamba2"].mixer, 4, 8, 2)
+    mixer = Mixer(VARIANTS["mamba2"].mixer, num_heads=4, head_dim=8, num_kv_heads=2)
     x = jnp.asarray(np.random.default_rng(0).normal(size=(3, 7, 32)), jnp.float32)
     params = params_of(model_of("mamba2"))["layers_0"]["mixer"]
 

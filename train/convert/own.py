@@ -20,7 +20,7 @@ FORMAT, VERSION = "twomamba-jax", 1
 def describe(variant: str, model: ModelConfig, length: int, tokenizer: Mapping[str, Any]) -> dict[str, Any]:
     """The config.json of a model of `variant`, trained on rows of `length` tokens."""
     sizes = {field.name: getattr(model, field.name) for field in dataclasses.fields(model) if field.name != "mixers"}
-    mixers = [{"count": count, "mixer": dataclasses.asdict(mixer)} for mixer, count in model.runs]
+    mixers = [{"count": count, "mixer": dataclasses.asdict(mixer)} for mixer, count in model.layer_runs]
     return {
         "format": FORMAT,
         "version": VERSION,

@@ -119,9 +119,9 @@ class Layers:
 
     def of(self, layer: int) -> dict[str, Parameter]:
         """The parameters of a layer by their paths with dots, such as `mixer.q.kernel`."""
-        ends = np.cumsum([count for _, count in self.config.runs])
+        ends = np.cumsum([count for _, count in self.config.layer_runs])
         index = int(np.searchsorted(ends, layer, side="right"))
-        run, first = f"layers_{index}", int(ends[index]) - self.config.runs[index][1]
+        run, first = f"layers_{index}", int(ends[index]) - self.config.layer_runs[index][1]
         leaves = jax.tree.leaves_with_path(self._shapes[run])
         paths = [tuple(key.key for key in path) for path, _ in leaves]
         return {

@@ -17,11 +17,11 @@ from twomamba_jax.layers.execution import Execution
 from twomamba_jax.ops.decoding import cached_attention
 from twomamba_jax.ops.decoding.cached_attention import FOLD_SIZE, DecodingCache, init_decoding_cache
 from twomamba_jax.ops.decoding.new_tokens import NewTokens
-from twomamba_jax.ops.integers import checked_integer
+from twomamba_jax.ops.integers import Integer, checked_integer
 from twomamba_jax.ops.score import SCORES
 from twomamba_jax.ops.sharding import check_multiple
 from twomamba_jax.ops.state import state_bytes
-from twomamba_jax.shapes import Array, Float, Int
+from twomamba_jax.shapes import AnyArray, Array, Float, Int
 
 
 class ConvolutionInputs(NamedTuple):
@@ -36,7 +36,13 @@ class ConvolutionInputs(NamedTuple):
 
 
 class MixerCache(NamedTuple):
-    """The operation's cache, and the convolution's inputs (None where the mixer has no convolution)."""
+    """The operation's cache, and the convolution's inputs (None where the mixer has no convolution).
+
+    Examples:
+      >>> cache = init_cache(config, batch=1, max_length=32)
+      >>> cache.layers[0].convolution.v.shape  # both layers' last input of a convolution over two
+      (2, 1, 1, 2, 4)
+    """
 
     attention: DecodingCache
     convolution: ConvolutionInputs | None
@@ -57,9 +63,14 @@ class Rollback(NamedTuple):
 
 
 class Cache(NamedTuple):
-    """One `MixerCache` per run of equal layers, its arrays with a leading layer axis, and the next token's position.
+    """One `MixerCache` a layer run, its arrays with a leading layer axis, and the next token's position.
 
     `rollback` is None where no token can be taken back.
+
+    Examples:
+      >>> cache = init_cache(config, batch=1, max_length=32)
+      >>> len(cache.layers), cache.position.tolist()  # both layers have equal mixers
+      (1, [0])
     """
 
     layers: tuple[MixerCache, ...]
@@ -69,10 +80,10 @@ class Cache(NamedTuple):
 
 def init_cache(
     config: ModelConfig,
-    batch: int,
-    max_length: int,
+    batch: Integer,
+    max_length: Integer,
     *,
-    fold_size: int = FOLD_SIZE,
+    fold_size: Integer = FOLD_SIZE,
     rollback: bool = False,
     dtype=jnp.float32,
     state_dtype=jnp.float32,
@@ -94,7 +105,13 @@ def init_cache(
 
     Raises:
       ValueError: batch, max_length or fold_size below 1; a batch or heads that are no multiple of the devices that they
-        are spread over.
+        are sharded over.
+
+    Examples:
+      >>> cache = init_cache(config, batch=1, max_length=32, rollback=True)
+      >>> logits, cache = apply({"params": params}, tokens, cache=cache)
+      >>> logits.shape, cache.position.tolist()
+      ((1, 4, 16), [4])
     """
     batch, max_length = checked_integer("batch", batch), checked_integer("max_length", max_length)
     fold_size = checked_integer("fold_size", fold_size)
@@ -116,14 +133,14 @@ def _init_cache(config: ModelConfig, batch: int, max_length: int, options: tuple
 
     position, left = jnp.zeros((2, batch), jnp.int32)
     cache = Cache(
-        tuple(stacked(mixer, count) for mixer, count in config.runs),
+        tuple(stacked(mixer, count) for mixer, count in config.layer_runs),
         position,
         Rollback(left, jnp.int32(options["fold_size"])) if options["rollback"] else None,
     )
-    return _spread(cache, config)
+    return _shard(cache, config)
 
 
-def _spread(cache: Cache, config: ModelConfig) -> Cache:
+def _shard(cache: Cache, config: ModelConfig) -> Cache:
     """The cache with its rows and heads over the axes of the mesh that the logical axis rules name."""
 
     def constrain(x, *names):
@@ -142,7 +159,7 @@ def _spread(cache: Cache, config: ModelConfig) -> Cache:
             jax.tree.map(lambda x: constrain(x, "layers", "batch", "heads"), layer.attention),
             convolution(mixer, layer.convolution),
         )
-        for layer, (mixer, _) in zip(cache.layers, config.runs)
+        for layer, (mixer, _) in zip(cache.layers, config.layer_runs)
     )
     rollback = cache.rollback
     if rollback is not None:
@@ -188,8 +205,13 @@ def init_mixer_cache(
     return MixerCache(attention, ConvolutionInputs(q, k, inputs(kv_heads, config.head_dim)))
 
 
-def cache_bytes(config: ModelConfig, batch: int, max_length: int, **options) -> int:
-    """The size in bytes of `init_cache` with these arguments; nothing is allocated."""
+def cache_bytes(config: ModelConfig, batch: Integer, max_length: Integer, **options) -> int:
+    """The size in bytes of `init_cache` with these arguments; nothing is allocated.
+
+    Examples:
+      >>> cache_bytes(config, batch=1, max_length=32) == cache_bytes(config, batch=1, max_length=32_000)
+      True
+    """
     return state_bytes(jax.eval_shape(lambda: init_cache(config, batch, max_length, **options)))
 
 
@@ -220,7 +242,7 @@ def advance(cache: Cache, layers: tuple[MixerCache, ...], counts) -> Cache:
     return Cache(layers, cache.position + counts, rollback)
 
 
-def roll_back(cache: Cache, counts: int | Int[Array, "B"]) -> Cache:
+def roll_back(cache: Cache, counts: Integer | Int[AnyArray, "B"]) -> Cache:
     """The cache without the last `counts` tokens of each row.
 
     The calls that follow give bit for bit what they would have given had those tokens never been there. At most r
@@ -234,6 +256,12 @@ def roll_back(cache: Cache, counts: int | Int[Array, "B"]) -> Cache:
     Raises:
       ValueError: a cache without rollback; more tokens than can be taken back (inside `jax.jit`, where that cannot be
         raised, the rows where it happens are NaN from there on).
+
+    Examples:
+      >>> cache = init_cache(config, batch=1, max_length=32, rollback=True)
+      >>> _, cache = apply({"params": params}, tokens, cache=cache)
+      >>> roll_back(cache, 3).position.tolist()
+      [1]
     """
     if cache.rollback is None:
         raise ValueError("this cache cannot be rolled back: make it with init_cache(..., rollback=True)")

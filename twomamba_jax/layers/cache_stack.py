@@ -1,4 +1,4 @@
-"""The caches of a run of equal layers in the loop over them, which only reads them.
+"""The caches of a layer run in the loop over them, which only reads them.
 
 What goes into that loop layer by layer may be copied. So finite scores' caches are read in their stack, where they lie.
 """

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import residuals
 from twomamba_jax.ops.dispatch import FORMS, IMPLEMENTATIONS
-from twomamba_jax.ops.integers import checked_integer
+from twomamba_jax.ops.integers import Integer, checked_integer
 
 # What is dear to compute and linear in T: products without a batch dimension, which are the projections, and what the
 # attention kernels need again; and what is small (`ops.kept`). Products with one are the scores and weighted values of
@@ -36,7 +36,7 @@ REMATS = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Execution:
     """Dtypes, memory and kernels.
 
@@ -57,6 +57,11 @@ class Execution:
     Raises:
       ValueError: a dtype that is not floating, an unknown remat, form, implementation or precision, a scan_layers that
         is no bool, a chunk size below 1 or without the chunked form.
+
+    Examples:
+      >>> model = LanguageModel(config, Execution(dtype=jnp.bfloat16, remat="dots"))
+      >>> model.execution.param_dtype  # parameters stay as they are
+      dtype('float32')
     """
 
     dtype: Any = jnp.float32
@@ -64,7 +69,7 @@ class Execution:
     remat: Literal["none", "states", "dots", "full"] = "none"
     scan_layers: bool | None = None
     form: str | None = None
-    chunk_size: int | None = None
+    chunk_size: Integer | None = None
     implementation: str | None = None
     precision: str | None = None
 

@@ -1,5 +1,7 @@
 """A causal language model: embedding, blocks of a mixer and an MLP, head."""
 
+from collections.abc import Sequence
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -14,13 +16,14 @@ from twomamba_jax.layers.mlp import PROJECTION_INIT, SwiGLU
 from twomamba_jax.layers.norm import RMSNorm
 from twomamba_jax.layers.partitioning import with_logical_axes
 from twomamba_jax.layers.tokens import as_tokens
+from twomamba_jax.ops.integers import Integer
 from twomamba_jax.ops.kept import kept
 from twomamba_jax.ops.numerics import accumulation_dtype
 from twomamba_jax.ops.segments import valid_tokens
-from twomamba_jax.shapes import Array, Float, Lengths, SegmentIds, Tokens
+from twomamba_jax.shapes import AnyArray, Array, Float, Lengths, SegmentIds, Tokens
 
 
-class Block(nn.Module):
+class Block(nn.Module, kw_only=True):
     """x + mixer(norm(x)), then x + mlp(norm(x)) where there is an MLP.
 
     Attributes:
@@ -45,13 +48,13 @@ class Block(nn.Module):
         norm = {"eps": config.norm_eps, "dtype": dtype, "param_dtype": param_dtype}
         mixed, new = Mixer(
             self.mixer,
-            config.num_heads,
-            config.head_dim,
-            config.kv_heads,
-            config.rope_theta,
-            config.norm_eps,
-            self.execution,
-            config.output_norm_eps,
+            num_heads=config.num_heads,
+            head_dim=config.head_dim,
+            num_kv_heads=config.kv_heads,
+            rope_theta=config.rope_theta,
+            norm_eps=config.norm_eps,
+            output_norm_eps=config.output_norm_eps,
+            execution=self.execution,
             name="mixer",
         )(
             RMSNorm(name="mixer_norm", **norm)(x),
@@ -65,7 +68,9 @@ class Block(nn.Module):
         # Kept in the place of `mixed`, which only this sum needs.
         x = kept(nn.with_logical_constraint(x + mixed, ("batch", "length", "embed")))
         if config.mlp_dim:
-            x = x + SwiGLU(config.mlp_dim, dtype, param_dtype, name="mlp")(RMSNorm(name="mlp_norm", **norm)(x))
+            x = x + SwiGLU(config.mlp_dim, dtype=dtype, param_dtype=param_dtype, name="mlp")(
+                RMSNorm(name="mlp_norm", **norm)(x)
+            )
             x = nn.with_logical_constraint(x, ("batch", "length", "embed"))
         return x, new
 
@@ -73,12 +78,20 @@ class Block(nn.Module):
 class LanguageModel(nn.Module):
     """The Llama-2 shape of Appendix B with a mixer of the 2Mamba family in each layer.
 
-    Each run of layers with equal mixers is one `nn.scan`: its parameters carry a leading `layers` axis, whether or not
-    it is a loop (`execution.scan_layers`).
+    Each run of layers with equal mixers (`ModelConfig.layer_runs`) is one `nn.scan`: its parameters carry a leading
+    `layers` axis, whether or not it is a loop (`execution.scan_layers`).
 
     Attributes:
       config: what to compute.
       execution: how to compute it.
+
+    Examples:
+      >>> model = LanguageModel(config)
+      >>> tokens = jnp.array([[1, 2, 3, 4]])
+      >>> params = jax.jit(model.init)(jax.random.key(0), tokens)["params"]
+      >>> apply = jax.jit(model.apply)
+      >>> apply({"params": params}, tokens).shape
+      (1, 4, 16)
     """
 
     config: ModelConfig
@@ -87,15 +100,15 @@ class LanguageModel(nn.Module):
     @nn.compact
     def __call__(
         self,
-        tokens: Tokens,
+        tokens: Tokens | Sequence[Sequence[Integer]],
         *,
         cache: Cache | None = None,
         segment_ids: SegmentIds | None = None,
-        lengths: Lengths | None = None,
+        lengths: Lengths | Sequence[Integer] | None = None,
         cache_is_empty: bool = False,
         last_only: bool = False,
         apply_head: bool = True,
-    ) -> Float[Array, "B T vocab"] | tuple[Float[Array, "B T vocab"], Cache]:
+    ) -> Float[Array, "B N vocab"] | tuple[Float[Array, "B N vocab"], Cache]:
         """Logits of the token after each one, float32 or wider.
 
         Args:
@@ -112,8 +125,8 @@ class LanguageModel(nn.Module):
             by piece with `head_logits` and `head_kernel`.
 
         Returns:
-          logits [B, T, vocab], or [B, 1, vocab] of the last tokens; without the head, the normalised hidden states
-          [B, T, E] or [B, 1, E] in `execution.dtype`; with `cache`, (logits, cache).
+          logits [B, N, vocab], N = T, or 1 where it is `last_only`; without the head, the normalised hidden states
+          [B, N, E] in `execution.dtype`; with `cache`, (logits, cache).
 
         Raises:
           ValueError: tokens, segment_ids or lengths that are not integers of these shapes; tokens out of the vocabulary
@@ -148,7 +161,7 @@ class LanguageModel(nn.Module):
         one_by_one = execution.scan_layers is False
         block = REMATS[execution.remat](Block, prevent_cse=one_by_one)
         caches = []
-        for index, (mixer, count) in enumerate(config.runs):
+        for index, (mixer, count) in enumerate(config.layer_runs):
             layers = nn.scan(
                 block,
                 variable_axes={"params": 0},
@@ -157,7 +170,13 @@ class LanguageModel(nn.Module):
                 length=count,
                 unroll=count if one_by_one else 1,
                 metadata_params={nn.PARTITION_NAME: "layers"},
-            )(config, mixer, execution, cache_is_empty, name=f"layers_{index}")
+            )(
+                config=config,
+                mixer=mixer,
+                execution=execution,
+                cache_is_empty=cache_is_empty,
+                name=f"layers_{index}",
+            )
             rows = segment_ids, lengths, positions
             if cache is None:
                 x, _ = layers(x, None, np.arange(count), None, *rows)
@@ -187,10 +206,21 @@ class LanguageModel(nn.Module):
 
 
 def head_kernel(params) -> Float[Array, "E vocab"]:
-    """W of `head_logits` from the parameters of a `LanguageModel`: its own, or the transposed embedding where tied."""
-    return params["head"] if "head" in params else params["embedding"]["embedding"].T
+    """W of `head_logits` from the parameters of a `LanguageModel`: its own, or the transposed embedding where tied.
+
+    Examples:
+      >>> head_kernel(params).shape
+      (8, 16)
+    """
+    return nn.unbox(params["head"]) if "head" in params else nn.unbox(params["embedding"]["embedding"]).T
 
 
-def head_logits(x: Float[Array, "... E"], kernel: Float[Array, "E vocab"]) -> Float[Array, "... vocab"]:
-    """x W, the product in x's dtype, summed and kept in float32 or wider."""
+def head_logits(x: Float[AnyArray, "... E"], kernel: Float[AnyArray, "E vocab"]) -> Float[Array, "... vocab"]:
+    """x W, the product in x's dtype, summed and kept in float32 or wider.
+
+    Examples:
+      >>> x = jnp.ones((1, 2, 8))  # such as some tokens of `model.apply(..., apply_head=False)`
+      >>> head_logits(x, head_kernel(params)).shape
+      (1, 2, 16)
+    """
     return jnp.einsum("...e,ev->...v", x, kernel.astype(x.dtype), preferred_element_type=accumulation_dtype(x.dtype))

@@ -13,12 +13,12 @@ from twomamba_jax.config import ModelConfig
 
 
 def unstack_layers(config: ModelConfig, params) -> dict:
-    """The parameters of a `LanguageModel`, those of every run of layers as a list of each layer's."""
+    """The parameters of a `LanguageModel`, those of every layer run as a list of each layer's."""
 
     def layers(stack, count):
         return [jax.tree.map(operator.itemgetter(n), stack) for n in range(count)]
 
-    runs = {f"layers_{index}": count for index, (_, count) in enumerate(config.runs)}
+    runs = {f"layers_{index}": count for index, (_, count) in enumerate(config.layer_runs)}
     return {name: layers(x, runs[name]) if name in runs else x for name, x in params.items()}
 
 

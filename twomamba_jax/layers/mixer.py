@@ -1,5 +1,6 @@
 """The token mixer: every variant of the paper, by its config alone."""
 
+import dataclasses
 import math
 
 import flax.linen as nn
@@ -22,7 +23,7 @@ from twomamba_jax.ops.layout import repeat_heads
 from twomamba_jax.ops.numerics import accumulation_dtype, broadcast_parameter
 from twomamba_jax.ops.rope import apply_rope
 from twomamba_jax.ops.segments import valid_tokens
-from twomamba_jax.shapes import Array, Float, Int, Lengths, SegmentIds
+from twomamba_jax.shapes import AnyArray, Array, Float, Int, Lengths, SegmentIds
 
 
 class Mixer(nn.Module):
@@ -39,9 +40,17 @@ class Mixer(nn.Module):
       norm_eps: epsilon of the output norm, and of normalised keys.
       execution: how to compute it.
       output_norm_eps: epsilon of the output norm; None is `norm_eps`.
+
+    Examples:
+      >>> mixer = Mixer(VARIANTS["2mamba"].mixer, num_heads=2, head_dim=4)
+      >>> x = jnp.ones((1, 5, 8))
+      >>> (y, cache), variables = jax.jit(mixer.init_with_output)(jax.random.key(0), x)
+      >>> y.shape, cache is None
+      ((1, 5, 8), True)
     """
 
     config: MixerConfig
+    _: dataclasses.KW_ONLY
     num_heads: int
     head_dim: int
     num_kv_heads: int | None = None
@@ -53,11 +62,11 @@ class Mixer(nn.Module):
     @nn.compact
     def __call__(
         self,
-        x: Float[Array, "B T E"],
+        x: Float[AnyArray, "B T E"],
         *,
         segment_ids: SegmentIds | None = None,
         lengths: Lengths | None = None,
-        positions: Int[Array, "B T"] | None = None,
+        positions: Int[AnyArray, "B T"] | None = None,
         cache: MixerCache | None = None,
         cache_is_empty: bool = False,
         appends: bool = True,
@@ -127,7 +136,7 @@ class Mixer(nn.Module):
         if cache is None:
             y = decay_attention(q, k, v, log_decay, **rows, **self._operation("length"))
         else:
-            # A cache is not spread along its tokens, and the new ones are too few to be.
+            # A cache is not sharded along its tokens, and the new ones are too few to be.
             options = self._operation(None) | {"is_empty": cache_is_empty}
             y, new = cached_attention(q, k, v, log_decay, cache.attention, **rows, **options)
             new = MixerTokens(new, convolution)
@@ -139,8 +148,8 @@ class Mixer(nn.Module):
             y = y * nn.silu(self._project("z", x, self.num_heads, "heads", self.head_dim, config.z_bias))
         if config.norm == "output":
             eps = self.norm_eps if self.output_norm_eps is None else self.output_norm_eps
-            param_dtype, groups = self.execution.param_dtype, config.norm_groups
-            y = RMSNorm(("heads", "head_dim"), eps, dtype, param_dtype, groups, name="norm")(y)
+            options = {"eps": eps, "groups": config.norm_groups, **self._dtypes()}
+            y = RMSNorm(("heads", "head_dim"), name="norm", **options)(y)
         y = nn.with_logical_constraint(y, ("batch", "length", "heads", "head_dim"))
         out = Projection(("heads", "head_dim"), ("embed",), x.shape[-1:], name="out", **self._dtypes())
         return out(y), cache
@@ -163,7 +172,7 @@ class Mixer(nn.Module):
 
     def _project(self, name, x, heads, axis, size, use_bias=False):
         dims = (heads, size)
-        y = Projection(("embed",), (axis, "head_dim"), dims, use_bias, name=name, **self._dtypes())(x)
+        y = Projection(("embed",), (axis, "head_dim"), dims, use_bias=use_bias, name=name, **self._dtypes())(x)
         return nn.with_logical_constraint(y, ("batch", "length", axis, "head_dim"))
 
     def _convolve(self, name, x, axis, initial_inputs, **rows):

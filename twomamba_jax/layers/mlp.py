@@ -1,5 +1,6 @@
 """The gated MLP of Llama 2."""
 
+import dataclasses
 from typing import Any
 
 import flax.linen as nn
@@ -7,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from twomamba_jax.layers.projection import Projection
+from twomamba_jax.shapes import AnyArray
 
 PROJECTION_INIT = nn.initializers.normal(0.02)  # Appendix B: standard deviation 0.02
 
@@ -18,14 +20,20 @@ class SwiGLU(nn.Module):
       mlp_dim: hidden width.
       dtype: of the products.
       param_dtype: of the kernels.
+
+    Examples:
+      >>> y, variables = jax.jit(SwiGLU(mlp_dim=16).init_with_output)(jax.random.key(0), jnp.ones((1, 5, 8)))
+      >>> y.shape, sorted(variables["params"])
+      ((1, 5, 8), ['down', 'gate', 'up'])
     """
 
     mlp_dim: int
+    _: dataclasses.KW_ONLY
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: AnyArray) -> jax.Array:
         """x [B, T, E] -> [B, T, E]."""
 
         def dense(name, in_axis, out_axis, features):

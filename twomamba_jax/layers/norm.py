@@ -1,5 +1,6 @@
 """Root mean square normalisation."""
 
+import dataclasses
 from typing import Any
 
 import flax.linen as nn
@@ -9,9 +10,10 @@ import jax.numpy as jnp
 from twomamba_jax.layers.partitioning import with_logical_axes
 from twomamba_jax.ops.kept import kept
 from twomamba_jax.ops.numerics import accumulation_dtype
+from twomamba_jax.shapes import AnyArray
 
 
-def divide_by_rms(x: jax.Array, rank: int, eps: float) -> jax.Array:
+def divide_by_rms(x: AnyArray, rank: int, eps: float) -> jax.Array:
     """x / sqrt(mean(x^2) + eps), the mean over the last `rank` dimensions, in float32 or wider."""
     wide = x.astype(accumulation_dtype(x.dtype))
     return wide * jax.lax.rsqrt(kept(jnp.mean(wide * wide, axis=tuple(range(-rank, 0)), keepdims=True) + eps))
@@ -26,23 +28,29 @@ class RMSNorm(nn.Module):
       dtype: of the result.
       param_dtype: of `scale`, which has the normalised dimensions and starts at 1.
       groups: equal parts of the first normalised dimension, each with a mean of its own.
+
+    Examples:
+      >>> y, _ = RMSNorm(eps=0).init_with_output(jax.random.key(0), jnp.array([[3.0, -3.0]]))
+      >>> y.tolist()
+      [[1.0, -1.0]]
     """
 
     axes: tuple[str, ...] = ("embed",)
+    _: dataclasses.KW_ONLY
     eps: float = 1e-5
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
     groups: int = 1
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: AnyArray) -> jax.Array:
         """Normalises x [..., *dims]."""
         init, rank = with_logical_axes(nn.initializers.ones, self.axes), len(self.axes)
         scale = self.param("scale", init, x.shape[-rank:], self.param_dtype)
         y = divide_by_rms(self._apart(x, rank), rank, self.eps).reshape(x.shape)
         return (y * jnp.expand_dims(scale, range(x.ndim - scale.ndim))).astype(self.dtype)
 
-    def _apart(self, x: jax.Array, rank: int) -> jax.Array:
+    def _apart(self, x: AnyArray, rank: int) -> AnyArray:
         """x [..., first, *rest] as [..., groups, first / groups, *rest]."""
         if self.groups == 1:
             return x

@@ -1,5 +1,6 @@
 """A linear map between axes with names."""
 
+import dataclasses
 import math
 from typing import Any
 
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 from twomamba_jax.layers.partitioning import with_logical_axes
 from twomamba_jax.ops.kept import kept_cast
 from twomamba_jax.ops.numerics import broadcast_parameter
+from twomamba_jax.shapes import AnyArray
 
 
 def uniform(fan_in: int):
@@ -53,13 +55,14 @@ class Projection(nn.Module):
     in_axes: tuple[str, ...]
     out_axes: tuple[str, ...]
     out_dims: tuple[int, ...]
+    _: dataclasses.KW_ONLY
     use_bias: bool = False
     kernel_init: Any = None
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: AnyArray) -> jax.Array:
         """x [..., *in] -> [..., *out]."""
         rank = len(self.in_axes)
         in_dims = x.shape[-rank:]

@@ -1,6 +1,6 @@
 """Causal depthwise convolution with a short window, a carried state, and segment resets.
 
-Each tap is the one after it, delayed by a token. Where the tokens are spread over devices, XLA makes a delay of a
+Each tap is the one after it, delayed by a token. Where the tokens are sharded over devices, XLA makes a delay of a
 device's own tokens and one of the device before: W - 1 inputs are passed on, and none is gathered.
 """
 
@@ -9,18 +9,18 @@ import jax.numpy as jnp
 
 from twomamba_jax.ops.checks import as_arrays, as_rows
 from twomamba_jax.ops.numerics import broadcast_parameter
-from twomamba_jax.ops.segments import extend_last_segment, segment_runs, valid_tokens
-from twomamba_jax.shapes import Array, Float, Lengths, SegmentIds
+from twomamba_jax.ops.segments import extend_last_segment, number_segments, valid_tokens
+from twomamba_jax.shapes import AnyArray, Array, Float, Lengths, SegmentIds
 
 
 def causal_convolution(
-    x: Float[Array, "B T *C"],
-    kernel: Float[Array, "W *C"],
-    bias: Float[Array, "*C"] | None = None,
+    x: Float[AnyArray, "B T *C"],
+    kernel: Float[AnyArray, "W *C"],
+    bias: Float[AnyArray, "*C"] | None = None,
     *,
     segment_ids: SegmentIds | None = None,
     lengths: Lengths | None = None,
-    initial_inputs: Float[Array, "B M *C"] | None = None,
+    initial_inputs: Float[AnyArray, "B M *C"] | None = None,
 ) -> tuple[Float[Array, "B T *C"], Float[Array, "B M *C"]]:
     """y_t = bias + sum_i kernel[W - 1 - i] x_{t - i}, i = 0, ..., W - 1, each channel on its own.
 
@@ -45,6 +45,12 @@ def causal_convolution(
     Raises:
       ValueError: a kernel whose channels are not those of x, initial inputs of another shape, segment ids or lengths
         that are no integers of these shapes, or lengths that are known and out of range.
+
+    Examples:
+      >>> x = jnp.array([1.0, 2, 3, 4]).reshape(1, 4, 1)
+      >>> y, inputs = causal_convolution(x, jnp.ones((2, 1)))
+      >>> y.ravel().tolist(), inputs.ravel().tolist()
+      ([1.0, 3.0, 5.0, 7.0], [4.0])
     """
     x, kernel, bias, initial_inputs = as_arrays(x, kernel, bias, initial_inputs)
     segment_ids, lengths = as_rows(x.shape, segment_ids, lengths)
@@ -85,10 +91,10 @@ def causal_convolution(
     last = counts[:, None] + jnp.arange(before)[None]
     final = jnp.take_along_axis(extended, broadcast(last), axis=1)
     if segment_ids is not None:
-        run = segment_runs(extend_last_segment(segment_ids, lengths))
-        # The inputs before token 0 are in its segment, which is run 0.
-        of_inputs = jnp.take_along_axis(jnp.pad(run, ((0, 0), (before, 0))), last, axis=1)
-        final = jnp.where(broadcast(of_inputs == run[:, -1:]), final, 0)
+        segment = number_segments(extend_last_segment(segment_ids, lengths))
+        # The inputs before token 0 are in its segment, which is segment 0.
+        of_inputs = jnp.take_along_axis(jnp.pad(segment, ((0, 0), (before, 0))), last, axis=1)
+        final = jnp.where(broadcast(of_inputs == segment[:, -1:]), final, 0)
     return y, final.astype(initial_inputs.dtype)
 
 

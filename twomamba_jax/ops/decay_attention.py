@@ -1,6 +1,7 @@
 """The public operation, and its single step."""
 
 import functools
+from typing import Literal, TypedDict, Unpack, overload
 
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
@@ -11,14 +12,79 @@ from twomamba_jax.ops.decay import clamp_log_decay
 from twomamba_jax.ops.dispatch import Form, Implementation
 from twomamba_jax.ops.forms import key_values, recurrent
 from twomamba_jax.ops.forms.parallel import final_state
-from twomamba_jax.ops.integers import checked_integer
+from twomamba_jax.ops.integers import Integer, checked_integer
 from twomamba_jax.ops.layout import heads_first, tokens_first
 from twomamba_jax.ops.numerics import Precision
 from twomamba_jax.ops.score import Score
-from twomamba_jax.ops.segments import extend_last_segment, segment_runs, valid_tokens
-from twomamba_jax.ops.sharding import sequence_axis, spread
+from twomamba_jax.ops.segments import extend_last_segment, number_segments, valid_tokens
+from twomamba_jax.ops.sharding import sequence_axis, shard_call
 from twomamba_jax.ops.state import KeyValueCache, State, init_state
-from twomamba_jax.shapes import Array, Float, Keys, Lengths, LogDecay, Outputs, Queries, SegmentIds, Values
+from twomamba_jax.shapes import (
+    AnyArray,
+    Array,
+    Float,
+    Float32,
+    Float64,
+    Keys,
+    Lengths,
+    LogDecay,
+    Outputs,
+    Queries,
+    SegmentIds,
+    Values,
+)
+
+
+class Options(TypedDict, total=False):
+    """The keywords of `decay_attention` on which the type of its result does not depend."""
+
+    score: Score
+    normalize: bool
+    scale: float | None
+    segment_ids: SegmentIds | None
+    lengths: Lengths | None
+    initial_state: State | None
+    form: Form | None
+    chunk_size: Integer | None
+    implementation: Implementation | None
+    precision: Precision
+    partition: PartitionSpec | None
+
+
+@overload
+def decay_attention(
+    q: Queries,
+    k: Keys,
+    v: Values,
+    log_decay: LogDecay | None = None,
+    *,
+    return_final_state: Literal[False] = False,
+    **options: Unpack[Options],
+) -> Outputs: ...
+
+
+@overload
+def decay_attention(
+    q: Queries,
+    k: Keys,
+    v: Values,
+    log_decay: LogDecay | None = None,
+    *,
+    return_final_state: Literal[True],
+    **options: Unpack[Options],
+) -> tuple[Outputs, State]: ...
+
+
+@overload
+def decay_attention(
+    q: Queries,
+    k: Keys,
+    v: Values,
+    log_decay: LogDecay | None = None,
+    *,
+    return_final_state: bool,
+    **options: Unpack[Options],
+) -> Outputs | tuple[Outputs, State]: ...
 
 
 def decay_attention(
@@ -35,7 +101,7 @@ def decay_attention(
     initial_state: State | None = None,
     return_final_state: bool = False,
     form: Form | None = None,
-    chunk_size: int | None = None,
+    chunk_size: Integer | None = None,
     implementation: Implementation | None = None,
     precision: Precision = None,
     partition: PartitionSpec | None = None,
@@ -78,9 +144,9 @@ def decay_attention(
         this GPU where they support the call, and XLA elsewhere; said once in the log.
       precision: None uses weights and features in q's dtype (float16 in float32) and JAX's default product precision;
         `highest` computes everything in float32 or wider. Denominators and states are always float32 or wider.
-      partition: the mesh axes over which q [B, T, H, K] is spread, and so k, v and the result, where a mesh is set
+      partition: the mesh axes over which q [B, T, H, K] is sharded, and so k, v and the result, where a mesh is set
         (`jax.set_mesh`). A kernel runs on each device's batch entries and heads; XLA needs no hint for these. Where the
-        tokens are spread too, each device computes its slice, by any implementation. Of a finite score devices pass on
+        tokens are sharded too, each device computes its slice, by any implementation. Of a finite score devices pass on
         a state, 1 + log2(n) messages of it whatever T is; `parallel` then takes all tokens of a device at once. For
         `exp` each gathers all T keys, values and log decays (docs/sharding.md has the bytes). An initial state is that
         before the first device's tokens.
@@ -90,8 +156,15 @@ def decay_attention(
 
     Raises:
       ValueError: shapes or dtypes that do not fit, an unknown score, form or implementation, a form or implementation
-        that cannot compute this call, sizes that are no multiple of the devices that they are spread over, a cache
+        that cannot compute this call, sizes that are no multiple of the devices that they are sharded over, a cache
         without room for T tokens (inside `jax.jit`, where that cannot be raised, the rows that overflow are NaN).
+
+    Examples:
+      >>> q = k = v = jax.random.normal(jax.random.key(0), (1, 5, 2, 4))
+      >>> attend = jax.jit(decay_attention, static_argnames="return_final_state")
+      >>> y, state = attend(q, k, v, return_final_state=True)
+      >>> y.shape, state.kv.shape
+      ((1, 5, 2, 4), (1, 2, 10, 4))
     """
     call = check_call(
         q,
@@ -116,7 +189,7 @@ def attend(
     *,
     return_final_state: bool,
     form: Form | None,
-    chunk_size: int | None,
+    chunk_size: Integer | None,
     implementation: Implementation | None,
     partition: PartitionSpec | None,
 ) -> tuple[Outputs, State | None]:
@@ -137,10 +210,10 @@ def attend(
         q, k, v = (jnp.where(valid[..., None, None], x, 0) for x in (q, k, v))
         log_decay = None if log_decay is None else jnp.where(valid[..., None], log_decay, 0)
 
-    # XLA spreads what does not go along the tokens by itself; a kernel is not partitioned by the compiler.
+    # XLA shards by itself what does not go along the tokens; a kernel is not partitioned by the compiler.
     on_mesh = None if implementation == "xla" and axis is None else partition
     local = functools.partial(dispatch.load(implementation).attend, op, form, chunk_size, return_final_state)
-    y, final = spread(local, on_mesh, q, k, v, log_decay, segment_ids, state)
+    y, final = shard_call(local, on_mesh, q, k, v, log_decay, segment_ids, state)
     if return_final_state and final is None:
         final = _state_after(op, k, v, log_decay, segment_ids, counts, state)
     if lengths is not None:
@@ -151,10 +224,10 @@ def attend(
 
 
 def decay_attention_step(
-    q: Float[Array, "B H K"],
-    k: Float[Array, "B G K"],
-    v: Float[Array, "B G V"],
-    log_decay: Float[Array, "B G"] | None,
+    q: Float[AnyArray, "B H K"],
+    k: Float[AnyArray, "B G K"],
+    v: Float[AnyArray, "B G V"],
+    log_decay: Float32[AnyArray, "B G"] | Float64[AnyArray, "B G"] | None,
     state: State,
     *,
     score: Score,
@@ -172,6 +245,13 @@ def decay_attention_step(
 
     Raises:
       ValueError: shapes, dtypes or a state that do not fit; a full cache, outside `jax.jit`.
+
+    Examples:
+      >>> q = k = v = jnp.ones((1, 2, 4))
+      >>> state = init_state("linear", batch=1, num_kv_heads=2, head_dim=4, value_dim=4)
+      >>> y, state = decay_attention_step(q, k, v, None, state, score="linear", normalize=False)
+      >>> y[0, 0].tolist()  # <q, k> / sqrt(4), times the first token's own v
+      [2.0, 2.0, 2.0, 2.0]
     """
     q, k, v, log_decay = as_arrays(q, k, v, log_decay)
     for name, x in (("q", q), ("k", k), ("v", v)):
@@ -193,9 +273,9 @@ def decay_attention_step(
 def _state_after(op, k, v, log_decay, segment_ids, counts, state):
     """The state after the last token, for a form that does not compute it on the way."""
     _, k, v, log_decay = heads_first(k, k, v, log_decay)
-    run = None if segment_ids is None else segment_runs(segment_ids)
+    segment = None if segment_ids is None else number_segments(segment_ids)
     if op.finite:
-        return final_state(op, k, v, log_decay, run, state)
+        return final_state(op, k, v, log_decay, segment, state)
     if state is None:
         state = init_state("exp", k.shape[0], k.shape[1], k.shape[3], v.shape[3], capacity=k.shape[2], dtype=k.dtype)
-    return key_values.append(k, v, log_decay, run, counts, state)
+    return key_values.append(k, v, log_decay, segment, counts, state)

@@ -1,10 +1,13 @@
 """Counts and sizes that callers give, which decide the shapes of a program."""
 
 import operator
+from typing import SupportsIndex
+
+Integer = SupportsIndex  # Python's and NumPy's integers, and arrays of one
 
 
 def checked_integer(name: str, value, or_none: bool = False, least: int = 1) -> int | None:
-    """`value` as Python's int, whether it is one of Python's, NumPy's or an array of one; `or_none` allows None.
+    """`value`, an `Integer`, as Python's int; `or_none` allows None.
 
     Raises ValueError for anything else (a bool, a float, a value traced by JAX), and for integers below `least`.
     """

@@ -85,35 +85,35 @@ class Kernels:
         k,
         v,
         log_decay,
-        run,
+        segment,
         state: FiniteState | None,
         axis: SequenceAxis | None,
     ):
         """y [B, T, H, V] in q's dtype, and the final state if it is wanted and the form computes it, or None.
 
-        A call for `spread`, of arrays [B, T, heads, dim].
+        A call for `shard_call`, of arrays [B, T, heads, dim].
         """
         head_dim, value_dim = k.shape[3], v.shape[3]
         call = functools.partial(self._attend, op, form, chunk_size, return_final_state)
         if head_dim == value_dim:
-            return call(q, k, v, log_decay, run, state, axis)
+            return call(q, k, v, log_decay, segment, state, axis)
         state = None if state is None else pad_state(op.score, head_dim, state)
-        y, final = call(*pad_arrays(q, k, v), log_decay, run, state, axis)
+        y, final = call(*pad_arrays(q, k, v), log_decay, segment, state, axis)
         return y[..., :value_dim], None if final is None else cut_state(op.score, head_dim, value_dim, final)
 
-    def _attend(self, op: Operation, form, chunk_size, return_final_state, q, k, v, log_decay, run, state, axis):
+    def _attend(self, op: Operation, form, chunk_size, return_final_state, q, k, v, log_decay, segment, state, axis):
         """`attend` with K = V."""
         inside = quadratic.Attention(self.quadratic, op.score, op.normalize, op.query_scale, op.denominator_floor)
         log_decay = None if log_decay is None else log_decay.astype(jnp.float32)
         if form == "parallel":
-            return quadratic.attention(inside, q, k, v, log_decay, run), None
+            return quadratic.attention(inside, q, k, v, log_decay, segment), None
         enter = None if axis is None else axis.enter
         stages = self.stages[op.score]
         spec = chunked.ChunkedAttention(inside, stages, chunk_size, final_state=return_final_state, enter=enter)
         if state is not None:
             state = chunked.StateArrays(*(x.astype(jnp.float32) for x in state))
             state = state if axis is None else axis.first(state)
-        y, final = chunked.chunked_attention(spec, q, k, v, log_decay, run, state)
+        y, final = chunked.chunked_attention(spec, q, k, v, log_decay, segment, state)
         if not return_final_state:
             return y, None
         final = FiniteState(*final)
@@ -126,7 +126,7 @@ class Kernels:
         return self.step.unsupported(q, state.kv, q.shape[2] // k.shape[2])
 
     def attend_in_cache(self, op: Operation, q, k, v, log_decay, cache: RecurrentCache | LayerCache, partition):
-        """`recurrent_cache.attend` for one token; spread over the batch and heads of `partition`.
+        """`recurrent_cache.attend` for one token; sharded over the batch and heads of `partition`.
 
         New keys and values are rounded to the cache's dtype before they are attended to.
         """
@@ -145,7 +145,7 @@ class Kernels:
             denominator = not_negative(through_state) + of_ring
             return divide(numerator[..., None], denominator, op.denominator_floor)[:, :, :, None, :, 0]
 
-        return _spread(attend, partition, cache.layer, of_layers, (q[:, :, :, 0], key, value, decays))
+        return _sharded(attend, partition, cache.layer, of_layers, (q[:, :, :, 0], key, value, decays))
 
     def unsupported_fold(self, kv, keys, values, size: int) -> str | None:
         """Why the kernel cannot fold `size` tokens of these rings into these states, or None if it can."""
@@ -163,7 +163,7 @@ def _in_stack(cache: RecurrentCache | LayerCache) -> LayerCache:
     return LayerCache(jax.tree.map(lambda x: x[None], cache._replace(previous=None)), jnp.int32(0))
 
 
-def _spread(call: Callable, partition: PartitionSpec | None, layer, of_layers, of_token):
+def _sharded(call: Callable, partition: PartitionSpec | None, layer, of_layers, of_token):
     """call(layer, of_layers, of_token) -> [B, G, ...]; arrays [L, B, G, ...] or [L, B], and [B, G, ...]."""
     if partition is None or jax.sharding.get_abstract_mesh().empty:
         return call(layer, of_layers, of_token)

@@ -5,7 +5,7 @@ They are heavy to import, and not there on every platform: `dispatch` imports th
 
 import sys
 
-from pallas_kernels.chunked import table
+from pallas_kernels.chunked import crossovers
 from pallas_kernels.chunked.mosaic_gpu import STAGES
 from pallas_kernels.decoding import fold, step
 from pallas_kernels.device import device_kind
@@ -18,8 +18,8 @@ LONGEST = {"linear": 16384, "squared": 131072, "exp": sys.maxsize}
 
 def crossover(score: str, head_dim: int, sequences: int) -> int:
     """The tokens up to which the quadratic kernels are the fastest, for `sequences` = B H."""
-    measured = table.crossover(device_kind(), score, head_dim, "forward+backward", sequences)
-    return measured or table.equal_products(STAGES[score].chunk, STAGES[score].rows(head_dim))
+    measured = crossovers.crossover(device_kind(), score, head_dim, "forward+backward", sequences)
+    return measured or crossovers.equal_products(STAGES[score].chunk, STAGES[score].rows(head_dim))
 
 
 MOSAIC_GPU = Kernels(KERNELS, STAGES, step, fold, LONGEST, crossover)

@@ -10,11 +10,11 @@ from twomamba_jax.ops.sequence import SequenceAxis
 from twomamba_jax.shapes import Array, Bool, Int, Lengths, SegmentIds
 
 
-def segment_runs(segment_ids: SegmentIds, axis: SequenceAxis | None = None) -> Int[Array, "B T"]:
-    """Numbers the segments of each row 0, 1, 2, ...: ids may recur in a row, runs do not.
+def number_segments(segment_ids: SegmentIds, axis: SequenceAxis | None = None) -> Int[Array, "B T"]:
+    """Numbers the segments of each row 0, 1, 2, ...: ids may recur in a row, these do not.
 
-    Run 0 is the segment of the state before the first token. Where the tokens are spread over `axis`, that is the
-    segment in which the device before ends: each device has a run 0 of its own, which may be empty.
+    Segment 0 is that of the state before the first token. Where the tokens are sharded over `axis`, that is the
+    segment in which the device before ends: each device has a segment 0 of its own, which may be empty.
     """
     before = segment_ids[:, :1]
     if axis is not None:
@@ -36,6 +36,6 @@ def valid_tokens(lengths: Lengths, num_tokens: int) -> Bool[Array, "B T"]:
     return jnp.arange(num_tokens)[None] < lengths[:, None]
 
 
-def same_run(left: Int[Array, "B I"], right: Int[Array, "B J"]) -> Bool[Array, "B I J"]:
+def same_segment(left: Int[Array, "B I"], right: Int[Array, "B J"]) -> Bool[Array, "B I J"]:
     """True where two tokens share a segment."""
     return left[:, :, None] == right[:, None, :]

@@ -10,12 +10,12 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from twomamba_jax.ops import steps
+from twomamba_jax.ops import recurrence
 
 
 @dataclasses.dataclass(frozen=True)
 class SequenceAxis:
-    """A mesh axis over which the tokens are spread, as seen inside `jax.shard_map`: device d has their d-th slice.
+    """A mesh axis over which the tokens are sharded, as seen inside `jax.shard_map`: device d has their d-th slice.
 
     Attributes:
       name: of the mesh axis, or the names of several.
@@ -36,15 +36,15 @@ class SequenceAxis:
         return jax.lax.ppermute(x, self.name, [pair[::-1] for pair in pairs] if reverse else pairs)
 
     def enter(self, weights, added, initial, reverse: bool = False):
-        """The state before this device's first step, of N steps S_c = weights_c S_{c-1} + added_c on every device.
+        """The state before this device's first of N transitions S_c = weights_c S_{c-1} + added_c, on every device.
 
         Args:
           weights: [N, B, G].
           added: a pytree of arrays [N, B, G, ...].
-          initial: the state before the first device's first step, without the axis N; None: zero.
-          reverse: whether the last device's last step comes first.
+          initial: the state before the first device's first transition, without the axis N; None: zero.
+          reverse: whether the last device's last transition comes first.
         """
-        weight, state = steps.compose_all(weights, added, reverse)
+        weight, state = recurrence.compose_all(weights, added, reverse)
         weight, state = self.receive((weight, state), 1, reverse)
         if initial is not None:
             is_first = self.index == (self.size - 1 if reverse else 0)
@@ -52,7 +52,7 @@ class SequenceAxis:
         distance = 1
         while distance < self.size:
             # Where there is no device that far, weight and state are 0, which changes no state.
-            weight, state = steps.compose(self.receive((weight, state), distance, reverse), (weight, state))
+            weight, state = recurrence.compose(self.receive((weight, state), distance, reverse), (weight, state))
             distance *= 2
         return state
 

@@ -6,26 +6,26 @@ from collections.abc import Callable
 import jax
 from jax.sharding import PartitionSpec
 
-from twomamba_jax.ops.segments import segment_runs
+from twomamba_jax.ops.segments import number_segments
 from twomamba_jax.ops.sequence import SequenceAxis
 from twomamba_jax.ops.state import FiniteState, KeyValueCache, State
 
 
 def sequence_axis(partition: PartitionSpec | None) -> SequenceAxis | None:
-    """The axis of the mesh that is set over which `partition` spreads the tokens; None: over one device."""
+    """The axis of the mesh that is set over which `partition` shards the tokens; None: they are on one device."""
     if partition is None or len(partition) < 2:
         return None
     size = _devices(partition[1])
     return SequenceAxis(partition[1], size) if size > 1 else None
 
 
-def spread(call: Callable, partition: PartitionSpec | None, q, k, v, log_decay, segment_ids, state: State | None):
-    """call(q, k, v, log_decay, run, state, axis) -> (y, final state or None), on each device with its part of them.
+def shard_call(call: Callable, partition: PartitionSpec | None, q, k, v, log_decay, segment_ids, state: State | None):
+    """call(q, k, v, log_decay, segment, state, axis) -> (y, final state or None), on each device with its part of them.
 
     Args:
-      call: takes `run` as in `segments.segment_runs`, and the `SequenceAxis` over which the tokens are spread, or None.
-        Where they are spread, the state is that before the first device's tokens, on all devices, and the final state
-        that after the last one's.
+      call: takes `segment` as in `segments.number_segments`, and the `SequenceAxis` over which the tokens are sharded,
+        or None. Where they are sharded, the state is that before the first device's tokens, on all devices, and the
+        final state that after the last one's.
       partition: the mesh axes of q [B, T, H, K]; None, or no mesh: one call for all of the arrays.
       q: [B, T, H, K].
       k: [B, T, G, K].
@@ -35,13 +35,13 @@ def spread(call: Callable, partition: PartitionSpec | None, q, k, v, log_decay, 
       state: before the first token, or None.
 
     Raises:
-      ValueError: B, T, H or G is no multiple of the devices that it is spread over.
+      ValueError: B, T, H or G is no multiple of the devices that it is sharded over.
     """
     axis = sequence_axis(partition)
 
     def local(q, k, v, log_decay, segment_ids, state):
-        run = None if segment_ids is None else segment_runs(segment_ids, axis=axis)
-        return call(q, k, v, log_decay, run, state, axis)
+        segment = None if segment_ids is None else number_segments(segment_ids, axis=axis)
+        return call(q, k, v, log_decay, segment, state, axis)
 
     if partition is None or jax.sharding.get_abstract_mesh().empty:
         return local(q, k, v, log_decay, segment_ids, state)
@@ -60,14 +60,14 @@ def spread(call: Callable, partition: PartitionSpec | None, q, k, v, log_decay, 
     of_decay = None if log_decay is None else array
     of_ids = None if segment_ids is None else PartitionSpec(batch, tokens)
     in_specs = (array, array, array, of_decay, of_ids, of_initial)
-    spread_call = jax.shard_map(local, in_specs=in_specs, out_specs=(array, of_state), check_vma=False)
-    return spread_call(q, k, v, log_decay, segment_ids, state)
+    sharded = jax.shard_map(local, in_specs=in_specs, out_specs=(array, of_state), check_vma=False)
+    return sharded(q, k, v, log_decay, segment_ids, state)
 
 
-def spread_stack(call: Callable, partition: PartitionSpec | None, *stacks):
+def shard_stack(call: Callable, partition: PartitionSpec | None, *stacks):
     """call(*stacks) -> one like the last, on each device with its part of their arrays [L, B, G, ...] and [L, B].
 
-    `partition` is as in `spread`.
+    `partition` is as in `shard_call`.
     """
     if partition is None or jax.sharding.get_abstract_mesh().empty:
         return call(*stacks)

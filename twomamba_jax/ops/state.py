@@ -18,6 +18,12 @@ class FiniteState(NamedTuple):
     """What `linear` and `squared` remember of a segment, in float32 or wider.
 
     kv = sum_j exp(A_end - A_j) phi(k_j) v_j^T, and key_sum the same without the values (the normaliser).
+
+    Examples:
+      >>> k, v = 2 * jnp.ones((1, 1, 1, 1)), 5 * jnp.ones((1, 1, 1, 1))
+      >>> _, state = decay_attention(k, k, v, return_final_state=True)
+      >>> state.kv.item(), state.key_sum.item()  # k^2 v and k^2
+      (20.0, 4.0)
     """
 
     kv: Float[Array, "B G D V"]
@@ -29,6 +35,11 @@ class KeyValueCache(NamedTuple):
 
     `log_weights` is A_now - A_j, and -inf for slots that are empty or belong to an earlier segment. `length` counts the
     slots written; the next token goes to slot `length`.
+
+    Examples:
+      >>> state = init_state("exp", batch=1, num_kv_heads=2, head_dim=4, value_dim=4, capacity=32)
+      >>> state.keys.shape, state.length.tolist()
+      ((1, 32, 2, 4), [0])
     """
 
     keys: Float[Array, "B S G K"]
@@ -63,6 +74,11 @@ def init_state(
 
     Raises:
       ValueError: an unknown score; `capacity` missing, below 1, or given for a finite score.
+
+    Examples:
+      >>> state = init_state("squared", batch=1, num_kv_heads=2, head_dim=4, value_dim=3)
+      >>> state.kv.shape, state.key_sum.shape
+      ((1, 2, 10, 3), (1, 2, 10))
     """
     wide = accumulation_dtype(dtype)
     if score_spec(score).finite:
@@ -81,5 +97,11 @@ def init_state(
 
 
 def state_bytes(state) -> int:
-    """The size in bytes of a state, or of any pytree of arrays or `ShapeDtypeStruct`s."""
+    """The size in bytes of a state, or of any pytree of arrays or `ShapeDtypeStruct`s.
+
+    Examples:
+      >>> state = init_state("linear", batch=1, num_kv_heads=2, head_dim=4, value_dim=3)
+      >>> state_bytes(state)  # two heads' 4 x 3 and 4 numbers in float32
+      128
+    """
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))

@@ -5,7 +5,7 @@ Triton is heavy to import, and an extra: `dispatch` imports this module where th
 
 import sys
 
-from pallas_kernels.chunked.table import equal_products
+from pallas_kernels.chunked.crossovers import equal_products
 from pallas_kernels.triton.chunked.stages import STAGES
 from pallas_kernels.triton.decoding import fold, step
 from pallas_kernels.triton.quadratic.kernels import KERNELS

@@ -20,24 +20,24 @@ def attend(
     k,
     v,
     log_decay,
-    run,
+    segment,
     state: State | None,
     axis: SequenceAxis | None,
 ):
     """y [B, T, H, V] in q's dtype, and the final state if it is wanted and the form computes it on the way, or None.
 
-    A call for `sharding.spread`, of arrays [B, T, heads, dim].
+    A call for `sharding.shard_call`, of arrays [B, T, heads, dim].
     """
     arrays = heads_first(q, k, v, log_decay)
     chunk_size, final = chunk_size or SCORES[op.score].chunk_size, None
     if axis is not None and form == "parallel":  # all of this device's tokens at once
         form, chunk_size = "chunked", q.shape[1]
     if form == "parallel":
-        y = parallel(op, *arrays, run, state)
+        y = parallel(op, *arrays, segment, state)
     elif form == "recurrent":
-        y, final = recurrent.recurrent(op, *arrays, run, state, axis)
+        y, final = recurrent.recurrent(op, *arrays, segment, state, axis)
     elif op.finite:
-        y, final = chunked(op, *arrays, run, state, chunk_size, axis)
+        y, final = chunked(op, *arrays, segment, state, chunk_size, axis)
     else:
-        y = blockwise(op, *arrays, run, state, chunk_size, axis)
+        y = blockwise(op, *arrays, segment, state, chunk_size, axis)
     return tokens_first(y).astype(q.dtype), final if return_final_state else None

@@ -104,7 +104,7 @@ def test_layer_and_its_input_gradient_are_the_authors(path):
         for parameter, values in tensor.unpack(golden[f"w:{key}"]):
             params[parameter.path[1:]] = values
     params = flax.traverse_util.unflatten_dict(params)
-    block = Block(config, config.layer_mixers[0], Execution())
+    block = Block(config=config, mixer=config.layer_mixers[0], execution=Execution())
 
     def layer(x):
         return block.apply({"params": params}, x, None, 0, None, None, None, None)[0]

@@ -15,7 +15,7 @@ from twomamba_jax.ops.decay import suffix_log_decay
 from twomamba_jax.ops.decoding.new_tokens import NewTokens, write
 from twomamba_jax.ops.forms import key_values as key_values
 from twomamba_jax.ops.numerics import accumulation_dtype
-from twomamba_jax.ops.sharding import spread_stack
+from twomamba_jax.ops.sharding import shard_stack
 from twomamba_jax.ops.state import KeyValueCache
 from twomamba_jax.shapes import Array, Float, Int
 
@@ -34,11 +34,11 @@ class AttentionCache(NamedTuple):
 
 
 def append(new: NewTokens, cache: AttentionCache, partition: PartitionSpec | None) -> AttentionCache:
-    """The cache with the new tokens in it. An axis may lead, as of layers in a stack; `partition` as in `spread`."""
+    """The cache with the new tokens in it. An axis may lead, as of layers; `partition` as in `shard_call`."""
     if cache.length.ndim == 1:
         return jax.tree.map(lambda x: x[0], append(*jax.tree.map(lambda x: x[None], (new, cache)), partition))
     # XLA, left to itself, gives every device the new tokens of all.
-    return spread_stack(_append, partition, new, cache)
+    return shard_stack(_append, partition, new, cache)
 
 
 def _append(new: NewTokens, cache: AttentionCache) -> AttentionCache:
@@ -62,7 +62,7 @@ def roll_back(counts, cache: AttentionCache, partition: PartitionSpec | None) ->
     """
     if cache.length.ndim == 1:
         return jax.tree.map(lambda x: x[0], roll_back(counts, jax.tree.map(lambda x: x[None], cache), partition))
-    return spread_stack(_clear, partition, jnp.broadcast_to(counts, cache.length.shape), cache)
+    return shard_stack(_clear, partition, jnp.broadcast_to(counts, cache.length.shape), cache)
 
 
 @jax.jit
@@ -79,12 +79,12 @@ def _clear(counts, cache: AttentionCache) -> AttentionCache:
     return cache._replace(keys=keys, values=values, length=length)
 
 
-def segment_start(run, cache: AttentionCache):
-    """The slot of the first token of the segment that goes on after new tokens of runs `run [B, T]` (None: of one)."""
-    if run is None:
+def segment_start(segment, cache: AttentionCache):
+    """The slot of the first token of the segment that goes on after new tokens; `segment [B, T]` as in `stages`."""
+    if segment is None:
         return cache.start
-    first = jnp.argmax(run == run[:, -1:], axis=1)
-    return jnp.where(run[:, -1] == 0, cache.start, cache.length + first)
+    first = jnp.argmax(segment == segment[:, -1:], axis=1)
+    return jnp.where(segment[:, -1] == 0, cache.start, cache.length + first)
 
 
 def as_state(cache: AttentionCache) -> KeyValueCache:

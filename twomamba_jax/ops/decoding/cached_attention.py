@@ -24,7 +24,7 @@ from twomamba_jax.ops.layout import grouped_queries, heads_first, tokens_first
 from twomamba_jax.ops.numerics import Precision, accumulation_dtype
 from twomamba_jax.ops.operation import make_operation
 from twomamba_jax.ops.score import Score, score_spec
-from twomamba_jax.ops.segments import extend_last_segment, segment_runs, valid_tokens
+from twomamba_jax.ops.segments import extend_last_segment, number_segments, valid_tokens
 from twomamba_jax.ops.state import init_state
 from twomamba_jax.shapes import Keys, Lengths, LogDecay, Outputs, Queries, SegmentIds, Values
 
@@ -139,7 +139,7 @@ def cached_attention(
     batch, size = q.shape[:2]
     counts = jnp.full((batch,), size, jnp.int32) if call.lengths is None else call.lengths
     segment_ids = extend_last_segment(call.segment_ids, call.lengths)
-    run = None if segment_ids is None else segment_runs(segment_ids)
+    segment = None if segment_ids is None else number_segments(segment_ids)
     options = {"form": form, "chunk_size": chunk_size, "implementation": implementation, "partition": partition}
     whole = functools.partial(attend, **options)
     if kind is RecurrentCache:
@@ -153,9 +153,9 @@ def cached_attention(
             if chosen != "xla":
                 in_kernel = dispatch.load(chosen).attend_in_cache
                 few = functools.partial(in_kernel, call.op, cache=cache, partition=partition)
-        y, new = _attend_finite(call, whole, few, run, counts, alone, is_empty)
+        y, new = _attend_finite(call, whole, few, segment, counts, alone, is_empty)
     else:
-        y, new = _attend_exponential(call, whole, run, counts, alone, is_empty)
+        y, new = _attend_exponential(call, whole, segment, counts, alone, is_empty)
     if lengths is not None:
         y = jnp.where(valid_tokens(counts, size)[..., None, None], y, 0)
     return y, new
@@ -217,13 +217,13 @@ def roll_back(cache: DecodingCache, counts, partition: PartitionSpec | None = No
     return recurrent_cache.roll_back(counts, cache)
 
 
-def _attend_finite(call: Call, whole, few, run, counts, cache: RecurrentCache, is_empty: bool):
+def _attend_finite(call: Call, whole, few, segment, counts, cache: RecurrentCache, is_empty: bool):
     """y and the new tokens; `whole(call)` attends to any number of them, `few(*arrays)` to at most r."""
     op, q, k, v, log_decay, *_ = call
     wide = cache.log_decay.dtype
     decays = jnp.zeros(k.shape[:3], wide) if log_decay is None else clamp_log_decay(log_decay, q.dtype)
-    if run is not None:
-        edges = run != jnp.pad(run, ((0, 0), (1, 0)))[:, :-1]
+    if segment is not None:
+        edges = segment != jnp.pad(segment, ((0, 0), (1, 0)))[:, :-1]
         decays = jnp.where(edges[..., None], SEGMENT_EDGE, decays)
     # Zero keys and no decay: padding changes no state. Valid tokens never see it.
     valid = valid_tokens(counts, k.shape[1])
@@ -244,7 +244,7 @@ def _attend_finite(call: Call, whole, few, run, counts, cache: RecurrentCache, i
     return tokens_first(y).astype(q.dtype), new
 
 
-def _attend_exponential(call: Call, whole, run, counts, cache: AttentionCache, is_empty: bool):
+def _attend_exponential(call: Call, whole, segment, counts, cache: AttentionCache, is_empty: bool):
     """y and the new tokens; `whole(call)` attends to them and to a state."""
     _, q, k, v, log_decay, *_ = call
     if (cache.log_decay is None) != (log_decay is None):
@@ -255,5 +255,5 @@ def _attend_exponential(call: Call, whole, run, counts, cache: AttentionCache, i
     part = call._replace(lengths=counts, state=None if is_empty else call.state)
     y = poison_overflow(whole(part, return_final_state=False)[0], call.state, counts)
     _, *arrays = heads_first(q, k, v, clamp_log_decay(log_decay, q.dtype))
-    start = attention_cache.segment_start(run, cache)
+    start = attention_cache.segment_start(segment, cache)
     return y, NewTokens(*arrays, jnp.zeros_like(counts), counts, start=start)

@@ -12,13 +12,13 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from twomamba_jax.ops import steps
+from twomamba_jax.ops import recurrence
 from twomamba_jax.ops.decay import suffix_log_decay
 from twomamba_jax.ops.decoding.new_tokens import NewTokens, write
 from twomamba_jax.ops.forms import stages
 from twomamba_jax.ops.forms.parallel import parallel
 from twomamba_jax.ops.operation import Operation
-from twomamba_jax.ops.sharding import spread_stack
+from twomamba_jax.ops.sharding import shard_stack
 from twomamba_jax.ops.state import FiniteState
 from twomamba_jax.shapes import Array, Float, Int
 
@@ -129,7 +129,7 @@ def append(
         stack = append(op, *jax.tree.map(lambda x: x[None], (new, cache)), partition, fold)
         return jax.tree.map(lambda x: x[0], stack)
     # XLA, left to itself, gives every device the new tokens of all.
-    return spread_stack(lambda new, cache: _fold(op, fold, _extend(new, cache)), partition, new, cache)
+    return shard_stack(lambda new, cache: _fold(op, fold, _extend(new, cache)), partition, new, cache)
 
 
 def _extend(new: NewTokens, stack: RecurrentCache) -> RecurrentCache:
@@ -208,7 +208,7 @@ def _state_now(op: Operation, cache: RecurrentCache) -> FiniteState:
 
 def _advance(op: Operation, state: FiniteState, k, v, log_decay) -> FiniteState:
     added = stages.update(op, k, v, log_decay, None)
-    after = steps.advance(state, stages.carry_weight(log_decay, None, added.kv.dtype), added)
+    after = recurrence.advance(state, stages.carry_weight(log_decay, None, added.kv.dtype), added)
     return jax.tree.map(lambda new, old: new.astype(old.dtype), after, state)
 
 

@@ -3,7 +3,7 @@
 A block of queries visits the blocks of keys from its own backwards, then the cache. In that order the decay between two
 blocks is a running sum over the blocks passed. Of a block of queries only the inputs are kept for the backward pass.
 
-Where the tokens are spread over devices, each gathers the keys of all, and its own queries visit them.
+Where the tokens are sharded over devices, each gathers the keys of all, and its own queries visit them.
 """
 
 from typing import NamedTuple
@@ -16,7 +16,7 @@ from twomamba_jax.ops.forms import key_values, stages
 from twomamba_jax.ops.forms.chunked import join, split
 from twomamba_jax.ops.numerics import accumulation_dtype, contract
 from twomamba_jax.ops.operation import Operation
-from twomamba_jax.ops.segments import same_run
+from twomamba_jax.ops.segments import same_segment
 from twomamba_jax.ops.sequence import SequenceAxis
 from twomamba_jax.ops.state import KeyValueCache
 
@@ -29,12 +29,12 @@ class _Partial(NamedTuple):
 
 
 class _Block(NamedTuple):
-    """The keys of one block; log_decay [B, G, C], run [B, C] or None."""
+    """The keys of one block; log_decay [B, G, C], segment [B, C] or None."""
 
     k: jax.Array
     v: jax.Array
     log_decay: jax.Array
-    run: jax.Array | None
+    segment: jax.Array | None
 
 
 def blockwise(
@@ -43,29 +43,29 @@ def blockwise(
     k,
     v,
     log_decay,
-    run,
+    segment,
     state: KeyValueCache | None,
     chunk_size: int,
     axis: SequenceAxis | None = None,
 ):
     """The exponential score in blocks of `chunk_size` tokens; heads-first arrays as in `stages`.
 
-    `axis` is that over which the tokens are spread; the state is on every device.
+    `axis` is that over which the tokens are sharded; the state is on every device.
 
     Returns:
       y [B, G, R, T, V] in the accumulation dtype.
     """
     size = q.shape[3]
-    if axis is not None and run is not None:
-        run = run + axis.sum_before(run[:, -1:])
+    if axis is not None and segment is not None:
+        segment = segment + axis.sum_before(segment[:, -1:])
     elif axis is not None and size % chunk_size:
-        run = jnp.zeros((k.shape[0], size), jnp.int32)  # which tells the padding between two devices' tokens
+        segment = jnp.zeros((k.shape[0], size), jnp.int32)  # which tells the padding between two devices' tokens
     queries = split(q, 3, chunk_size)
     blocks = _Block(
         k=split(k, 2, chunk_size),
         v=split(v, 2, chunk_size),
         log_decay=None if log_decay is None else split(log_decay, 2, chunk_size),
-        run=None if run is None else split(run + 1, 1, chunk_size) - 1,  # padding is a segment of its own, -1
+        segment=None if segment is None else split(segment + 1, 1, chunk_size) - 1,  # padding's is -1
     )
     indices = jnp.arange(queries.shape[0])
     if axis is not None:
@@ -88,16 +88,16 @@ def blockwise(
             logits = contract("bgrik,bgjk->bgrij", q, block.k, op.precision) * op.query_scale
             decay = (prefix + passed[..., None])[..., None] + suffix_log_decay(block.log_decay)[..., None, :]
             logits = logits + decay[:, :, None]
-            if run is not None:
-                logits = jnp.where(same_run(own.run, block.run)[:, None, None], logits, -jnp.inf)
+            if segment is not None:
+                logits = jnp.where(same_segment(own.segment, block.segment)[:, None, None], logits, -jnp.inf)
             partial = _absorb(op, partial, logits, block.v)
             return partial, passed + block.log_decay.sum(-1)
 
-        partial = _absorb(op, None, stages.exponential_logits(op, q, own.k, own.log_decay, own.run), own.v)
+        partial = _absorb(op, None, stages.exponential_logits(op, q, own.k, own.log_decay, own.segment), own.v)
         carry = partial, jnp.zeros(prefix.shape[:-1], prefix.dtype)
         (partial, passed), _ = jax.lax.scan(visit, carry, (jnp.arange(blocks.k.shape[0]), blocks), reverse=True)
         if state is not None:
-            visible = None if run is None else own.run == 0
+            visible = None if segment is None else own.segment == 0
             logits = key_values.logits(op, q, prefix + passed[..., None], visible, state)
             partial = _absorb(op, partial, logits, key_values.values(state))
         return partial.sums.outputs(op)

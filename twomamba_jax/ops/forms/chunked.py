@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from twomamba_jax.ops import steps
+from twomamba_jax.ops import recurrence
 from twomamba_jax.ops.forms import stages
 from twomamba_jax.ops.operation import Operation
 from twomamba_jax.ops.sequence import SequenceAxis
@@ -25,7 +25,7 @@ class _Chunks(NamedTuple):
     k: jax.Array
     v: jax.Array
     log_decay: jax.Array | None
-    run: jax.Array | None
+    segment: jax.Array | None
     continues: jax.Array | None  # [N, B, C]: the token is in the segment that the chunk began in
     reaches: jax.Array | None  # [N, B, C]: the token is in the segment that the chunk ends in
     kept: jax.Array | None  # [N, B]: those two are the same, so that the state survives the chunk
@@ -37,7 +37,7 @@ def chunked(
     k,
     v,
     log_decay,
-    run,
+    segment,
     state: FiniteState | None,
     chunk_size: int,
     axis: SequenceAxis | None = None,
@@ -47,7 +47,7 @@ def chunked(
     Returns:
       y [B, G, R, T, V] in the accumulation dtype, and the final state.
     """
-    chunks = _split_all(q, k, v, log_decay, run, chunk_size)
+    chunks = _split_all(q, k, v, log_decay, segment, chunk_size)
 
     @jax.checkpoint
     def update(chunk: _Chunks):
@@ -58,7 +58,7 @@ def chunked(
     @jax.checkpoint
     def output(args: tuple[_Chunks, FiniteState]):
         chunk, before = args
-        sums = stages.intra(op, chunk.q, chunk.k, chunk.v, chunk.log_decay, chunk.run)
+        sums = stages.intra(op, chunk.q, chunk.k, chunk.v, chunk.log_decay, chunk.segment)
         return (sums + stages.query(op, chunk.q, chunk.log_decay, chunk.continues, before)).outputs(op)
 
     weights, added = jax.lax.map(update, chunks)
@@ -72,7 +72,7 @@ def scan(
 ) -> tuple[FiniteState, FiniteState]:
     """S_c = weights_c S_{c-1} + added_c along the leading axis, from `state` (None: from zero).
 
-    Where the tokens are spread over `axis`, each device has its own N steps, which follow those of the device before.
+    Where the tokens are sharded over `axis`, each device has N transitions, which follow those of the device before.
 
     Args:
       weights: [N, B, G].
@@ -80,7 +80,7 @@ def scan(
       state: S_{-1}.
 
     Returns:
-      The N states before each step, and the one after the last (of the last device).
+      The N states before each transition, and the one after the last (of the last device).
     """
     if axis is not None:
         state = axis.enter(weights, added, state)
@@ -88,24 +88,24 @@ def scan(
         state = jax.tree.map(lambda x: jnp.zeros_like(x[0]), added)
     weights = jnp.concatenate([jnp.ones_like(weights[:1]), weights])
     states = jax.tree.map(lambda first, rest: jnp.concatenate([first[None].astype(rest.dtype), rest]), state, added)
-    _, states = jax.lax.associative_scan(steps.compose, (weights, states))
+    _, states = jax.lax.associative_scan(recurrence.compose, (weights, states))
     final = jax.tree.map(lambda x: x[-1], states)
     return jax.tree.map(lambda x: x[:-1], states), final if axis is None else axis.last(final)
 
 
-def _split_all(q, k, v, log_decay, run, chunk_size) -> _Chunks:
+def _split_all(q, k, v, log_decay, segment, chunk_size) -> _Chunks:
     """Cuts every array into chunks. The padding at the end has zero keys and no decay: it changes no state."""
 
     def cut(x, axis):
         return None if x is None else split(x, axis, chunk_size)
 
-    run = None if run is None else split(run, 1, chunk_size, mode="edge")
-    if run is None:
+    segment = None if segment is None else split(segment, 1, chunk_size, mode="edge")
+    if segment is None:
         continues = reaches = kept = None
     else:
-        first, last = jnp.concatenate([jnp.zeros_like(run[:1, :, -1]), run[:-1, :, -1]]), run[:, :, -1]
-        continues, reaches, kept = run == first[..., None], run == last[..., None], first == last
-    return _Chunks(cut(q, 3), cut(k, 2), cut(v, 2), cut(log_decay, 2), run, continues, reaches, kept)
+        first, last = jnp.concatenate([jnp.zeros_like(segment[:1, :, -1]), segment[:-1, :, -1]]), segment[:, :, -1]
+        continues, reaches, kept = segment == first[..., None], segment == last[..., None], first == last
+    return _Chunks(cut(q, 3), cut(k, 2), cut(v, 2), cut(log_decay, 2), segment, continues, reaches, kept)
 
 
 def split(x, axis: int, chunk_size: int, mode: str = "constant"):

@@ -26,7 +26,7 @@ def values(cache: KeyValueCache):
     return jnp.moveaxis(cache.values, 1, 2)
 
 
-def append(k, v, log_decay, run, lengths, cache: KeyValueCache) -> KeyValueCache:
+def append(k, v, log_decay, segment, lengths, cache: KeyValueCache) -> KeyValueCache:
     """The cache after T new tokens; k, v [B, G, T, .], log_decay [B, G, T], lengths [B] the tokens that count.
 
     Tokens of earlier segments keep their slots with weight 0, so that slots count tokens.
@@ -36,9 +36,9 @@ def append(k, v, log_decay, run, lengths, cache: KeyValueCache) -> KeyValueCache
     if log_decay is None:
         log_decay = jnp.zeros((batch, heads, size), wide)
     new, old = suffix_log_decay(log_decay).astype(wide), cache.log_weights + log_decay.sum(-1)[:, None]
-    if run is not None:
-        new = jnp.where((run == run[:, -1:])[:, None], new, -jnp.inf)
-        old = jnp.where((run[:, -1] == 0)[:, None, None], old, -jnp.inf)
+    if segment is not None:
+        new = jnp.where((segment == segment[:, -1:])[:, None], new, -jnp.inf)
+        old = jnp.where((segment[:, -1] == 0)[:, None, None], old, -jnp.inf)
     return KeyValueCache(
         keys=write(cache.keys, k, cache.length, lengths),
         values=write(cache.values, v, cache.length, lengths),

@@ -6,26 +6,26 @@ import operator
 import jax
 import jax.numpy as jnp
 
-from twomamba_jax.ops import steps
+from twomamba_jax.ops import recurrence
 from twomamba_jax.ops.decay import prefix_log_decay
 from twomamba_jax.ops.forms import key_values, stages
 from twomamba_jax.ops.operation import Operation
 from twomamba_jax.ops.state import FiniteState, State
 
 
-def parallel(op: Operation, q, k, v, log_decay, run, state: State | None):
+def parallel(op: Operation, q, k, v, log_decay, segment, state: State | None):
     """All T^2 weights at once; heads-first arrays as in `stages`.
 
     Returns:
       y [B, G, R, T, V] in the accumulation dtype.
     """
-    seen = None if run is None else run == 0  # the tokens that see the initial state
+    seen = None if segment is None else segment == 0  # the tokens that see the initial state
     if op.finite:
-        sums = stages.intra(op, q, k, v, log_decay, run)
+        sums = stages.intra(op, q, k, v, log_decay, segment)
         if state is not None:
             sums = sums + stages.query(op, q, log_decay, seen, state)
         return sums.outputs(op)
-    parts = [(stages.exponential_logits(op, q, k, log_decay, run), v)]
+    parts = [(stages.exponential_logits(op, q, k, log_decay, segment), v)]
     if state is not None:
         passed = None if log_decay is None else prefix_log_decay(log_decay)
         parts.append((key_values.logits(op, q, passed, seen, state), key_values.values(state)))
@@ -43,10 +43,10 @@ def softmax(op: Operation, *parts: tuple[jax.Array, jax.Array]):
     return functools.reduce(operator.add, sums).outputs(op)
 
 
-def final_state(op: Operation, k, v, log_decay, run, state: FiniteState | None) -> FiniteState:
+def final_state(op: Operation, k, v, log_decay, segment, state: FiniteState | None) -> FiniteState:
     """The finite state after the last token, in one step."""
-    added = stages.update(op, k, v, log_decay, None if run is None else run == run[:, -1:])
+    added = stages.update(op, k, v, log_decay, None if segment is None else segment == segment[:, -1:])
     if state is None:
         return added
-    survives = None if run is None else run[:, -1] == 0
-    return steps.advance(state, stages.carry_weight(log_decay, survives, added.kv.dtype), added)
+    survives = None if segment is None else segment[:, -1] == 0
+    return recurrence.advance(state, stages.carry_weight(log_decay, survives, added.kv.dtype), added)

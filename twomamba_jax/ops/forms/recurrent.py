@@ -25,8 +25,8 @@ def step(op: Operation, q, k, v, log_decay, state: State):
     return softmax(op, (key_values.logits(op, q, None, None, state), key_values.values(state))), state
 
 
-def recurrent(op: Operation, q, k, v, log_decay, run, state: FiniteState | None, axis: SequenceAxis | None = None):
-    """The whole sequence as an associative scan of steps. It holds T states at once: for small T and K.
+def recurrent(op: Operation, q, k, v, log_decay, segment, state: FiniteState | None, axis: SequenceAxis | None = None):
+    """The whole sequence as an associative scan over tokens. It holds T states at once: for small T and K.
 
     `axis`: tokens and states as in `chunked.scan`.
 
@@ -40,7 +40,7 @@ def recurrent(op: Operation, q, k, v, log_decay, run, state: FiniteState | None,
 
     q, k, v, log_decay = by_token(q, 3), by_token(k, 2), by_token(v, 2), by_token(log_decay, 2)
     # Whether a token continues the segment of the one before it; token 0 continues the initial state's.
-    continues = None if run is None else (run == jnp.pad(run, ((0, 0), (1, 0)))[:, :-1]).T
+    continues = None if segment is None else (segment == jnp.pad(segment, ((0, 0), (1, 0)))[:, :-1]).T
 
     def update(k, v, log_decay, continues):
         added = stages.update(op, k, v, log_decay, None)

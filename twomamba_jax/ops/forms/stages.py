@@ -7,7 +7,7 @@ For one chunk of tokens, with S and z the state before it:
     update   S' = exp(A_end) S + sum_j exp(A_end - A_j) phi(k_j) v_j^T,    z' likewise without the values
 
 and y_i = N_i / n_i, or N_i. Arrays are heads-first: q [B, G, R, C, K], k [B, G, C, K], v [B, G, C, V],
-log_decay [B, G, C] (None: no decay), run [B, C] (None: one segment).
+log_decay [B, G, C] (None: no decay), segment [B, C] (None: one segment).
 """
 
 from typing import NamedTuple
@@ -19,7 +19,7 @@ from twomamba_jax.ops.decay import pairwise_decay, pairwise_log_decay, prefix_lo
 from twomamba_jax.ops.numerics import accumulation_dtype, contract, divide, operand_dtype
 from twomamba_jax.ops.operation import Operation
 from twomamba_jax.ops.score import features
-from twomamba_jax.ops.segments import same_run
+from twomamba_jax.ops.segments import same_segment
 from twomamba_jax.ops.state import FiniteState
 
 
@@ -45,13 +45,13 @@ class Sums(NamedTuple):
         return divide(self.numerator, self.denominator, op.denominator_floor)
 
 
-def causal_mask(run, size: int):
+def causal_mask(segment, size: int):
     """[1 or B, 1, 1, C, C]: True where token i may attend to token j."""
     mask = jnp.tril(jnp.ones((1, size, size), bool))
-    return (mask if run is None else mask & same_run(run, run))[:, None, None]
+    return (mask if segment is None else mask & same_segment(segment, segment))[:, None, None]
 
 
-def intra(op: Operation, q, k, v, log_decay, run) -> Sums:
+def intra(op: Operation, q, k, v, log_decay, segment) -> Sums:
     """The part of each row that comes from the chunk's own tokens: the quadratic form.
 
     Where q has fewer tokens than k, they are the chunk's last.
@@ -63,17 +63,17 @@ def intra(op: Operation, q, k, v, log_decay, run) -> Sums:
         one = q.shape[3] == 1
         decay = jnp.exp(suffix_log_decay(log_decay))[..., None, :] if one else pairwise_decay(log_decay)[..., rows, :]
         weights = weights * decay[:, :, None]
-    if log_decay is None or run is not None:  # a decay is causal by itself
-        weights = jnp.where(causal_mask(run, k.shape[2])[..., rows, :], weights, 0)
+    if log_decay is None or segment is not None:  # a decay is causal by itself
+        weights = jnp.where(causal_mask(segment, k.shape[2])[..., rows, :], weights, 0)
     return weighted_sums(op, weights, v)
 
 
-def exponential_logits(op: Operation, q, k, log_decay, run) -> jax.Array:
+def exponential_logits(op: Operation, q, k, log_decay, segment) -> jax.Array:
     """scale <q_i, k_j> + A_i - A_j [B, G, R, C, C] of the chunk's own tokens, -inf where j is out of i's sight."""
     logits = contract("bgrik,bgjk->bgrij", q, k, op.precision) * op.query_scale
     if log_decay is not None:
         logits = logits + pairwise_log_decay(log_decay)[:, :, None]
-    return jnp.where(causal_mask(run, k.shape[2]), logits, -jnp.inf)
+    return jnp.where(causal_mask(segment, k.shape[2]), logits, -jnp.inf)
 
 
 def weighted_sums(op: Operation, weights, v) -> Sums:

@@ -1,4 +1,4 @@
-"""Steps of a state, S -> weight S + added: what a token, a chunk of them, or a device's slice does to it.
+"""Transitions of a state, S -> weight S + added: what a token, a chunk of them, or a device's slice does to it.
 
 States are pytrees of arrays [B, G, ...], weights are [B, G]; axes may lead.
 """
@@ -8,17 +8,17 @@ import jax.numpy as jnp
 
 
 def advance(state, weight, added):
-    """The state after one step."""
+    """The state after one transition."""
     return jax.tree.map(lambda old, new: _along(weight, old.ndim) * old + new, state, added)
 
 
 def compose(first, second):
-    """Two steps, each (weight, added), as one."""
+    """Two transitions, each (weight, added), as one."""
     return first[0] * second[0], advance(first[1], *second)
 
 
 def compose_all(weights, added, reverse: bool = False):
-    """N steps, along the leading axis, as one; `reverse`: the last of them first.
+    """N transitions, along the leading axis, as one; `reverse`: the last of them first.
 
     What each adds is multiplied by the product of the weights of those that follow it.
     """
