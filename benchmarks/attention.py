@@ -193,10 +193,10 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 def run(options: argparse.Namespace, command: list[str]) -> int:
     """Measures, prints and writes; the exit status."""
     ceilings = measure_ceilings(options.iterations)
-    installed = {x.name: x.version for x in importlib.metadata.distributions()}
     versions = {}
-    for name in ("twomamba-jax", "jax", "jaxlib", "numpy", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13"):
-        versions |= {name: installed[name]} if name in installed else {}
+    for name in ("twomamba-jax", "jax", "jaxlib", "numpy", "triton", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
     sizes = f"{options.heads} heads of {options.head_dim}, bf16, B T = {options.total}"
     report = {"command": shlex.join(command), "seed": options.seed, "device": jax.devices()[0].device_kind}
     report |= {"versions": versions, "sizes": sizes, "ceilings": ceilings}
