@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import residuals
 from twomamba_jax.ops.dispatch import FORMS, IMPLEMENTATIONS
+from twomamba_jax.ops.elementwise import Elementwise
 from twomamba_jax.ops.integers import checked_integer
 
 # What is dear to compute and linear in T: products without a batch dimension, which are the projections, and what the
@@ -89,3 +90,7 @@ class Execution:
         object.__setattr__(self, "chunk_size", checked_integer("chunk_size", self.chunk_size, or_none=True))
         if self.chunk_size is not None and self.form in ("parallel", "recurrent"):
             raise ValueError(f"chunk_size={self.chunk_size} needs form='chunked' or None, got form={self.form!r}")
+
+    def elementwise(self, channels: str) -> Elementwise:
+        """The kernels for backward passes between products, of arrays whose channels have this logical axis."""
+        return Elementwise(self.implementation, nn.logical_to_mesh_axes(("batch", "length", channels)))

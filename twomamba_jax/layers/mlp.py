@@ -6,7 +6,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from twomamba_jax.layers.projection import Projection
+from twomamba_jax.layers.projection import Projection, joint_kernel, product
+from twomamba_jax.ops.elementwise import Elementwise
+from twomamba_jax.ops.kept import kept_cast
+from twomamba_jax.ops.swiglu import can_gate, gated_product
 
 PROJECTION_INIT = nn.initializers.normal(0.02)  # Appendix B: standard deviation 0.02
 
@@ -18,11 +21,13 @@ class SwiGLU(nn.Module):
       mlp_dim: hidden width.
       dtype: of the products.
       param_dtype: of the kernels.
+      elementwise: the kernels for the backward pass.
     """
 
     mlp_dim: int
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
+    elementwise: Elementwise = Elementwise()
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -39,7 +44,12 @@ class SwiGLU(nn.Module):
                 name=name,
             )
 
-        gate = dense("gate", "embed", "mlp", self.mlp_dim)(x)
-        up = dense("up", "embed", "mlp", self.mlp_dim)(x)
-        hidden = nn.with_logical_constraint(nn.silu(gate) * up, ("batch", "length", "mlp"))
-        return dense("down", "mlp", "embed", x.shape[-1])(hidden)
+        gate, up = dense("gate", "embed", "mlp", self.mlp_dim), dense("up", "embed", "mlp", self.mlp_dim)
+        down = dense("down", "mlp", "embed", x.shape[-1])
+        if can_gate(jax.ShapeDtypeStruct((*x.shape[:-1], 2, self.mlp_dim), self.dtype), self.elementwise):
+            gate_up = product(x.astype(self.dtype), joint_kernel((gate, up), x.shape[-1:]), 1)
+            gate_up = nn.with_logical_constraint(gate_up, ("batch", "length", None, "mlp"))
+            kernel, _ = down.parameters((self.mlp_dim,))
+            return gated_product(gate_up, kept_cast(kernel, self.dtype), self.elementwise)
+        hidden = nn.with_logical_constraint(nn.silu(gate(x)) * up(x), ("batch", "length", "mlp"))
+        return down(hidden)
