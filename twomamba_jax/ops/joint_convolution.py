@@ -8,6 +8,7 @@ from jax.sharding import PartitionSpec
 
 from twomamba_jax.ops.convolution import causal_convolution
 from twomamba_jax.ops.elementwise import Elementwise
+from twomamba_jax.ops.kept import kept, kept_cast
 from twomamba_jax.ops.sharding import devices_of
 from twomamba_jax.shapes import Array, Float, SegmentIds
 
@@ -43,7 +44,9 @@ def joint_convolution(
 
     call = elementwise.spread(backward, in_specs, (spec, PartitionSpec(batch, None, None, heads)))
     bias = jnp.zeros(kernel.shape[1:], kernel.dtype) if bias is None else bias
-    return _convolve(x, kernel, bias, segment_ids, call)
+    ids = jnp.zeros(x.shape[:2], jnp.int32) if segment_ids is None else segment_ids
+    continues = (ids == jnp.roll(ids, 1, axis=1)) & (jnp.arange(x.shape[1]) > 0)
+    return _convolve(x, kernel, bias, segment_ids, kept(continues.astype(jnp.float32)), call)
 
 
 def can_convolve(x: jax.ShapeDtypeStruct, kernel: jax.ShapeDtypeStruct, elementwise: Elementwise) -> bool:
@@ -59,24 +62,24 @@ def _kernels(x, kernel, elementwise: Elementwise):
     return elementwise.kernels("convolution", (x, spec), (kernel, of_kernel)), spec
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _convolve(x, kernel, bias, segment_ids, backward):
-    parts = range(x.shape[2])
-    return tuple(causal_convolution(x[:, :, i], kernel[:, i], bias[i], segment_ids=segment_ids)[0] for i in parts)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _convolve(x, kernel, bias, segment_ids, continues, backward):
+    return _convolve_forward(x, kernel, bias, segment_ids, continues, backward)[0]
 
 
-def _convolve_forward(x, kernel, bias, segment_ids, backward):
-    return _convolve(x, kernel, bias, segment_ids, backward), (x, kernel, bias, segment_ids)
+def _convolve_forward(x, kernel, bias, segment_ids, continues, backward):
+    taps, offsets = kept_cast(kernel, x.dtype), kept_cast(bias, x.dtype)
+    y = tuple(
+        causal_convolution(x[:, :, i], taps[:, i], offsets[i], segment_ids=segment_ids)[0] for i in range(x.shape[2])
+    )
+    return y, (x, taps, continues, kernel[:0], bias[:0])
 
 
 def _convolve_backward(backward, kept_arrays, dy):
-    x, kernel, bias, segment_ids = kept_arrays
-    continues = jnp.ones(x.shape[:2], bool) if segment_ids is None else segment_ids == jnp.roll(segment_ids, 1, axis=1)
-    continues = (continues & (jnp.arange(x.shape[1]) > 0)).astype(jnp.float32)
-    taps = kernel.astype(x.dtype).astype(jnp.float32)  # as the forward pass used them
-    dx, sums = backward(x, taps, continues, *dy)
+    x, taps, continues, kernel, bias = kept_arrays
+    dx, sums = backward(x, taps.astype(jnp.float32), continues, *dy)
     sums = sums.sum(0)
-    return dx, sums[:-1].astype(kernel.dtype), sums[-1].astype(bias.dtype), None
+    return dx, sums[:-1].astype(kernel.dtype), sums[-1].astype(bias.dtype), None, jnp.zeros_like(continues)
 
 
 _convolve.defvjp(_convolve_forward, _convolve_backward)
