@@ -42,7 +42,7 @@ def convolution_backward(x, kernel, continues, *dy):
 
     Args:
       x: [B, T, P, C] bfloat16, P parts.
-      kernel: [W, P, C] float32.
+      kernel: [W, P, C] bfloat16.
       continues: [B, T] float32, 1 where a token is in the segment of the token before it, else 0.
       dy: P arrays [B, T, C] bfloat16.
 
@@ -61,7 +61,7 @@ def convolution_backward(x, kernel, continues, *dy):
 
         def run(part, dy_ref):
             at = pl.ds(lax.axis_index("piece") * size, size)
-            taps = [load(kernel_ref, (width - 1 - i, part), at) for i in range(width)]
+            taps = wide([load(kernel_ref, (width - 1 - i, part), at) for i in range(width)])
 
             def load_token(b, t):
                 return load(x_ref, (b, t, part), at), load(dy_ref, (b, t), at)
@@ -108,7 +108,7 @@ def convolution_backward(x, kernel, continues, *dy):
         ),
         grid=(channels // size, parts, programs),
         grid_names=("piece", "part", "program"),
-        compiler_params=plgpu.CompilerParams(approx_math=True),
+        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
         kernel_name="convolution_backward",
     )
     return call(x, kernel, continues, *dy)

@@ -81,7 +81,7 @@ def norm_backward(x, scale, dys, dresidual, eps: float):
         out_type=(jax.ShapeDtypeStruct(x.shape, x.dtype), jax.ShapeDtypeStruct((programs, width), jnp.float32)),
         grid=(programs,),
         grid_names=("program",),
-        compiler_params=plgpu.CompilerParams(approx_math=True),
+        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
         kernel_name="norm_backward",
     )
     return kernel(scale, *read)

@@ -24,7 +24,7 @@ def programs() -> Iterator[Program]:
             yield Program(f"norm_backward-{products}-{width}", function, (x, _shape(width, dtype=jnp.float32), x, x))
     for width, channels in itertools.product((2, 4), (1024, 1536)):
         x, dy = _shape(8, TOKENS // 8, 3, channels), _shape(8, TOKENS // 8, channels)
-        kernel, continues = _shape(width, 3, channels, dtype=jnp.float32), _shape(*x.shape[:2], dtype=jnp.float32)
+        kernel, continues = _shape(width, 3, channels), _shape(*x.shape[:2], dtype=jnp.float32)
         arguments = x, kernel, continues, dy, dy, dy
         yield Program(f"convolution_backward-{width}-{channels}", convolution_backward, arguments)
     for hidden in (1024, 2048, 3072):

@@ -51,7 +51,7 @@ def swiglu_backward(gate_up, dh):
         out_type=(jax.ShapeDtypeStruct(gate_up.shape, gate_up.dtype), jax.ShapeDtypeStruct(dh.shape, dh.dtype)),
         grid=(tokens * per_token,),
         grid_names=("program",),
-        compiler_params=plgpu.CompilerParams(approx_math=True),
+        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
         kernel_name="swiglu_backward",
     )
     return kernel(gate_up, dh)

@@ -51,5 +51,5 @@ class SwiGLU(nn.Module):
             gate_up = nn.with_logical_constraint(gate_up, ("batch", "length", None, "mlp"))
             kernel, _ = down.parameters((self.mlp_dim,))
             return gated_product(gate_up, kept_cast(kernel, self.dtype), self.elementwise)
-        hidden = nn.with_logical_constraint(nn.silu(gate(x)) * up(x), ("batch", "length", "mlp"))
-        return down(hidden)
+        gate, up = gate(x), up(x)
+        return down(nn.with_logical_constraint(nn.silu(gate) * up, ("batch", "length", "mlp")))

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from twomamba_jax.ops.convolution import causal_convolution
+from twomamba_jax.ops.convolution import delay
 from twomamba_jax.ops.elementwise import Elementwise
 from twomamba_jax.ops.kept import kept, kept_cast
 from twomamba_jax.ops.sharding import devices_of
@@ -46,7 +46,7 @@ def joint_convolution(
     bias = jnp.zeros(kernel.shape[1:], kernel.dtype) if bias is None else bias
     ids = jnp.zeros(x.shape[:2], jnp.int32) if segment_ids is None else segment_ids
     continues = (ids == jnp.roll(ids, 1, axis=1)) & (jnp.arange(x.shape[1]) > 0)
-    return _convolve(x, kernel, bias, segment_ids, kept(continues.astype(jnp.float32)), call)
+    return _convolve(x, kernel, bias, kept(continues.astype(jnp.float32)), call)
 
 
 def can_convolve(x: jax.ShapeDtypeStruct, kernel: jax.ShapeDtypeStruct, elementwise: Elementwise) -> bool:
@@ -62,24 +62,30 @@ def _kernels(x, kernel, elementwise: Elementwise):
     return elementwise.kernels("convolution", (x, spec), (kernel, of_kernel)), spec
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _convolve(x, kernel, bias, segment_ids, continues, backward):
-    return _convolve_forward(x, kernel, bias, segment_ids, continues, backward)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _convolve(x, kernel, bias, continues, backward):
+    return _convolve_forward(x, kernel, bias, continues, backward)[0]
 
 
-def _convolve_forward(x, kernel, bias, segment_ids, continues, backward):
+def _convolve_forward(x, kernel, bias, continues, backward):
     taps, offsets = kept_cast(kernel, x.dtype), kept_cast(bias, x.dtype)
-    y = tuple(
-        causal_convolution(x[:, :, i], taps[:, i], offsets[i], segment_ids=segment_ids)[0] for i in range(x.shape[2])
-    )
-    return y, (x, taps, continues, kernel[:0], bias[:0])
+    follows = continues[..., None, None] > 0
+    y = []
+    for part in range(x.shape[2]):
+        earlier = x[:, :, part]
+        total = offsets[part] + taps[-1, part] * earlier
+        for tap in taps[-2::-1, part]:
+            earlier = jnp.where(follows, delay(earlier), 0)
+            total = total + tap * earlier
+        y.append(total)
+    return tuple(y), (x, taps, continues, kernel[:0], bias[:0])
 
 
 def _convolve_backward(backward, kept_arrays, dy):
     x, taps, continues, kernel, bias = kept_arrays
-    dx, sums = backward(x, taps.astype(jnp.float32), continues, *dy)
+    dx, sums = backward(x, taps, continues, *dy)
     sums = sums.sum(0)
-    return dx, sums[:-1].astype(kernel.dtype), sums[-1].astype(bias.dtype), None, jnp.zeros_like(continues)
+    return dx, sums[:-1].astype(kernel.dtype), sums[-1].astype(bias.dtype), jnp.zeros_like(continues)
 
 
 _convolve.defvjp(_convolve_forward, _convolve_backward)
