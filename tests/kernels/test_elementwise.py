@@ -192,9 +192,9 @@ def test_what_no_kernel_computes():
         assert norm_with_residual(normal(0, 1, 2, 512, dtype=jnp.float32), normal(1, 512), 1e-5, 1, KERNELS) is None
 
 
-def block_of(implementation):
-    config = config_of("2mamba", num_heads=8, num_kv_heads=8, head_dim=64, d_model=512, mlp_dim=512)
-    return Block(config, config.mixers[0], Execution(jnp.bfloat16, implementation=implementation))
+def block_of(implementation, dtype=jnp.bfloat16):
+    config = config_of("2mamba", num_heads=4, num_kv_heads=4, head_dim=128, d_model=512, mlp_dim=512)
+    return Block(config, config.mixers[0], Execution(dtype, implementation=implementation))
 
 
 def loss_of(block):
@@ -251,16 +251,25 @@ def test_each_device_computes_its_part(monkeypatch):
     assert found(1, 2) == [("norm_backward", "512")] * 2
 
 
-def test_the_gradients_of_a_block_are_those_of_xla():
-    """As close as roundings to bfloat16 let them be, in the norm of each array; documents are packed."""
-    x, ids = normal(1, 1, 20, 512), jnp.asarray([[0] * 7 + [1] * 13])
+def test_the_gradients_of_a_block_are_those_of_xla(monkeypatch):
+    """Closer to XLA's than XLA's in bfloat16 are to those in float32, in the norm of each; documents are packed.
+
+    Attention is XLA's in all, since its own kernels round in other places.
+    """
+    monkeypatch.setattr(dispatch, "choose", lambda *_: ("parallel", "xla"))
+    x, ids = normal(1, 1, 7, 512), jnp.asarray([[0] * 3 + [1] * 4])
     params = params_of(x)
-    want = jax.grad(loss_of(block_of("xla")), argnums=(0, 1))(params, x, ids)
+
+    def gradient(x, *execution):
+        return jax.grad(loss_of(block_of(*execution)), argnums=(0, 1))(params, x, ids)
+
+    exact, xla = gradient(wide(x), "xla", jnp.float32), gradient(x, "xla")
     with interpreted():
-        got = jax.grad(loss_of(block_of("mosaic_gpu")), argnums=(0, 1))(params, x, ids)
-    assert jax.tree.structure(got) == jax.tree.structure(want)
-    for path, error in jax.tree.leaves_with_path(jax.tree.map(relative_error, got, want)):
-        assert error < 0.03, (path, error)
+        kernels = gradient(x, "mosaic_gpu")
+    assert jax.tree.structure(kernels) == jax.tree.structure(xla)
+    errors, differences = (jax.tree.map(relative_error, tree, other) for tree, other in ((xla, exact), (kernels, xla)))
+    for (path, difference), error in zip(jax.tree.leaves_with_path(differences), jax.tree.leaves(errors), strict=True):
+        assert difference < error, path
 
 
 def relative_error(a, b):
