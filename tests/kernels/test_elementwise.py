@@ -192,9 +192,10 @@ def test_what_no_kernel_computes():
         assert norm_with_residual(normal(0, 1, 2, 512, dtype=jnp.float32), normal(1, 512), 1e-5, 1, KERNELS) is None
 
 
-def block_of(implementation, dtype=jnp.bfloat16):
+def block_of(implementation, dtype=jnp.bfloat16, elementwise_kernels=True):
+    execution = {"implementation": implementation, "elementwise_kernels": elementwise_kernels}
     config = config_of("2mamba", num_heads=4, num_kv_heads=4, head_dim=128, d_model=512, mlp_dim=512)
-    return Block(config, config.mixers[0], Execution(dtype, implementation=implementation))
+    return Block(config, config.mixers[0], Execution(dtype, **execution))
 
 
 def loss_of(block):
@@ -224,9 +225,10 @@ def lowered(monkeypatch, function, mesh=None):
 
 
 def test_a_block_takes_them_in_its_backward_pass(monkeypatch):
-    """Of its two norms, its convolutions and its MLP; the forward pass alone has none."""
+    """Of its two norms, its convolutions and its MLP, where asked; the forward pass alone has none."""
     loss = loss_of(block_of("mosaic_gpu"))
     assert lowered(monkeypatch, loss) == []
+    assert lowered(monkeypatch, jax.grad(loss_of(block_of("mosaic_gpu", elementwise_kernels=False)))) == []
     assert lowered(monkeypatch, jax.grad(loss)) == [
         ("convolution_backward", "4x128x3x512"),
         ("norm_backward", "512"),

@@ -54,10 +54,12 @@ class Execution:
       chunk_size: as in `decay_attention`.
       implementation: as in `decay_attention`.
       precision: as in `decay_attention`.
+      elementwise_kernels: whether the backward passes of norms, convolutions and gated MLPs are kernels, too, where
+        those of `implementation` support the model's widths (docs/training.md); what they do is said once in the log.
 
     Raises:
-      ValueError: a dtype that is not floating, an unknown remat, form, implementation or precision, a scan_layers that
-        is no bool, a chunk size below 1 or without the chunked form.
+      ValueError: a dtype that is not floating, an unknown remat, form, implementation or precision, a scan_layers or
+        elementwise_kernels that is no bool, a chunk size below 1 or without the chunked form.
     """
 
     dtype: Any = jnp.float32
@@ -68,6 +70,7 @@ class Execution:
     chunk_size: int | None = None
     implementation: str | None = None
     precision: str | None = None
+    elementwise_kernels: bool = False
 
     def __post_init__(self):
         for name in ("dtype", "param_dtype"):
@@ -79,6 +82,8 @@ class Execution:
             raise ValueError(f"remat={self.remat!r} is unknown: expected one of {', '.join(REMATS)}")
         if not isinstance(self.scan_layers, bool | None):
             raise ValueError(f"scan_layers={self.scan_layers!r} must be None, True or False")
+        if not isinstance(self.elementwise_kernels, bool):
+            raise ValueError(f"elementwise_kernels={self.elementwise_kernels!r} must be True or False")
         for name, known in (
             ("form", FORMS),
             ("implementation", IMPLEMENTATIONS),
@@ -93,4 +98,5 @@ class Execution:
 
     def elementwise(self, channels: str) -> Elementwise:
         """The kernels for backward passes between products, of arrays whose channels have this logical axis."""
-        return Elementwise(self.implementation, nn.logical_to_mesh_axes(("batch", "length", channels)))
+        implementation = self.implementation if self.elementwise_kernels else "xla"
+        return Elementwise(implementation, nn.logical_to_mesh_axes(("batch", "length", channels)))
