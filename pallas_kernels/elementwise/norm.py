@@ -58,7 +58,7 @@ def norm_backward(x, scale, dys, dresidual, eps: float):
             loaded, dscale = carry
             upcoming = load_token(i + 1)
             x, *rest = wide(loaded)
-            dy = [sum(parts) for parts in zip(*rest[: len(dys)])]
+            dy = [sum(terms) for terms in zip(*rest[: len(dys)])]
             g = [a * b for a, b in zip(scale, dy)]
             square = sum(jnp.sum(a * a) for a in x)
             along = sum(jnp.sum(a * b) for a, b in zip(g, x))

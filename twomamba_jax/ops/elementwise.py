@@ -25,7 +25,7 @@ class Elementwise:
 
     Attributes:
       implementation: of the model: kernels are taken for None and for a language that has them, where they support the
-        arrays. XLA computes the rest, whatever the implementation, since the values are the same.
+        arrays, and XLA computes the rest: but for rounding the values are the same.
       partition: the mesh axes of (batch, length, heads), as in `decay_attention`; None, or no mesh: one device.
     """
 
