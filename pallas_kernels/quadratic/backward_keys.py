@@ -185,9 +185,14 @@ def backward_keys(
                         if decay is None or score == "exp":
                             return carry
                         factor = jnp.exp2(load_rows(decay_ref.suffix, place()))
-                        dk[...] = read(dk) * rows(factor, dk.shape)
-                        dv[...] = read(dv) * rows(factor, dv.shape)
-                        return (carry[0] * factor,)
+
+                        def decayed(sums, factor):
+                            # A weight that is less than 2^-126 at the tile's end may be infinite up to there.
+                            return jnp.where(factor > 0, sums * factor, 0.0)
+
+                        dk[...] = decayed(read(dk), rows(factor, dk.shape))
+                        dv[...] = decayed(read(dv), rows(factor, dv.shape))
+                        return (decayed(carry[0], factor),)
 
                     zero = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), ROW)
                     step_and_carry = queries.walk(step, place, tile, turn, (zero,))

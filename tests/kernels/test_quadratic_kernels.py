@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from support.cases import pairwise
 from support.exhaustive import EXHAUSTIVE
-from support.kernel_cases import FINE, INPUTS, Case, assert_close
+from support.kernel_cases import FINE, INPUTS, Case, assert_close, underflowing_call
 
 from pallas_kernels.interpreter import interpreted
 
@@ -170,3 +170,8 @@ def test_the_largest_and_the_smallest_scores_of_the_contract(score):
         assert all(np.isfinite(np.asarray(x, np.float32)).all() for x in got.values())
         one = np.abs(got["y"][0, :, 0][:, None] - call.v[0, :, 0]).max(-1).min(1)  # a row is one of the values
         assert (np.asarray(one) == 0).all()
+
+
+def test_a_weight_that_underflows_gives_no_nan():
+    call = underflowing_call("mosaic_gpu")
+    assert_close(call, call.run())

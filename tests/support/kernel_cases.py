@@ -137,6 +137,17 @@ class Case:
         return Call(q, k, v, decay if self.decay else None, dy, options, self.implementation)
 
 
+def underflowing_call(implementation: str) -> Call:
+    """Of one large key that has decayed to nothing when a query meets it whose own score is small."""
+    tokens, late = 256, 128
+    q, k = np.zeros((2, 1, tokens, 1, 64), np.float32)
+    k[0, 0, 0, 0] = q[0, late, 0, 0] = 2.0**15
+    q[0, late, 0, 1] = k[0, late, 0, 1] = 2.0**-20
+    q, k, ones = (jnp.asarray(x, jnp.bfloat16) for x in (q, k, np.ones(q.shape)))
+    decay = jnp.full((1, tokens, 1), -1.5)
+    return Call(q, k, ones, decay, ones, {"score": "squared", "normalize": True, "scale": 1.0}, implementation)
+
+
 def assert_close(call: Call, got: dict[str, jax.Array]) -> None:
     """y and every gradient are as close to the oracle's as the roundings let them be."""
     want, size, unit = call.oracle(), error_sizes(call), call.unit

@@ -160,7 +160,10 @@ def keys_kernel(
         row = -tl.load(prefix_ptr + head * TILES * OWN + rows)
         if SCORE != "exp":
             factor = tl.exp2(suffix)
-            dk, dv, sums = dk * factor[:, None], dv * factor[:, None], sums * factor
+            there = factor > 0  # a weight that is less than 2^-126 at the tile's end may be infinite up to there
+            dk = tl.where(there[:, None], dk * factor[:, None], 0.0)
+            dv = tl.where(there[:, None], dv * factor[:, None], 0.0)
+            sums = tl.where(there, sums * factor, 0.0)
 
     count = tl.minimum(PER_TILE, tl.cdiv(TOKENS - start, STREAMED))
     for step in range(0, REPEATS * count):

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from support.cases import pairwise
 from support.exhaustive import EXHAUSTIVE
-from support.kernel_cases import INPUTS, Case, assert_close
+from support.kernel_cases import INPUTS, Case, assert_close, underflowing_call
 
 from pallas_kernels.triton.call import call
 from pallas_kernels.triton.quadratic.pieces import piece
@@ -46,6 +46,12 @@ def test_outputs_and_gradients_equal_the_oracle(case):
         like = call.q if name == "y" else getattr(call, name)
         assert (x.shape, x.dtype) == (like.shape, like.dtype)
     assert_close(call, got)
+
+
+@pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
+def test_a_weight_that_underflows_gives_no_nan():
+    call = underflowing_call("triton")
+    assert_close(call, call.run())
 
 
 def test_a_mapped_row_ignores_what_is_beside_it_in_memory():
