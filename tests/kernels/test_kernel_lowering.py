@@ -17,6 +17,7 @@ from support.exhaustive import EXHAUSTIVE
 
 from pallas_kernels.chunked.programs import programs as chunked_programs
 from pallas_kernels.decoding.programs import programs as decoding_programs
+from pallas_kernels.elementwise.programs import programs as elementwise_programs
 from pallas_kernels.quadratic.programs import programs
 from twomamba_jax import decay_attention
 from twomamba_jax.layers.execution import DEAR, REMATS
@@ -38,6 +39,11 @@ DECODING = [
     for program in decoding_programs()
     if EXHAUSTIVE
     or program.name in ("decode_step-squared-float32-16-heads-4-normalize", "fold-squared-float32-16-rollback")
+]
+ELEMENTWISE = [
+    program
+    for program in elementwise_programs()
+    if EXHAUSTIVE or program.name in ("norm_backward-4-2048", "convolution_backward-4-1536", "swiglu_backward-3072")
 ]
 
 
@@ -102,6 +108,13 @@ def test_every_program_of_decoding_lowers(program):
     assert rf"\00{name}_mosaic_gpu\00" in text
     aliases = 0 if name == "decode_step" else 4 if program.name.endswith("-rollback") else 2
     assert text.count("#stablehlo.output_operand_alias<") == aliases
+
+
+@pytest.mark.parametrize("program", ELEMENTWISE, ids=lambda program: program.name)
+def test_every_elementwise_program_lowers(program):
+    text = jax.jit(program.function).trace(*program.arguments).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("custom_call @mosaic_gpu") == 1
+    assert rf"\00{program.name.partition('-')[0]}_mosaic_gpu\00" in text
 
 
 @pytest.fixture(autouse=True)

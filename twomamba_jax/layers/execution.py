@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import residuals
 from twomamba_jax.ops.dispatch import FORMS, IMPLEMENTATIONS
+from twomamba_jax.ops.elementwise import Elementwise
 from twomamba_jax.ops.integers import Integer, checked_integer
 
 # What is dear to compute and linear in T: products without a batch dimension, which are the projections, and what the
@@ -53,10 +54,12 @@ class Execution:
       chunk_size: as in `decay_attention`.
       implementation: as in `decay_attention`.
       precision: as in `decay_attention`.
+      elementwise_kernels: whether the backward passes of norms, convolutions and gated MLPs are kernels, too, where
+        those of `implementation` support the model's widths (docs/training.md); what they do is said once in the log.
 
     Raises:
-      ValueError: a dtype that is not floating, an unknown remat, form, implementation or precision, a scan_layers that
-        is no bool, a chunk size below 1 or without the chunked form.
+      ValueError: a dtype that is not floating, an unknown remat, form, implementation or precision, a scan_layers or
+        elementwise_kernels that is no bool, a chunk size below 1 or without the chunked form.
 
     Examples:
       >>> model = LanguageModel(config, Execution(dtype=jnp.bfloat16, remat="dots"))
@@ -72,6 +75,7 @@ class Execution:
     chunk_size: Integer | None = None
     implementation: str | None = None
     precision: str | None = None
+    elementwise_kernels: bool = False
 
     def __post_init__(self):
         for name in ("dtype", "param_dtype"):
@@ -83,6 +87,8 @@ class Execution:
             raise ValueError(f"remat={self.remat!r} is unknown: expected one of {', '.join(REMATS)}")
         if not isinstance(self.scan_layers, bool | None):
             raise ValueError(f"scan_layers={self.scan_layers!r} must be None, True or False")
+        if not isinstance(self.elementwise_kernels, bool):
+            raise ValueError(f"elementwise_kernels={self.elementwise_kernels!r} must be True or False")
         for name, known in (
             ("form", FORMS),
             ("implementation", IMPLEMENTATIONS),
@@ -94,3 +100,8 @@ class Execution:
         object.__setattr__(self, "chunk_size", checked_integer("chunk_size", self.chunk_size, or_none=True))
         if self.chunk_size is not None and self.form in ("parallel", "recurrent"):
             raise ValueError(f"chunk_size={self.chunk_size} needs form='chunked' or None, got form={self.form!r}")
+
+    def elementwise(self, channels: str) -> Elementwise:
+        """The kernels for backward passes between products, of arrays whose channels have this logical axis."""
+        implementation = self.implementation if self.elementwise_kernels else "xla"
+        return Elementwise(implementation, nn.logical_to_mesh_axes(("batch", "length", channels)))

@@ -11,11 +11,12 @@ from twomamba_jax.config import MixerConfig, ModelConfig
 from twomamba_jax.layers.cache import Cache, advance, append, poison_rollback
 from twomamba_jax.layers.cache_stack import attach, detach
 from twomamba_jax.layers.execution import REMATS, Execution
-from twomamba_jax.layers.mixer import Mixer
+from twomamba_jax.layers.mixer import Copies, Mixer
 from twomamba_jax.layers.mlp import PROJECTION_INIT, SwiGLU
 from twomamba_jax.layers.norm import RMSNorm
 from twomamba_jax.layers.partitioning import with_logical_axes
 from twomamba_jax.layers.tokens import as_tokens
+from twomamba_jax.ops.elementwise import Elementwise
 from twomamba_jax.ops.integers import Integer
 from twomamba_jax.ops.kept import kept
 from twomamba_jax.ops.numerics import accumulation_dtype
@@ -45,7 +46,11 @@ class Block(nn.Module, kw_only=True):
         Of a cache that `detach` took apart, `stack` is all layers' part and `layer` is the number of this one.
         """
         config, dtype, param_dtype = self.config, self.execution.dtype, self.execution.param_dtype
-        norm = {"eps": config.norm_eps, "dtype": dtype, "param_dtype": param_dtype}
+        # Only without a cache is there a backward pass, and the example that parameters are made for has none.
+        trains = cache is None and not self.is_initializing()
+        of_norm, of_mlp = (self.execution.elementwise(axis) if trains else Elementwise() for axis in ("embed", "mlp"))
+        norm = {"eps": config.norm_eps, "dtype": dtype, "param_dtype": param_dtype, "elementwise": of_norm}
+        residual, y, *copies = RMSNorm(name="mixer_norm", **norm)(x, copies=len(Copies._fields) + 1)
         mixed, new = Mixer(
             self.mixer,
             num_heads=config.num_heads,
@@ -57,7 +62,8 @@ class Block(nn.Module, kw_only=True):
             execution=self.execution,
             name="mixer",
         )(
-            RMSNorm(name="mixer_norm", **norm)(x),
+            y,
+            copies=Copies(*copies),
             segment_ids=segment_ids,
             lengths=lengths,
             positions=positions,
@@ -66,10 +72,11 @@ class Block(nn.Module, kw_only=True):
             appends=False,
         )
         # Kept in the place of `mixed`, which only this sum needs.
-        x = kept(nn.with_logical_constraint(x + mixed, ("batch", "length", "embed")))
+        x = kept(nn.with_logical_constraint(residual + mixed, ("batch", "length", "embed")))
         if config.mlp_dim:
-            x = x + SwiGLU(config.mlp_dim, dtype=dtype, param_dtype=param_dtype, name="mlp")(
-                RMSNorm(name="mlp_norm", **norm)(x)
+            residual, y = RMSNorm(name="mlp_norm", **norm)(x, copies=1)
+            x = residual + SwiGLU(config.mlp_dim, dtype=dtype, param_dtype=param_dtype, elementwise=of_mlp, name="mlp")(
+                y
             )
             x = nn.with_logical_constraint(x, ("batch", "length", "embed"))
         return x, new

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -11,19 +12,29 @@ import numpy as np
 from twomamba_jax.config import MixerConfig
 from twomamba_jax.layers.cache import ConvolutionInputs, MixerCache, MixerTokens, append
 from twomamba_jax.layers.execution import Execution
-from twomamba_jax.layers.norm import RMSNorm, divide_by_rms
+from twomamba_jax.layers.norm import RMSNorm
 from twomamba_jax.layers.partitioning import with_logical_axes
-from twomamba_jax.layers.projection import Projection, uniform
+from twomamba_jax.layers.projection import Projection, joint_kernel, product, uniform
 from twomamba_jax.ops.checks import as_arrays, as_rows
 from twomamba_jax.ops.convolution import causal_convolution
 from twomamba_jax.ops.decay import STRONGEST_LOG_DECAY, discretized_decay, softplus_decay, step_size
 from twomamba_jax.ops.decay_attention import decay_attention
 from twomamba_jax.ops.decoding.cached_attention import cached_attention
+from twomamba_jax.ops.joint_convolution import can_convolve, joint_convolution
 from twomamba_jax.ops.layout import repeat_heads
+from twomamba_jax.ops.norm import divide_by_rms
 from twomamba_jax.ops.numerics import accumulation_dtype, broadcast_parameter
 from twomamba_jax.ops.rope import apply_rope
 from twomamba_jax.ops.segments import valid_tokens
 from twomamba_jax.shapes import AnyArray, Array, Float, Int, Lengths, SegmentIds
+
+
+class Copies(NamedTuple):
+    """A mixer's input again, for its product of this name: `RMSNorm` adds up the gradients of all in one pass."""
+
+    k: Float[Array, "B T E"]
+    v: Float[Array, "B T E"]
+    per_head: Float[Array, "B T E"]
 
 
 class Mixer(nn.Module):
@@ -64,6 +75,7 @@ class Mixer(nn.Module):
         self,
         x: Float[AnyArray, "B T E"],
         *,
+        copies: Copies | None = None,
         segment_ids: SegmentIds | None = None,
         lengths: Lengths | None = None,
         positions: Int[AnyArray, "B T"] | None = None,
@@ -75,6 +87,7 @@ class Mixer(nn.Module):
 
         Args:
           x: [B, T, E].
+          copies: of x, as `RMSNorm` makes them; None: there are none.
           segment_ids: [B, T]; nothing crosses the edge of a segment.
           lengths: [B], the tokens that count in right-padded rows.
           positions: [B, T], for rotary embeddings; None: 0, 1, ...
@@ -92,35 +105,21 @@ class Mixer(nn.Module):
         cache = jax.tree.map(jnp.asarray, cache)
         if lengths is not None:
             # Padding may hold NaN, and 0 times that would be in the gradients of the projections' weights.
-            x = jnp.where(valid_tokens(lengths, x.shape[1])[..., None], x, 0)
+            x, copies = jax.tree.map(
+                lambda x: jnp.where(valid_tokens(lengths, x.shape[1])[..., None], x, 0), (x, copies)
+            )
+        copies = copies or Copies(x, x, x)
         config, kv_heads = self.config, self.num_kv_heads or self.num_heads
         config.check_heads(self.num_heads, kv_heads)
         dtype, wide = self.execution.dtype, accumulation_dtype(self.execution.dtype)
 
-        qk_dim = config.qk_dim or self.head_dim
-        q_heads, q_axis = (self.num_heads, "heads") if config.qk_groups is None else (config.qk_groups, "qk_groups")
-        k_heads, k_axis = (kv_heads, "kv_heads") if config.qk_groups is None else (config.qk_groups, "qk_groups")
-        q = self._project("q", x, q_heads, q_axis, qk_dim)
-        k = self._project("k", x, k_heads, k_axis, qk_dim)
-        v = self._project("v", x, kv_heads, "kv_heads", self.head_dim)
-
-        convolution, rows = None, {"segment_ids": segment_ids, "lengths": lengths}
-        if cache is not None and (cache.convolution is None) != (config.conv_width == 1):
-            raise ValueError(
-                f"the cache is of a mixer {'without' if cache.convolution is None else 'with'} a convolution"
-            )
-        if config.conv_width > 1:
-            before = ConvolutionInputs(None, None, None) if cache is None else cache.convolution
-            q, q_inputs = self._convolve("q", q, q_axis, before.q, **rows)
-            k, k_inputs = self._convolve("k", k, k_axis, before.k, **rows)
-            v, v_inputs = self._convolve("v", v, "kv_heads", before.v, **rows)
-            convolution = ConvolutionInputs(q_inputs, k_inputs, v_inputs)
-
+        rows = {"segment_ids": segment_ids, "lengths": lengths}
+        q, k, v, convolution = self._convolved_together(x, cache, **rows) or self._convolved(x, copies, cache, **rows)
         if config.activation_on == "qkv":
             v = self._activate(v)
         residual = self._residual(v) if config.d_residual else None
-        dt = self._step_size(x, kv_heads, wide) if config.uses_step_size else None
-        log_decay = self._log_decay(x, dt, kv_heads, wide)
+        dt = self._step_size(copies.per_head, kv_heads, wide) if config.uses_step_size else None
+        log_decay = self._log_decay(copies.per_head, dt, kv_heads, wide)
         if config.discretize_values:
             v = (v * dt[..., None]).astype(dtype)
         q, k = self._activate(q), self._activate(k)
@@ -154,6 +153,47 @@ class Mixer(nn.Module):
         out = Projection(("heads", "head_dim"), ("embed",), x.shape[-1:], name="out", **self._dtypes())
         return out(y), cache
 
+    def _convolved(self, x, copies, cache, **rows):
+        """Queries, keys and values after their convolutions, and the inputs that the next tokens' take, or None."""
+        config, kv_heads = self.config, self.num_kv_heads or self.num_heads
+        qk_dim = config.qk_dim or self.head_dim
+        q_heads, q_axis = (self.num_heads, "heads") if config.qk_groups is None else (config.qk_groups, "qk_groups")
+        k_heads, k_axis = (kv_heads, "kv_heads") if config.qk_groups is None else (config.qk_groups, "qk_groups")
+        q = self._project("q", x, q_heads, q_axis, qk_dim)
+        k = self._project("k", copies.k, k_heads, k_axis, qk_dim)
+        v = self._project("v", copies.v, kv_heads, "kv_heads", self.head_dim)
+
+        if cache is not None and (cache.convolution is None) != (config.conv_width == 1):
+            raise ValueError(
+                f"the cache is of a mixer {'without' if cache.convolution is None else 'with'} a convolution"
+            )
+        if config.conv_width == 1:
+            return q, k, v, None
+        before = ConvolutionInputs(None, None, None) if cache is None else cache.convolution
+        q, q_inputs = self._convolve("q", q, q_axis, before.q, **rows)
+        k, k_inputs = self._convolve("k", k, k_axis, before.k, **rows)
+        v, v_inputs = self._convolve("v", v, "kv_heads", before.v, **rows)
+        return q, k, v, ConvolutionInputs(q_inputs, k_inputs, v_inputs)
+
+    def _convolved_together(self, x, cache, segment_ids, lengths):
+        """The same where one product can make all three and a kernel their gradient, or None."""
+        config, dtype, (heads, size) = self.config, self.execution.dtype, (self.num_heads, self.head_dim)
+        alike = config.qk_groups is None and (config.qk_dim or size) == size and (self.num_kv_heads or heads) == heads
+        if not alike or cache is not None or lengths is not None or self.is_initializing():
+            return None
+        elementwise = self.execution.elementwise("heads")
+        shape = 3, heads, size
+        array = jax.ShapeDtypeStruct((*x.shape[:2], *shape), dtype)
+        if not can_convolve(array, jax.ShapeDtypeStruct((config.conv_width, *shape), dtype), elementwise):
+            return None
+        names = "q", "k", "v"
+        kernel = joint_kernel([self._projection(name, "heads", (heads, size)) for name in names], x.shape[-1:])
+        qkv = product(x.astype(dtype), kernel, 1)
+        qkv = nn.with_logical_constraint(qkv, ("batch", "length", None, "heads", "head_dim"))
+        taps, biases = zip(*(self._taps(name, "heads", (heads, size)) for name in names))
+        bias = jnp.stack(biases) if config.conv_bias else None
+        return *joint_convolution(qkv, jnp.stack(taps, 1), bias, segment_ids, elementwise), None
+
     def _operation(self, length):
         """What the operation computes, and how; `length` is the logical axis of its tokens."""
         config, execution = self.config, self.execution
@@ -171,16 +211,24 @@ class Mixer(nn.Module):
         }
 
     def _project(self, name, x, heads, axis, size, use_bias=False):
-        dims = (heads, size)
-        y = Projection(("embed",), (axis, "head_dim"), dims, use_bias=use_bias, name=name, **self._dtypes())(x)
+        y = self._projection(name, axis, (heads, size), use_bias)(x)
         return nn.with_logical_constraint(y, ("batch", "length", axis, "head_dim"))
 
+    def _projection(self, name, axis, dims, use_bias=False):
+        return Projection(("embed",), (axis, "head_dim"), dims, use_bias=use_bias, name=name, **self._dtypes())
+
     def _convolve(self, name, x, axis, initial_inputs, **rows):
-        width, shape = self.config.conv_width, x.shape[2:]
+        kernel, bias = self._taps(name, axis, x.shape[2:])
+        return causal_convolution(x, kernel, bias, initial_inputs=initial_inputs, **rows)
+
+    def _taps(self, name, axis, shape):
+        """The kernel of a convolution, and its bias or None."""
+        width = self.config.conv_width
         init = uniform(width)
         kernel = self._param(f"conv_{name}_kernel", init, ("conv", axis, "head_dim"), (width, *shape))
-        bias = self._param(f"conv_{name}_bias", init, (axis, "head_dim"), shape) if self.config.conv_bias else None
-        return causal_convolution(x, kernel, bias, initial_inputs=initial_inputs, **rows)
+        if not self.config.conv_bias:
+            return kernel, None
+        return kernel, self._param(f"conv_{name}_bias", init, (axis, "head_dim"), shape)
 
     def _of_all_heads(self, x, axis):
         """q or k [B, T, groups, K] as every head has it: copies, which the forms and the kernels take."""

@@ -8,15 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from twomamba_jax.layers.partitioning import with_logical_axes
-from twomamba_jax.ops.kept import kept
-from twomamba_jax.ops.numerics import accumulation_dtype
+from twomamba_jax.ops.elementwise import Elementwise
+from twomamba_jax.ops.norm import divide_by_rms, norm_with_residual
 from twomamba_jax.shapes import AnyArray
-
-
-def divide_by_rms(x: AnyArray, rank: int, eps: float) -> jax.Array:
-    """x / sqrt(mean(x^2) + eps), the mean over the last `rank` dimensions, in float32 or wider."""
-    wide = x.astype(accumulation_dtype(x.dtype))
-    return wide * jax.lax.rsqrt(kept(jnp.mean(wide * wide, axis=tuple(range(-rank, 0)), keepdims=True) + eps))
 
 
 class RMSNorm(nn.Module):
@@ -28,6 +22,7 @@ class RMSNorm(nn.Module):
       dtype: of the result.
       param_dtype: of `scale`, which has the normalised dimensions and starts at 1.
       groups: equal parts of the first normalised dimension, each with a mean of its own.
+      elementwise: the kernels for the backward pass.
 
     Examples:
       >>> y, _ = RMSNorm(eps=0).init_with_output(jax.random.key(0), jnp.array([[3.0, -3.0]]))
@@ -41,14 +36,19 @@ class RMSNorm(nn.Module):
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
     groups: int = 1
+    elementwise: Elementwise = Elementwise()
 
     @nn.compact
-    def __call__(self, x: AnyArray) -> jax.Array:
-        """Normalises x [..., *dims]."""
+    def __call__(self, x: AnyArray, copies: int | None = None) -> jax.Array | tuple[jax.Array, ...]:
+        """y for x [..., *dims]; or (x, y, ..., y), for a residual connection around so many products, each of a y."""
         init, rank = with_logical_axes(nn.initializers.ones, self.axes), len(self.axes)
         scale = self.param("scale", init, x.shape[-rank:], self.param_dtype)
+        plain = len(self.axes) == self.groups == 1 and self.dtype == x.dtype
+        if copies and plain and (fork := norm_with_residual(x, scale, self.eps, copies, self.elementwise)):
+            return fork
         y = divide_by_rms(self._apart(x, rank), rank, self.eps).reshape(x.shape)
-        return (y * jnp.expand_dims(scale, range(x.ndim - scale.ndim))).astype(self.dtype)
+        y = (y * jnp.expand_dims(scale, range(x.ndim - scale.ndim))).astype(self.dtype)
+        return y if copies is None else (x, *[y] * copies)
 
     def _apart(self, x: AnyArray, rank: int) -> AnyArray:
         """x [..., first, *rest] as [..., groups, first / groups, *rest]."""

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -9,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from twomamba_jax.layers.partitioning import with_logical_axes
-from twomamba_jax.ops.kept import kept_cast
+from twomamba_jax.ops.kept import kept, kept_cast
 from twomamba_jax.ops.numerics import broadcast_parameter
 from twomamba_jax.shapes import AnyArray
 
@@ -61,17 +62,26 @@ class Projection(nn.Module):
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
-    @nn.compact
     def __call__(self, x: AnyArray) -> jax.Array:
         """x [..., *in] -> [..., *out]."""
         rank = len(self.in_axes)
-        in_dims = x.shape[-rank:]
+        kernel, bias = self.parameters(x.shape[-rank:])
+        y = product(x.astype(self.dtype), kept_cast(kernel, self.dtype), rank)
+        return y if bias is None else y + broadcast_parameter(bias, y.shape, self.dtype)
+
+    @nn.compact
+    def parameters(self, in_dims: tuple[int, ...]) -> tuple[jax.Array, jax.Array | None]:
+        """W and b, in `param_dtype`; b is None where there is none."""
         init = uniform(math.prod(in_dims))
         kernel_init = with_logical_axes(self.kernel_init or init, (*self.in_axes, *self.out_axes))
         kernel = self.param("kernel", kernel_init, (*in_dims, *self.out_dims), self.param_dtype)
-        y = product(x.astype(self.dtype), kept_cast(kernel, self.dtype), rank)
         if not self.use_bias:
-            return y
-        bias_init = with_logical_axes(init, self.out_axes)
-        bias = self.param("bias", bias_init, self.out_dims, self.param_dtype)
-        return y + broadcast_parameter(bias, y.shape, self.dtype)
+            return kernel, None
+        return kernel, self.param("bias", with_logical_axes(init, self.out_axes), self.out_dims, self.param_dtype)
+
+
+def joint_kernel(projections: Sequence[Projection], in_dims: tuple[int, ...]) -> jax.Array:
+    """The kernels of projections without biases, [*in, projections, *out]: one product of x makes all that they do."""
+    first = projections[0]
+    kernels = [projection.parameters(in_dims)[0].astype(first.dtype) for projection in projections]
+    return kept(jnp.stack(kernels, axis=len(first.in_axes)))

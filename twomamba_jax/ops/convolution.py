@@ -80,9 +80,9 @@ def causal_convolution(
     if bias is not None:
         y = broadcast_parameter(bias, x.shape, x.dtype) + y
     for distance in range(1, width):
-        earlier = jnp.where(is_first, initial_inputs[:, -distance, None].astype(x.dtype), _delay(earlier))
+        earlier = jnp.where(is_first, initial_inputs[:, -distance, None].astype(x.dtype), delay(earlier))
         if segment_ids is not None:
-            continues = broadcast(segment_ids == _delay(segment_ids))
+            continues = broadcast(segment_ids == delay(segment_ids))
             earlier = jnp.where(is_first | continues, earlier, 0)
         y = y + taps[-1 - distance] * earlier
 
@@ -98,7 +98,7 @@ def causal_convolution(
     return y, final.astype(initial_inputs.dtype)
 
 
-def _delay(x):
+def delay(x):
     """x [B, T, ...] one token later, with zeros at token 0. As a pad it is partitioned without a copy of the rest."""
     no_padding = [(0, 0, 0)] * (x.ndim - 2)
     return jax.lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), (1, -1, 0), *no_padding])

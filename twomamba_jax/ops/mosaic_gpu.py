@@ -9,8 +9,11 @@ from pallas_kernels.chunked import crossovers
 from pallas_kernels.chunked.mosaic_gpu import STAGES
 from pallas_kernels.decoding import fold, step
 from pallas_kernels.device import device_kind
+from pallas_kernels.elementwise import convolution, norm, swiglu
 from pallas_kernels.quadratic.mosaic_gpu import KERNELS
 from twomamba_jax.ops.kernels import Kernels
+
+ELEMENTWISE = {"norm": norm, "convolution": convolution, "swiglu": swiglu}
 
 # Measured on one H200: docs/kernels.md.
 LONGEST = {"linear": 16384, "squared": 131072, "exp": sys.maxsize}
@@ -22,4 +25,4 @@ def crossover(score: str, head_dim: int, sequences: int) -> int:
     return measured or crossovers.equal_products(STAGES[score].chunk, STAGES[score].rows(head_dim))
 
 
-MOSAIC_GPU = Kernels(KERNELS, STAGES, step, fold, LONGEST, crossover)
+MOSAIC_GPU = Kernels(KERNELS, STAGES, step, fold, ELEMENTWISE, LONGEST, crossover)

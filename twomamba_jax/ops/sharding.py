@@ -15,7 +15,7 @@ def sequence_axis(partition: PartitionSpec | None) -> SequenceAxis | None:
     """The axis of the mesh that is set over which `partition` shards the tokens; None: they are on one device."""
     if partition is None or len(partition) < 2:
         return None
-    size = _devices(partition[1])
+    size = devices_of(partition[1])
     return SequenceAxis(partition[1], size) if size > 1 else None
 
 
@@ -78,14 +78,14 @@ def shard_stack(call: Callable, partition: PartitionSpec | None, *stacks):
 
 def check_multiple(size: int, what: str, axes) -> None:
     """Raises ValueError where `size` things cannot be dealt out over the mesh axes in equal parts."""
-    if size % (devices := _devices(axes)):
+    if size % (devices := devices_of(axes)):
         raise ValueError(
             f"{size} {what} cannot be spread over the {devices} devices of mesh axis {axes!r}: make them a multiple of "
             f"{devices}, or that axis smaller"
         )
 
 
-def _devices(axes) -> int:
+def devices_of(axes) -> int:
     """How many devices the mesh axes spread an array's axis over."""
     shape = jax.sharding.get_abstract_mesh().shape
     names = () if axes is None else (axes,) if isinstance(axes, str) else axes

@@ -20,4 +20,4 @@ def crossover(score: str, head_dim: int, sequences: int) -> int:
     return equal_products(STAGES[score].chunk, STAGES[score].rows(head_dim))
 
 
-TRITON = Kernels(KERNELS, STAGES, step, fold, LONGEST, crossover)
+TRITON = Kernels(KERNELS, STAGES, step, fold, {}, LONGEST, crossover)
