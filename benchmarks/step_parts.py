@@ -11,12 +11,14 @@ import jax
 
 # The first pattern that is found in an operation's line of the compiled program says which part it belongs to.
 PARTS = {
-    "attention kernels": r'custom_call_target="(mosaic_gpu|triton_kernel_call|__cudnn)',
+    "attention kernels": r'custom_call_target="(mosaic_gpu|triton_kernel_call|__cudnn)'
+    r"(?!.*/(norm|convolution|swiglu)_backward/)",
     "slices and stacks of the loop over layers": r"LanguageModel\)+/while/body/(jit\(dynamic|dynamic)",
     "head and loss": r"jvp\(\)|/head",
     "embedding": r"embedding|_take",
     "norms": r"/(\w+_)?norm/",
-    "projections of the mixers": r"/mixer/(mixer\._project|\w*\._per_head|mixer\._log_decay/mixer\._per_head|out)",
+    "projections of the mixers": r"/mixer/(mixer\._convolved/)?(mixer\._project|\w*\._per_head|out)"
+    r"|/mixer/(mixer\._log_decay/mixer\._per_head|mixer\._convolved_together/dot_general)",
     "rest of the mixers": r"/mixer/",
     "MLPs": r"/mlp/",
     "rest of the model": r"LanguageModel",

@@ -1,0 +1,35 @@
+"""`benchmarks/step_parts.py`: which part of a model an operation of a compiled program belongs to."""
+
+import importlib
+
+import pytest
+
+FORWARD = "jit(train_step)/jvp(LanguageModel)/eval_jaxpr/layers_0"
+BACKWARD = "jit(train_step)/transpose(jvp(LanguageModel))/eval_jaxpr/checkpoint/layers_0"
+KERNEL = 'custom_call_target="mosaic_gpu_v2", metadata={'
+
+
+@pytest.mark.parametrize(
+    ("before", "name", "part"),
+    [
+        ("", f"{FORWARD}/mixer/mixer._convolved/mixer._project/q/dot_general", "projections of the mixers, forward"),
+        ("", f"{FORWARD}/mixer/mixer._convolved_together/dot_general", "projections of the mixers, forward"),
+        ("", f"{BACKWARD}/mixer/mixer._log_decay/mixer._per_head/decay/dot", "projections of the mixers, backward"),
+        ("", f"{BACKWARD}/mixer/out/dot_general", "projections of the mixers, backward"),
+        ("", f"{FORWARD}/mixer/mixer._convolved/mixer._convolve/add", "rest of the mixers, forward"),
+        (KERNEL, f"{BACKWARD}/mixer/squared_backward_keys/mpmd_map", "attention kernels, backward"),
+        (KERNEL, f"{BACKWARD}/mixer/scan_backward/mpmd_map", "attention kernels, backward"),
+        (KERNEL, f"{BACKWARD}/mixer_norm/jit(norm_backward)/norm_backward/mpmd_map", "norms, backward"),
+        (KERNEL, f"{BACKWARD}/mlp/jit(swiglu_backward)/swiglu_backward/mpmd_map", "MLPs, backward"),
+        (
+            KERNEL,
+            f"{BACKWARD}/mixer/mixer._convolved_together/jit(convolution_backward)/convolution_backward/mpmd_map",
+            "rest of the mixers, backward",
+        ),
+        ("", "jit(train_step)/mul", "optimiser"),
+        ("", "", "without a name"),
+    ],
+)
+def test_an_operation_belongs_to_a_part(before, name, part):
+    script = importlib.import_module("step_parts")
+    assert script.part_of(f'  %x = f32[8] fusion(%y), {before}op_name="{name}"' if name else "") == part
