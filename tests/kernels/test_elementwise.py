@@ -78,7 +78,7 @@ def check_norm(tokens, width):
     assert_close(got, want)
 
 
-@pytest.mark.parametrize("sizes", NORMS if EXHAUSTIVE else NORMS[:3:2], ids=str)
+@pytest.mark.parametrize("sizes", NORMS if EXHAUSTIVE else NORMS[2:3], ids=str)
 def test_norm(sizes):
     """One piece of the channels and several; a token for each program and more."""
     with interpreted():
@@ -108,7 +108,7 @@ def check_gated(tokens, hidden):
     assert np.all(error <= U * (np.abs(want[1]) + np.einsum("btf,bte->fe", h, np.abs(wide(dy)))))
 
 
-@pytest.mark.parametrize("sizes", [(3, 1024), (2, 1536)], ids=str)
+@pytest.mark.parametrize("sizes", [(2, 1536), (3, 1024)][: 2 if EXHAUSTIVE else 1], ids=str)
 def test_gated_product(sizes):
     with interpreted():
         check_gated(*sizes)
@@ -158,7 +158,7 @@ def check_convolution(tokens, width, packed, heads=8):
     assert all(np.array_equal(a, b) for a, b in zip(*same))
 
 
-@pytest.mark.parametrize("case", CONVOLUTIONS if EXHAUSTIVE else CONVOLUTIONS[:2], ids=str)
+@pytest.mark.parametrize("case", CONVOLUTIONS if EXHAUSTIVE else CONVOLUTIONS[:1], ids=str)
 def test_convolution(case):
     with interpreted():
         check_convolution(*case)
@@ -213,8 +213,12 @@ def params_of(x):
 
 
 def lowered(monkeypatch, function, mesh=None):
-    """The elementwise kernels of a program, each with the shape of its first operand; nothing is compiled."""
+    """The elementwise kernels of a program, each with the shape of its first operand; nothing is compiled.
+
+    Attention is XLA's: its kernels take long to lower.
+    """
     monkeypatch.setitem(dispatch.UNSUPPORTED_DEVICE, "mosaic_gpu", lambda: None)
+    monkeypatch.setattr(dispatch, "choose", lambda *_: ("parallel", "xla"))
     x, ids = jax.ShapeDtypeStruct((4, 128, 512), jnp.bfloat16), jax.ShapeDtypeStruct((4, 128), jnp.int32)
     params = jax.eval_shape(params_of, x)
     with jax.sharding.use_abstract_mesh(mesh) if mesh else contextlib.nullcontext(), nn.logical_axis_rules(RULES):
@@ -260,10 +264,10 @@ def test_the_gradients_of_a_block_are_those_of_xla(monkeypatch):
     """
     monkeypatch.setattr(dispatch, "choose", lambda *_: ("parallel", "xla"))
     x, ids = normal(1, 1, 7, 512), jnp.asarray([[0] * 3 + [1] * 4])
-    params = params_of(x)
+    params = jax.jit(params_of)(x)
 
     def gradient(x, *execution):
-        return jax.grad(loss_of(block_of(*execution)), argnums=(0, 1))(params, x, ids)
+        return jax.jit(jax.grad(loss_of(block_of(*execution)), argnums=(0, 1)))(params, x, ids)
 
     exact, xla = gradient(wide(x), "xla", jnp.float32), gradient(x, "xla")
     with interpreted():
