@@ -80,6 +80,16 @@ def definition(score: str, q, k, v, log_decay, rows):
     return (numerator / denominator, numerator / jax.lax.stop_gradient(denominator)), kappa
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def reference(score: str, inputs: tuple[jax.Array, ...], dy: jax.Array, rows: jax.Array):
+    """dy for the better-conditioned half of the rows, [y, dq, dk, dv, dlog_decay], and the bound of each over eps."""
+    (y, _), pull, kappa = jax.vjp(lambda *x: definition(score, *x, rows), *inputs, has_aux=True)
+    dy = jnp.where(kappa <= jnp.median(kappa), dy[:, rows], 0)
+    sizes = [jnp.abs(x).max() for x in (inputs[2], *pull((0 * dy, dy)))]
+    sizes = [kappa * sizes[0], *(jnp.median(kappa) * x for x in sizes[1:])]
+    return dy, [y, *pull((dy, 0 * dy))], [ERROR_CONSTANT * size for size in sizes]
+
+
 def make_check(score: str, arrays: tuple[jax.Array, ...]) -> tuple[jax.Array, Callable]:
     """A cotangent of y, and a function that takes y (and its gradients) to the largest error over its bound.
 
@@ -90,12 +100,8 @@ def make_check(score: str, arrays: tuple[jax.Array, ...]) -> tuple[jax.Array, Ca
     rows = np.unique([0, *np.random.default_rng(1).integers(tokens, size=CHECKED_ROWS - 2), tokens - 1])
     with jax.enable_x64(True):
         *inputs, dy = (jnp.asarray(np.asarray(x), jnp.float64) for x in arrays)
-        (y, _), pull, kappa = jax.vjp(lambda *x: definition(score, *x, rows), *inputs, has_aux=True)
-        dy = jnp.where(kappa <= jnp.median(kappa), dy[:, rows], 0)
-        expected = [np.asarray(x) for x in (y, *pull((dy, 0 * dy)))]
-        sizes = [jnp.abs(x).max() for x in (inputs[2], *pull((0 * dy, dy)))]
-        sizes = [np.asarray(kappa * sizes[0]), *(np.asarray(jnp.median(kappa) * x) for x in sizes[1:])]
-    bounds = [ERROR_CONSTANT * np.finfo(np.float32).eps * size for size in sizes]
+        dy, expected, sizes = jax.tree.map(np.asarray, reference(score, tuple(inputs), dy, jnp.asarray(rows)))
+    bounds = [np.finfo(np.float32).eps * size for size in sizes]
 
     def error_over_bound(y, *gradients) -> float:
         got = [np.asarray(x, np.float64) for x in (y[:, rows], *gradients)]

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+from support.exhaustive import exhaustive
 
 import twomamba_jax
 
@@ -52,6 +53,7 @@ def test_the_example_of_the_index_is_that_of_readme():
     }
 
 
+@exhaustive("the examples of README, of the frameworks and of variants; continuous integration runs this one besides")
 def test_the_tutorial_runs(capsys):
     """What it prints is what the text around it says."""
     plt.switch_backend("agg")

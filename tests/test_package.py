@@ -43,8 +43,11 @@ def test_it_holds_the_library_and_the_kernels(wheel):
 
 
 def test_readme_composes_with_it(wheel, tmp_path):
+    """In shapes, for which nothing is compiled; test_readme.py has the values."""
     code, *_ = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    done = run_with(wheel, tmp_path, "-c", f"{code}\nimport twomamba_jax\nprint(twomamba_jax.__file__, y.shape)")
+    traced = f"import jax\nnames = {{}}\njax.eval_shape(lambda: exec({code!r}, names))\n"
+    found = "import twomamba_jax\nprint(twomamba_jax.__file__, names['y'].shape)"
+    done = run_with(wheel, tmp_path, "-c", traced + found)
     assert done.stdout == f"{tmp_path}/twomamba_jax/__init__.py (2, 100, 4, 32)\n", done.stderr
 
 

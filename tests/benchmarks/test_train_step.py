@@ -11,6 +11,7 @@ from pathlib import Path
 import jax
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo  # no other way to the primitive
+from support.exhaustive import exhaustive
 
 from train.errors import UserError
 
@@ -216,10 +217,11 @@ def test_turns_and_settings_are_rows(script, arguments):
 
 @pytest.mark.usefixtures("in_this_process")
 def test_runs_take_turns(script, arguments, capsys):
-    chosen = ["--variants", "2mamba", "softmax", "--implementations", "xla", "--steps", "3", "--turns", "3"]
-    assert script.main([*arguments, *chosen]) == 0
+    chosen = ["--variants", "softmax", "--implementations", "xla", "--steps", "3", "--turns", "3"]
+    settings = ["--setting", "a", "loss_chunk_size=64", "--setting", "b", "loss_chunk_size=64"]  # one program
+    assert script.main([*arguments, *chosen, *settings]) == 0
     told = [line.split(":")[0] for line in capsys.readouterr().err.splitlines()]
-    assert told == ["2mamba xla 2 x 32", "softmax xla 2 x 32"] * 4
+    assert told == ["softmax xla a 2 x 32", "softmax xla b 2 x 32"] * 4
     report = json.loads(Path(script.parse(arguments).out.as_posix() + ".json").read_text())
     for row in report["rows"]:
         assert len(row["losses"]) == len(row["milliseconds_by_turn"]) == 3
@@ -227,6 +229,16 @@ def test_runs_take_turns(script, arguments, capsys):
         assert row["compile_seconds"] > 0
 
 
+def test_a_program_answers_turn_by_turn(script, monkeypatch):
+    """What it prints besides goes to standard error."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "benchmarks"))
+    code = "import turns; turns.serve(print('-') or {'turn': n} for n in range(3))"
+    program = script.Program([sys.executable, "-c", code], {})
+    assert [program.turn(), program.turn()] == [{"turn": 1}, {"turn": 2}]
+    program.close()
+
+
+@exhaustive("test_a_program_answers_turn_by_turn, and rows in this process above")
 def test_a_row_has_a_process_of_its_own(script, arguments, compilation_cache, monkeypatch, capsys):
     """Its first step is that of this process, and what it prints besides goes to standard error."""
     for key, value in compilation_cache.items():

@@ -1,6 +1,7 @@
-"""Prints the loss of the third step, made on 8, 4 and 1 devices from one checkpoint of the second step, as JSON.
+"""Prints the loss of the third step, made on each of some numbers of devices from one checkpoint, as JSON.
 
-The checkpoint is written on 8 devices into the directory given, which each of the others claims as its own.
+Arguments: a directory, and the numbers. The first one makes the checkpoint, of its second step; each of the others
+claims the directory as its own.
 """
 
 import json
@@ -53,4 +54,5 @@ def third_step(devices, workdir):
 
 if __name__ == "__main__":
     garbage.collect_less()
-    print(json.dumps({devices: third_step(devices, Path(sys.argv[1])) for devices in MESHES}))
+    workdir, *counts = sys.argv[1:]
+    print(json.dumps({count: third_step(int(count), Path(workdir)) for count in counts}))

@@ -13,12 +13,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from support import garbage
-from support.exhaustive import EXHAUSTIVE
 
 from train.sharding import MESH_AXES, RULES
 from twomamba_jax import LanguageModel, ModelConfig, parse_pattern
 
-NAMES = ("2mamba", "2mamba-e", *(["mamba2"] if EXHAUSTIVE else []))
+NAMES = ("2mamba", "2mamba-e", "mamba2")
 BATCH, TOKENS, VOCAB = 2, 64, 32
 COLLECTIVE = re.compile(r"= (.*?) (all-gather|all-to-all|all-reduce|collective-permute|reduce-scatter)\(")
 BYTES = {"f32": 4, "s32": 4, "u32": 4, "pred": 1}

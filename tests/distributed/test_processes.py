@@ -15,6 +15,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from ml_collections import ConfigDict
+from support.exhaustive import exhaustive
 
 import train
 from train import processes
@@ -23,6 +24,7 @@ from train.observe.metrics import read_metrics
 from train.processes import join
 
 ROOT = Path(train.__file__).parents[1]
+PATIENCE = 240  # seconds, on a machine that others use as well
 
 TINY = {
     "model.d_model": 16,
@@ -47,6 +49,7 @@ TINY = {
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
     """A function that starts the command line with TINY in a process of its own."""
+    started = []
     environment = {
         "JAX_PLATFORMS": "cpu",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
@@ -59,23 +62,18 @@ def start(tmp_path_factory):
     def run(workdir: Path, variables: dict[str, object], devices: int = 1, **changes: object) -> subprocess.Popen[str]:
         values = TINY | {key.replace("__", "."): value for key, value in changes.items()}
         overrides = [f"--config.{key}={value}" for key, value in values.items()]
-        command = [
-            sys.executable,
-            "-m",
-            "train.main",
-            "--config",
-            "configs/2mamba_recall.py",
-            "--workdir",
-            str(workdir),
-        ]
+        command = [sys.executable, "-m", "train.main", "--config", "configs/2mamba_recall.py"]
+        command += ["--workdir", str(workdir), *overrides]
         variables = environment | {"JAX_NUM_CPU_DEVICES": devices} | variables
         variables = os.environ | {key: str(value) for key, value in variables.items()}
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        return subprocess.Popen(
-            [*command, "--workdir", str(workdir), *overrides], cwd=ROOT, env=variables, text=True, **pipes
-        )
+        started.append(subprocess.Popen(command, cwd=ROOT, env=variables, text=True, **pipes))
+        return started[-1]
 
-    return run
+    yield run
+    for process in started:
+        process.kill()  # where a test has failed; else it has ended
+        process.communicate()
 
 
 def free_port() -> int:
@@ -85,7 +83,7 @@ def free_port() -> int:
 
 
 def wait_for_step(workdir: Path, step: int) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE
     while not any(record["step"] > step for record in read_metrics(workdir / "metrics.jsonl")):
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -110,7 +108,7 @@ def stopped(start, tmp_path_factory):
     ]
     wait_for_step(workdir, 0)
     pair[1].send_signal(signal.SIGTERM)
-    outputs = [process.communicate(timeout=60) for process in pair]
+    outputs = [process.communicate(timeout=PATIENCE) for process in pair]
     assert [process.returncode for process in pair] == [0, 0], outputs
     (first, _), (second, _) = outputs
     assert "2 device(s) of 2 process(es), step 0 of" in first
@@ -121,7 +119,7 @@ def stopped(start, tmp_path_factory):
 def test_two_processes_train_as_one_does_and_stop_at_the_same_step(stopped, start, tmp_path):
     workdir, step = stopped
     alone = start(tmp_path, {}, devices=2, steps=step)
-    output, errors = alone.communicate(timeout=60)
+    output, errors = alone.communicate(timeout=PATIENCE)
     assert alone.returncode == 0, errors
     assert "2 device(s) of 1 process(es)" in output
     for ours, theirs in zip(parameters(workdir, step), parameters(tmp_path, step), strict=True):
@@ -137,7 +135,7 @@ def test_killing_one_ends_the_other_with_one_clear_line(stopped, start):
     wait_for_step(workdir, step)  # resumed by both, from the checkpoint of both
     pair[0].kill()
     killed = time.monotonic()
-    _, errors = pair[1].communicate(timeout=60)
+    _, errors = pair[1].communicate(timeout=PATIENCE)
     pair[0].communicate()
     assert time.monotonic() - killed < 60
     assert pair[1].returncode == 2, errors
@@ -147,11 +145,12 @@ def test_killing_one_ends_the_other_with_one_clear_line(stopped, start):
     assert line.endswith("the same command again to resume")
 
 
+@exhaustive("test_killing_one_ends_the_other_with_one_clear_line, which is told in the same words")
 def test_a_coordinator_that_is_not_there_is_one_clear_line(start, tmp_path):
     address = f"127.0.0.1:{free_port()}"
     options = {"coordinator_address": address, "num_processes": 2, "process_id": 1, "timeout": 1}
     process = start(tmp_path / "run", {}, **{f"distributed__{key}": value for key, value in options.items()})
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == 2
     assert errors.splitlines()[-1].startswith("error: this process lost the others: ")
     assert not (tmp_path / "run").exists()

@@ -3,12 +3,14 @@
 That a model's step is that of one device is for test_meshes.py.
 """
 
+import re
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
-from support.exhaustive import EXHAUSTIVE
+from support.exhaustive import EXHAUSTIVE, exhaustive
 from support.models import config_of, model_of
 
 from train.sharding import MESH_AXES, RULES
@@ -32,23 +34,49 @@ def test_the_operation_equals_the_oracle_in_float64(operation):
         assert max(errors.values()) < 1e-12, name
 
 
-@pytest.mark.parametrize("score", ["squared", "exp"])
+@pytest.mark.parametrize("score", ["squared", *(["exp"] if EXHAUSTIVE else [])])  # as in sequence_operation.py
 def test_packed_documents_are_as_if_alone(operation, score):
     packed = operation["packed"][score]
     assert packed["difference"] < 1e-13
     assert packed["crossing"] == 0
 
 
-@pytest.mark.parametrize("name", ["2mamba", *(["mamba2"] if EXHAUSTIVE else [])])
+def test_a_model_passes_on_states_that_do_not_grow_with_the_tokens():
+    """Traced: in the gradient of packed rows states, their decays and the last segment go from device to device."""
+    mesh = AbstractMesh((1, 1, 1, 8), MESH_AXES, axis_types=(AxisType.Auto,) * 4)
+    model, example = model_of("2mamba"), jnp.zeros((1, 8), jnp.int32)
+
+    def passed_on(tokens):
+        def loss(params, ids):
+            return model.apply({"params": params}, ids, segment_ids=ids).sum()
+
+        with jax.sharding.use_abstract_mesh(mesh), nn.logical_axis_rules(RULES):
+            params = jax.eval_shape(lambda: nn.unbox(model.init(jax.random.key(0), example)["params"]))
+            text = str(jax.make_jaxpr(jax.grad(loss))(params, jax.ShapeDtypeStruct((2, tokens), jnp.int32)))
+        assert "all_gather" not in text
+        lines = [line.partition(" = ppermute")[0] for line in text.splitlines() if " = ppermute" in line]
+        return re.findall(r":(\w+\[[\d,]*\])", " ".join(lines))
+
+    assert len(passed_on(64)) > 6
+    assert passed_on(128) == passed_on(64)
+
+
+compiled = exhaustive("the test above, of what is traced, and test_sequence_kernels.py, of the kernels")
+
+
+@compiled
+@pytest.mark.parametrize("name", ["2mamba", "mamba2"])
 def test_models_of_finite_states_pass_on_states_only(collectives, name):
     """States and the convolution's inputs go to the next device; of gradients only the parameters' are summed."""
     assert collectives[name].keys() == {"collective-permute", "all-reduce"}
 
 
+@compiled
 def test_what_devices_say_does_not_grow_with_the_tokens(collectives):
     assert collectives["2mamba of twice the tokens"] == collectives["2mamba"]
 
 
+@compiled
 def test_exp_gathers_keys_values_and_decays(collectives):
     """Two heads of 8: forward, and again the same in the backward pass's reduce-scatter, an eighth of it left."""
     gathered = collectives["2mamba-e"]["all-gather"]

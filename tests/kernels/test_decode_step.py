@@ -19,8 +19,9 @@ from twomamba_jax.ops.decoding.cached_attention import append, cached_attention,
 from twomamba_jax.ops.decoding.recurrent_cache import LayerCache
 from twomamba_jax.ops.state import FiniteState
 
-# Each score, dtype and state dtype, with and without normalisation; the number of tiles: none, a part, one, two.
-FEW = [CASES[0], CASES[1], CASES[4], CASES[3]]
+# Each score, dtype and state dtype, with and without normalisation; the number of tiles: none, one, two. Float32 is the
+# steps' further below.
+FEW = [CASES[1], CASES[4], CASES[3]]
 
 
 @pytest.mark.parametrize("case", CASES if EXHAUSTIVE else FEW, ids=str)
@@ -54,7 +55,7 @@ attend = functools.partial(cached_attention, score="squared", normalize=True)
 
 
 def test_a_step_with_the_kernel_is_the_step_without():
-    """With the cache in a stack and alone, on one device and under a mesh."""
+    """With the cache in a stack, under a mesh; alone and without a mesh it is further below."""
     in_stack, alone = caches(jnp.float32)
 
     def outputs(cache, **options):
@@ -62,13 +63,9 @@ def test_a_step_with_the_kernel_is_the_step_without():
 
     want = outputs(alone, implementation="xla", precision="highest")
     mesh = jax.make_mesh((1, 1), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
-    with interpreted():
-        for cache in (in_stack, alone):
-            got = outputs(cache, implementation="mosaic_gpu")
-            np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
-        with jax.set_mesh(mesh):
-            got = outputs(in_stack, implementation="mosaic_gpu", partition=PartitionSpec("data", None, "tensor"))
-            np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+    with interpreted(), jax.set_mesh(mesh):
+        got = outputs(in_stack, implementation="mosaic_gpu", partition=PartitionSpec("data", None, "tensor"))
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(("implementation", "names"), [(None, ["decode_step", "fold"]), ("xla", [])])
@@ -84,6 +81,7 @@ def test_kernels_attend_and_fold_unless_xla_is_named(implementation, names):
     assert [name for name in ("decode_step", "fold") if f"name={name}\n" in program] == names
 
 
+@functools.cache
 def stepper(score, normalize, implementation):
     """Jitted: one token in the rows that are active, and the cache after it."""
 
@@ -101,7 +99,7 @@ def stepper(score, normalize, implementation):
 @pytest.mark.parametrize(("score", "normalize"), [("squared", True), ("linear", False)][: None if EXHAUSTIVE else 1])
 def test_steps_with_the_kernels_are_the_steps_without(score, normalize):
     """From an empty cache over several folds, which a kernel does too, in rows that are not at the same token."""
-    cache = ours = init_decoding_cache(score, 2, 1, 64, 64, fold_size=2)
+    cache = ours = init_decoding_cache(score, 2, 1, 64, 64, fold_size=2, rollback=True)
     xla = stepper(score, normalize, "xla")
     with interpreted():
         step = stepper(score, normalize, "mosaic_gpu")
@@ -118,18 +116,16 @@ def test_steps_with_the_kernels_are_the_steps_without(score, normalize):
 
 
 def test_a_step_after_a_roll_back_has_the_bits_of_the_step_without():
-    """Two tokens are read and taken back: over a fold in one row, not in the other."""
+    """A token is read and taken back: over a fold in one row, not in the other."""
     step = stepper("squared", True, "mosaic_gpu")
     active = jnp.ones(2, jnp.int32)
-    cache = init_decoding_cache("squared", 2, 1, 64, 64, fold_size=4, rollback=True)
+    cache = init_decoding_cache("squared", 2, 1, 64, 64, fold_size=2, rollback=True)
     skip = stepper("squared", True, "xla")
     for index in range(3):
-        _, cache = skip(cache, token(jnp.float32, 10 * index), jnp.array([1, index > 1], jnp.int32))
-    ahead = cache
-    for index in range(2):
-        _, ahead = skip(ahead, token(jnp.float32, 100 + 10 * index), active)
-    back = roll_back(ahead, jnp.array([2, 2]))
-    assert (ahead.folded - cache.folded).tolist() == [4, 0]
+        _, cache = skip(cache, token(jnp.float32, 10 * index), jnp.array([1, index > 0], jnp.int32))
+    _, ahead = skip(cache, token(jnp.float32, 100), active)
+    back = roll_back(ahead, jnp.array([1, 1]))
+    assert (ahead.folded - cache.folded).tolist() == [2, 0]
     with interpreted():
         want, _ = step(cache, token(jnp.float32, 50), active)
         got, _ = step(back, token(jnp.float32, 50), active)

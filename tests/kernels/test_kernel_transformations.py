@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
-from support.exhaustive import EXHAUSTIVE
+from support.exhaustive import EXHAUSTIVE, exhaustive
 from support.kernel_cases import INPUTS, Case, assert_close
 
 from pallas_kernels.interpreter import interpreted
@@ -55,9 +55,7 @@ TILES = {
 
 @pytest.mark.parametrize(
     ("score", "name"),
-    [("squared", "192"), ("squared", "narrow"), ("exp", "128")]
-    if EXHAUSTIVE
-    else [("squared", "192"), ("exp", "narrow")],
+    [("exp", "narrow"), ("squared", "192"), ("squared", "narrow"), ("exp", "128")][: None if EXHAUSTIVE else 1],
 )
 def test_tiles_of_other_sizes(score, name):
     tiles = TILES[name]
@@ -67,7 +65,7 @@ def test_tiles_of_other_sizes(score, name):
     assert_close(call, run_tuned(call, Tuning(whole, whole, tiles, programs=1)))
 
 
-@pytest.mark.skipif(not EXHAUSTIVE, reason="two programs that differ little from those above: see exhaustive.py")
+@exhaustive("test_tiles_of_other_sizes, in which one program goes from tile to tile")
 def test_the_number_of_programs_changes_nothing():
     """With fewer programs than the four tiles, each goes from one tile to the next; with more, some have none."""
     tiles = Tiles(own=64, streamed=64, stages=2)
@@ -75,11 +73,6 @@ def test_the_number_of_programs_changes_nothing():
     three, many = (run_tuned(call, Tuning(tiles, tiles, tiles, programs=n)) for n in (3, 8))
     assert_close(call, three)
     assert_same_bits(many, three)
-
-
-def test_two_runs_have_the_same_bits():
-    call = ROWS.call()
-    assert_same_bits(call.run(), call.run())
 
 
 def test_the_final_state_is_that_of_xla():
@@ -102,6 +95,7 @@ def test_vmap():
         assert_close(call, {name: x[i] for name, x in got.items()})
 
 
+@exhaustive("test_kernel_lowering.py's scan over layers")
 def test_scan_over_layers():
     call = SHORT.call()
     decays = jnp.stack([call.log_decay, 2 * call.log_decay])
@@ -134,6 +128,12 @@ def test_traces_in_float64_mode_with_float64_decays():
     assert (got["y"].dtype, got["q"].dtype, got["log_decay"].dtype) == (jnp.bfloat16, jnp.bfloat16, jnp.float64)
 
 
+def test_two_runs_have_the_same_bits():
+    call = ROWS.call()
+    assert_same_bits(call.run(), call.run())
+
+
+@exhaustive("test_kernel_lowering.py's part of each device, and the meshes of test_fold.py and test_decode_step.py")
 def test_a_partition_on_a_mesh_of_one_changes_nothing():
     call = ROWS.call()
     want = call.run()

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from support.chunked_cases import assert_near, normal, wide
+from support.exhaustive import EXHAUSTIVE
 
 from pallas_kernels.chunked.linear_gradient import gradient
 from pallas_kernels.chunked.linear_query import query
@@ -89,8 +90,10 @@ def test_gradient(normalize, dim):
     assert_near(got, wide(added) + dx, 2**-7)
 
 
-@pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize(("tile", "chunks"), [((16, 64), 6), ((64,), 8)])
+@pytest.mark.parametrize(
+    ("tile", "chunks", "reverse"),
+    [((16, 64), 6, False), ((64,), 8, True), ((16, 64), 6, True), ((64,), 8, False)][: None if EXHAUSTIVE else 2],
+)
 def test_scan_of_several_chunks_at_a_time(tile, chunks, reverse):
     """Turns of 4 chunks of such tiles, and of 8 of vectors; and what is left over."""
     added = normal(0, 1, 2, chunks, 1, *tile, dtype=jnp.float32)

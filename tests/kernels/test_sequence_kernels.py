@@ -34,7 +34,8 @@ def enter(weights, added, initial, reverse):
 
 
 @pytest.mark.parametrize(
-    ("score", "reverse"), [("squared", False), ("linear", True), ("squared", True)][: None if EXHAUSTIVE else 2]
+    ("score", "reverse"),
+    [("linear", False), ("linear", True), ("squared", False), ("squared", True)][: None if EXHAUSTIVE else 2],
 )
 def test_the_states_of_two_devices_are_those_of_one(score, reverse):
     """Before each chunk and after the last, from a state: of a sequence on one device, and of its halves on two."""

@@ -31,7 +31,7 @@ def gradient_is_the_whole_sequences(names):
     assert names["gradients"].keys() == names["params"].keys()
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(names["gradients"]))
     # With the state's gradient passed back too, two pieces give the gradient of the whole.
-    whole = jax.grad(names["loss_of_all"])(names["params"], names["x"])
+    whole = jax.jit(jax.grad(names["loss_of_all"]))(names["params"], names["x"])
     pieces = names["gradients"]
     for key in whole:
         assert jnp.allclose(whole[key], pieces[key], rtol=1e-4, atol=1e-6), key

@@ -199,7 +199,7 @@ def test_mixer_is_the_papers_algorithm(config, kv_heads, algorithm):
 def test_rotary_positions_count_by_their_differences():
     """All shifted is the same, all doubled is not."""
     mixer, x = mixer_of("softmax"), jax.random.normal(jax.random.key(0), (1, T, E))
-    variables = mixer.init(jax.random.key(1), x)
+    variables = jax.jit(mixer.init)(jax.random.key(1), x)
     positions = jnp.arange(T)[None]
     apply = jax.jit(lambda positions: mixer.apply(variables, x, positions=positions)[0])
     plain, shifted, doubled = (apply(p) for p in (None, positions + 5, 2 * positions))
@@ -211,7 +211,7 @@ def test_rotary_positions_count_by_their_differences():
 def test_memoryless_sees_the_convolutions_window_alone():
     """The output at t depends on the inputs t and t - 1, and its derivative by any other is exactly 0."""
     mixer, x = mixer_of("memoryless"), jax.random.normal(jax.random.key(0), (1, T, E))
-    variables = mixer.init(jax.random.key(1), x)
+    variables = jax.jit(mixer.init)(jax.random.key(1), x)
     jacobian = jax.jit(jax.jacrev(lambda x: mixer.apply(variables, x)[0].sum(-1)))(x)  # [1, T, 1, T, E]
     reach = np.abs(jacobian[0, :, 0]).max(axis=-1)
     within = np.eye(T, dtype=bool) | np.eye(T, k=-1, dtype=bool)
@@ -252,11 +252,9 @@ def test_parameters_gradients_are_summed_in_float32(name):
 def test_initial_values():
     """Algorithm 2's for the decay; U(-1 / sqrt(fan in), 1 / sqrt(fan in)) for what projects and convolves."""
     width, heads = 16, 2048  # so many heads that draws come close to both ends of a range
-    sizes = {"num_heads": heads, "head_dim": 1}
-    x = jnp.zeros((1, 2, width))
+    sizes, start = {"num_heads": heads, "head_dim": 1}, (jax.random.key(0), jnp.zeros((1, 2, width)))
     params, of_softplus = (
-        nn.unbox(Mixer(VARIANTS[name].mixer, **sizes).init(jax.random.key(0), x)["params"])
-        for name in ("mamba2", "2mamba")
+        nn.unbox(jax.jit(Mixer(VARIANTS[name].mixer, **sizes).init)(*start)["params"]) for name in ("mamba2", "2mamba")
     )
     decay = of_softplus["decay"]
 

@@ -107,6 +107,7 @@ def test_padding_is_never_read(score):
     lengths = jnp.array([6, 2, 0])
     padding = np.arange(6) >= lengths[:, None]
 
+    @jax.jit
     def attend(inputs):
         return decay_attention(**inputs, score=score, lengths=lengths, return_final_state=True)
 
@@ -186,7 +187,8 @@ def test_composes_with_vmap_and_checkpoint():
     def loss(inputs):
         return (decay_attention(**inputs, form="chunked", chunk_size=4) ** 2).sum()
 
-    one_by_one = [jax.grad(loss)(jax.tree.map(lambda x, i=i: x[i], stacked)) for i in range(2)]
+    gradient = jax.jit(jax.grad(loss))
+    one_by_one = [gradient(jax.tree.map(lambda x, i=i: x[i], stacked)) for i in range(2)]
     mapped = jax.jit(jax.vmap(jax.grad(jax.checkpoint(loss))))(stacked)
     for i, want in enumerate(one_by_one):
         jax.tree.map(lambda a, b, i=i: np.testing.assert_allclose(a[i], b, rtol=2e-5, atol=1e-6), mapped, want)

@@ -5,4 +5,11 @@ Without it, where cases differ little, those run that meet every part once: the 
 
 import os
 
+import pytest
+
 EXHAUSTIVE = bool(os.environ.get("TWOMAMBA_EXHAUSTIVE"))
+
+
+def exhaustive(kept: str) -> pytest.MarkDecorator:
+    """Marks a test of exhaustive runs alone; `kept` says which tests show the same, or its parts, in every run."""
+    return pytest.mark.skipif(not EXHAUSTIVE, reason=f"exhaustive runs only; in every run: {kept}")

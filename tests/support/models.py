@@ -1,4 +1,4 @@
-"""The small model that the layers' tests share."""
+"""The small model that the layers' tests share, and the smallest that the training step takes."""
 
 import flax.linen as nn
 import jax
@@ -34,3 +34,18 @@ def params_of(model, scale=0.25):
         return jnp.asarray(noise + is_scale, shape.dtype)
 
     return jax.tree.map_with_path(leaf, shapes)
+
+
+class Bigram(nn.Module):
+    """A head alone: logits of the next token by the current one, small enough to differentiate by hand.
+
+    The hidden state of a token is `scale` times its one-hot vector, and the head is drawn `scale` times as small.
+    """
+
+    scale: float = 1.0
+
+    @nn.compact
+    def __call__(self, tokens, segment_ids=None, apply_head=True):
+        initializer = nn.with_logical_partitioning(nn.initializers.normal(1 / self.scale), ("embed", "vocab"))
+        head, x = self.param("head", initializer, (5, 5)), self.scale * jax.nn.one_hot(tokens, 5)
+        return x @ head if apply_head else x

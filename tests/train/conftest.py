@@ -32,6 +32,7 @@ TINY = {
     "batch_size": 4,
     "steps": 12,
     "optimizer.warmup_steps": 2,
+    "optimizer.decay_steps": 100,  # runs of any length are one program
     "log_every": 2,
     "eval_every": 4,
     "eval_rows": 6,

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
-from support.exhaustive import EXHAUSTIVE
+from support.exhaustive import EXHAUSTIVE, exhaustive
 from support.models import model_of, params_of
 
 from train import loop as train_loop
@@ -49,14 +49,17 @@ def test_fsdp_has_a_loop_unless_asked_for_none():
     assert choose_layer_loop(model_of("2mamba", scan_layers=False), mesh).execution.scan_layers is False
 
 
+PATTERN, LAYERS = ("softmax,2mamba*", 3) if EXHAUSTIVE else ("2mamba", 2)
+
+
 @pytest.mark.parametrize("remat", ["none", "dots", "full"] if EXHAUSTIVE else ["dots"])
 def test_loss_and_gradients_are_the_loop_s(remat):
     """In float32, to 1e-6 of the largest gradient: one program's sums may be in another order."""
     tokens = jax.random.randint(jax.random.key(0), (2, 13), 0, 23)
     batch = {"tokens": tokens, "targets": tokens[:, ::-1], "segment_ids": tokens // 9, "weights": tokens % 3 / 13.0}
-    found, params = [], params_of(model_of("softmax,2mamba*", 3))
+    found, params = [], params_of(model_of(PATTERN, LAYERS))
     for scan_layers in (True, False):
-        model = model_of("softmax,2mamba*", 3, remat=remat, scan_layers=scan_layers)
+        model = model_of(PATTERN, LAYERS, remat=remat, scan_layers=scan_layers)
 
         def loss(params, model=model):
             return weighted_sums(model, params, batch).loss
@@ -68,10 +71,20 @@ def test_loss_and_gradients_are_the_loop_s(remat):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6 * largest), others, gradients)
 
 
+def test_the_state_is_the_loop_s():
+    """What a checkpoint holds: the same arrays in the same places."""
+    optimizer = make_optimizer(lambda _: 0.1, b1=0.9, b2=0.999, eps=1e-7, weight_decay=0.01, clip_norm=None)
+    models = (model_of("softmax,2mamba*", 3, scan_layers=scan_layers) for scan_layers in (True, False))
+    (_, loop), (_, others) = (make_init(model, optimizer, make_mesh(MESH)) for model in models)
+    assert jax.tree.structure(others) == jax.tree.structure(loop)
+    assert jax.tree.leaves(others) == jax.tree.leaves(loop)
+
+
+@exhaustive("test_the_state_is_the_loop_s, and test_loss_and_gradients_are_the_loop_s")
 def test_a_checkpoint_goes_on_with_or_without_a_loop(tiny, tmp_path, monkeypatch):
     """Four steps in a loop, four without and four in it again, against twelve in it. Samples are test_generate.py's."""
     monkeypatch.setattr(train_loop, "sample_text", lambda *_: "")
-    options = {"model__num_layers": 2, "optimizer__decay_steps": 100, "log_every": 1}
+    options = {"model__num_layers": 2, "log_every": 1}
     for steps, scan_layers in ((4, True), (8, False), (12, True)):
         assert main(tiny(tmp_path / "moved", **options, steps=steps, execution__scan_layers=scan_layers)) == 0
     assert main(tiny(tmp_path / "whole", **options, execution__scan_layers=True)) == 0

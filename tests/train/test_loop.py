@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from support.exhaustive import exhaustive
 
 import train
 from train.checkpoint import checkpoint_steps
@@ -87,7 +88,7 @@ def test_no_readable_checkpoint_is_an_error(finished, tiny, tmp_path, user_error
 
 
 def test_a_run_can_be_extended_where_the_schedule_allows(tiny, tmp_path, same_end, capsys):
-    options = {"optimizer__decay_steps": 100, "log_every": 1}
+    options = {"log_every": 1}
     assert main(tiny(tmp_path / "two", **options, steps=4)) == 0
     words, _, command = capsys.readouterr().out.splitlines()[-1].partition(": ")
     assert words == "with a larger --config.steps, to extend"
@@ -96,6 +97,7 @@ def test_a_run_can_be_extended_where_the_schedule_allows(tiny, tmp_path, same_en
     same_end(tmp_path / "two", tmp_path / "one", 8)
 
 
+@exhaustive("test_faults.py, where the batches are what is not finite")
 def test_a_loss_that_is_not_finite_ends_the_run(tiny, tmp_path, user_error):
     options = {"optimizer.learning_rate": "1e30", "optimizer.clip_norm": "None", "skip_limit": 3}
     line = user_error(tiny(tmp_path, **options))
@@ -105,18 +107,18 @@ def test_a_loss_that_is_not_finite_ends_the_run(tiny, tmp_path, user_error):
 
 def test_kill_and_rerun_equals_an_uninterrupted_run_bit_for_bit(start, tiny, tmp_path, same_end, capsys):
     """The process is killed; what it is compared with, and what goes on after it, are runs of this one."""
-    options = {"steps": 200, "checkpoint_every": 25, "eval_every": 100, "log_every": 5, "optimizer.decay_steps": 100}
+    options = {"steps": 200, "checkpoint_every": 50, "eval_every": 100, "log_every": 5}
     killed = start(tiny(tmp_path / "killed", **options))
     deadline = time.monotonic() + 240
     metrics = tmp_path / "killed" / "metrics.jsonl"
     while killed.poll() is None and time.monotonic() < deadline:
-        if (tmp_path / "killed" / "checkpoints" / "25" / MANIFEST).exists():
+        if (tmp_path / "killed" / "checkpoints" / "50" / MANIFEST).exists():
             break
         time.sleep(0.005)
     killed.send_signal(signal.SIGKILL)
     killed.communicate()
     assert killed.returncode == -signal.SIGKILL
-    assert 25 <= read_metrics(metrics)[-1]["step"] < 200
+    assert 50 <= read_metrics(metrics)[-1]["step"] < 200
     assert main(tiny(tmp_path / "whole", **options)) == 0
     capsys.readouterr()
     assert main(tiny(tmp_path / "killed", **options)) == 0
@@ -132,7 +134,7 @@ def test_the_recall_task_runs_and_shows_prediction_and_truth(tiny, tmp_path, cap
         *("--config", str(ROOT / "configs/2mamba_recall.py"), "--workdir", str(tmp_path)),
         *("--config.steps=4", "--config.optimizer.warmup_steps=1", "--config.model.d_model=16", "--config.length=24"),
         *("--config.data.repeat=8", "--config.data.gap=2,5", "--config.eval_rows=4", "--config.batch_size=4"),
-        *("--config.model.num_layers=1", "--config.execution.remat=none"),
+        *("--config.model.num_layers=1", "--config.execution.remat=none", "--config.variant=linear"),
     ]
     assert main(arguments) == 0
     sample = (tmp_path / "sample.txt").read_text().splitlines()

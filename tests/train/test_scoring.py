@@ -20,7 +20,7 @@ PAIRS = [([22], [1, 2, 3]), ([5, 4, 3], [2]), ([5, 4, 3], [7, 7]), ([5, 4, 3], [
 
 @pytest.fixture(scope="module")
 def scorer():
-    model = model_of("softmax,2mamba", 2)  # a cache of each kind
+    model = model_of("2mamba")
     return Scorer(model, params_of(model), load_tokenizer("ids:23", "22"), rows=2, max_length=16)
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from support.models import model_of
+from support.models import Bigram, model_of
 
 from train.cross_entropy import Sums
 from train.errors import UserError
@@ -19,21 +19,6 @@ from train.sharding import RULES, make_mesh
 from train.step import make_init, make_optimizer, make_train_step, weighted_sums
 
 SIZES = {"data": 1, "fsdp": 1, "tensor": 1, "sequence": 1}
-
-
-class Bigram(nn.Module):
-    """A head alone: logits of the next token by the current one, small enough to differentiate by hand.
-
-    The hidden state of a token is `scale` times its one-hot vector, and the head is drawn `scale` times as small.
-    """
-
-    scale: float = 1.0
-
-    @nn.compact
-    def __call__(self, tokens, segment_ids=None, apply_head=True):
-        initializer = nn.with_logical_partitioning(nn.initializers.normal(1 / self.scale), ("embed", "vocab"))
-        head, x = self.param("head", initializer, (5, 5)), self.scale * jax.nn.one_hot(tokens, 5)
-        return x @ head if apply_head else x
 
 
 def batch(seed: int = 0, shape: tuple[int, int] = (3, 4)):
@@ -46,13 +31,16 @@ def batch(seed: int = 0, shape: tuple[int, int] = (3, 4)):
     }
 
 
-def test_adamw_decays_every_parameter():
+def test_adamw_decays_every_parameter_at_the_rate_of_its_step():
+    """The schedule counts from 0."""
     params = {"norm": jnp.ones(3), "kernel": jnp.ones((2, 2))}
-    optimizer = make_optimizer(lambda _: 0.1, b1=0.9, b2=0.999, eps=1e-7, weight_decay=0.01, clip_norm=None)
-    gradients = jax.tree.map(jnp.zeros_like, params)
-    updates, _ = optimizer.update(gradients, optimizer.init(params), params)
-    for update in jax.tree.leaves(updates):
-        np.testing.assert_allclose(update, -0.1 * 0.01, rtol=1e-6)
+    options = {"b1": 0.9, "b2": 0.999, "eps": 1e-7, "weight_decay": 0.01, "clip_norm": None}
+    optimizer = make_optimizer(lambda count: 0.1 * (1 + count), **options)
+    gradients, state = jax.tree.map(jnp.zeros_like, params), optimizer.init(params)
+    for rate in (0.1, 0.2):
+        updates, state = optimizer.update(gradients, state, params)
+        for update in jax.tree.leaves(updates):
+            np.testing.assert_allclose(update, -rate * 0.01, rtol=1e-6)
 
 
 def test_loss_is_weighted_by_token():

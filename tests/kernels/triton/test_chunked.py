@@ -9,7 +9,7 @@ import pytest
 import support.triton  # noqa: F401 (before triton)
 from support.chunked_cases import Case, assert_near, normal, wide
 from support.chunked_stages import BATCH, CHUNK, CHUNKS, GROUPS, HEADS, PAIRS, TOKENS, by_chunk, full_state, two_parts
-from support.exhaustive import EXHAUSTIVE
+from support.exhaustive import EXHAUSTIVE, exhaustive
 
 from pallas_kernels.chunked.problem import Problem, Tiles
 from pallas_kernels.triton.chunked import linear_gradient, linear_query, linear_update
@@ -19,9 +19,11 @@ from pallas_kernels.triton.chunked.query import query
 from pallas_kernels.triton.chunked.scan import scan
 from pallas_kernels.triton.chunked.update import update
 
+together = exhaustive("test_the_form_equals_the_oracle, in which the stages of squared scores meet")
 PROBLEM = Problem(BATCH, TOKENS, HEADS, GROUPS, CHUNK, Tiles(), True)
 
 
+@together
 def test_squared_update():
     x, w = normal(0, BATCH, TOKENS, HEADS, 64), normal(1, BATCH, TOKENS, HEADS, 64)
     got = jax.jit(lambda x, w: update(PROBLEM, x, w))(x, w)
@@ -54,9 +56,8 @@ def test_scan(reverse, starts):
     np.testing.assert_allclose(final, state, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("normalize", "weighted"), [(True, True), (False, False), (True, False), (False, True)][: 4 if EXHAUSTIVE else 1]
-)
+@together
+@pytest.mark.parametrize(("normalize", "weighted"), [(True, True), (False, False), (True, False), (False, True)])
 def test_squared_query(normalize, weighted):
     x, added = normal(0, BATCH, TOKENS, HEADS, 64), normal(1, BATCH, TOKENS, HEADS, 64)
     tiles, full = full_state(2)
@@ -80,7 +81,8 @@ def test_squared_query(normalize, weighted):
     assert_near(got, want + y, 2**-7)
 
 
-@pytest.mark.parametrize("normalize", [True, False] if EXHAUSTIVE else [True])
+@together
+@pytest.mark.parametrize("normalize", [True, False])
 def test_squared_gradient(normalize):
     x, w, added = (normal(seed, BATCH, TOKENS, HEADS, 64) for seed in range(3))
     tiles, full = full_state(3)
@@ -175,7 +177,7 @@ def test_linear_gradient(dim, normalize):
     assert_near(sums, (wide(x) * dx).sum(-1).swapaxes(1, 2), 2**-7)
 
 
-WHOLE = [Case(150, "linear", heads=(1, 1), edges=(140,))]
+WHOLE = [Case(150, "linear", heads=(2, 1), edges=(140,)), Case(150, heads=(1, 1), edges=(140,))]
 WHOLE += [Case(300, heads=(1, 1), edges=(290,))] if EXHAUSTIVE else []
 
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors import numpy as safetensors
+from support.exhaustive import exhaustive
 
 from train import generate
 from train.checkpoint import checkpoint_steps
@@ -100,12 +101,12 @@ def test_logits_and_gradients_are_hugging_faces(loaded):
     model, params, _ = loaded
 
     def loss(params):
-        x = model.apply({"params": params}, TOKENS[:, :-1], apply_head=False)
-        sums = cross_entropy(x, head_kernel(params), TOKENS[:, 1:], jnp.ones(TOKENS[:, 1:].shape))
-        return sums.loss / sums.weight
+        x = model.apply({"params": params}, TOKENS, apply_head=False)
+        sums = cross_entropy(x[:, :-1], head_kernel(params), TOKENS[:, 1:], jnp.ones(TOKENS[:, 1:].shape))
+        return sums.loss / sums.weight, x @ head_kernel(params)
 
-    assert unlike(jax.jit(model.apply)({"params": params}, TOKENS), EXPECTED["logits"]) < 1e-5
-    value, gradients = jax.jit(jax.value_and_grad(loss))(params)
+    (value, logits), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+    assert unlike(logits, EXPECTED["logits"]) < 1e-5
     assert float(value) == pytest.approx(float(EXPECTED["loss"]), rel=1e-6)
     tensors = mamba2.HUGGING_FACE.tensors(model.config)
     assert {f"g:{key}" for key in tensors} == {key for key in EXPECTED if key.startswith("g:")}
@@ -113,6 +114,7 @@ def test_logits_and_gradients_are_hugging_faces(loaded):
         assert unlike(tensor.pack(gradients), EXPECTED[f"g:{key}"]) < 1e-5, key
 
 
+@exhaustive("test_cache.py, in which this mixer's steps are its full pass, and the test above")
 def test_logits_are_hugging_faces_step_by_step(loaded):
     """A prefill and single steps; then the last seven tokens are taken back and read again in the same bits."""
     model, params, _ = loaded
@@ -132,6 +134,7 @@ def test_logits_are_hugging_faces_step_by_step(loaded):
     np.testing.assert_array_equal(again, rest[:, -7:])
 
 
+@exhaustive("test_generate.py: several samples are forks of a prompt")
 def test_forks_of_a_prompt_go_on_alone(loaded):
     """Three rows from one prompt, each with a token of its own behind it."""
     model, params, _ = loaded
@@ -142,6 +145,7 @@ def test_forks_of_a_prompt_go_on_alone(loaded):
     assert unlike(logits[:, 0], np.asarray(jax.jit(model.apply)({"params": params}, whole))[:, -1]) < 1e-5
 
 
+@exhaustive("test_importing.py, which generates from the authors' checkpoint")
 def test_generate_continues_it(imported, loaded, capsys):
     """Greedily, each token is the likeliest; the prompt follows config.json's bos."""
     capsys.readouterr()
@@ -163,12 +167,12 @@ def test_export_and_import_are_the_same_run(imported, loaded, tmp_path, capsys):
     (model, params, _), (other, same, _) = loaded, generate.load(again, "best")
     assert other == model
     assert_same_bits(same, params)
-    assert unlike(jax.jit(other.apply)({"params": same}, TOKENS), EXPECTED["logits"]) < 1e-5
     capsys.readouterr()
     assert main(["export", "--workdir", str(imported), "--out", str(tmp_path / "x"), "--layout", "authors"]) == 2
     assert "the authors' layout has no attention_type for this model's mixer" in capsys.readouterr().err
 
 
+@exhaustive("test_importing.py, which trains from the authors' checkpoint, and the gradients above, with a tied head")
 def test_training_goes_on_from_it(imported, tmp_path):
     """A step changes the embedding, which is the head as well."""
     workdir = tmp_path / "run"

@@ -2,12 +2,12 @@
 
 import functools
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from support.exhaustive import EXHAUSTIVE
+from support.models import params_of
 
 from train.data.rows import DocumentRows, PackedRows
 from train.data.tokenized import Split
@@ -25,15 +25,14 @@ LENGTH = sum(SIZES) + len(SIZES) - 1
 def loss_and_gradients(name: str, form: str | None):
     """The jitted loss and gradients of a tiny model of one variant, and its parameters, all float64."""
     config = ModelConfig(
-        vocab_size=41, d_model=16, num_layers=2, num_heads=2, head_dim=8, mlp_dim=16, mixers=parse_pattern(name, 2)
+        vocab_size=41, d_model=16, num_layers=1, num_heads=2, head_dim=8, mlp_dim=16, mixers=parse_pattern(name, 1)
     )
     execution = Execution(
         dtype=jnp.float64, param_dtype=jnp.float64, form=form, chunk_size=8 if form == "chunked" else None
     )
     model = LanguageModel(config, execution)
-    params = nn.unbox(jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"])
-    params = jax.tree.map(lambda leaf: 2 * leaf, params)  # so that tokens matter to one another
-    return jax.jit(jax.value_and_grad(lambda params, batch: weighted_sums(model, params, batch).loss)), params
+    function = jax.jit(jax.value_and_grad(lambda params, batch: weighted_sums(model, params, batch).loss))
+    return function, params_of(model, scale=0.3)
 
 
 @pytest.fixture(autouse=True)
@@ -58,7 +57,7 @@ def packed_batch():
 
 
 NAMED = ("softmax", "linear", "mamba2", "mamba2s", "2mamba", "2mamba-e")
-CASES = [(name, None) for name in (NAMED if EXHAUSTIVE else ("softmax", "mamba2", "2mamba"))]
+CASES = [(name, None) for name in (NAMED if EXHAUSTIVE else ("softmax", "mamba2"))]
 
 
 @pytest.mark.parametrize(("name", "form"), [*CASES, ("2mamba", "chunked")])
