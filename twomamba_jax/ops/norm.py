@@ -73,7 +73,7 @@ def _fork_backward(eps, copies, elementwise, kept_arrays, gradients):
 
     batch, length, _ = elementwise.axes()
     tokens, parts = PartitionSpec(batch, length), PartitionSpec((*_names(batch), *_names(length)))
-    call = elementwise.spread(backward, (tokens, PartitionSpec(), *[tokens] * len(arrays)), (tokens, parts))
+    call = elementwise.shard(backward, (tokens, PartitionSpec(), *[tokens] * len(arrays)), (tokens, parts))
     dx, parts = call(x, scale, *arrays)
     return dx, parts.sum(0)
 
