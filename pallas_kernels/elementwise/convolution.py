@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.chunked.problem import split_index
+from pallas_kernels.device import in_32_bits
 from pallas_kernels.elementwise.vectors import MULTIPROCESSORS, load, piece_of, wide, zeros
 from pallas_kernels.schedule import each_piece
 
@@ -29,6 +30,7 @@ def unsupported(x: jax.Array, kernel: jax.Array) -> str | None:
     return None
 
 
+@in_32_bits
 @jax.jit
 def convolution_backward(x, kernel, continues, *dy):
     """The gradients of y_t = bias + sum_i kernel[W - 1 - i] x_{t - i}, for several y, each of its own part of x.

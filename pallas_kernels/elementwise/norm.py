@@ -7,6 +7,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.device import in_32_bits
 from pallas_kernels.elementwise.vectors import MULTIPROCESSORS, load, piece_of, pieces, wide, zeros
 from pallas_kernels.schedule import each_piece
 
@@ -23,6 +24,7 @@ def unsupported(x: jax.Array) -> str | None:
     return None
 
 
+@in_32_bits
 @functools.partial(jax.jit, static_argnames="eps")
 def norm_backward(x, scale, dys, dresidual, eps: float):
     """The gradients of (y, x), y = scale * x r with r = 1 / sqrt(mean(x^2) + eps), of which x goes on by itself.

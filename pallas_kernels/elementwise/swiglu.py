@@ -6,6 +6,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.device import in_32_bits
 from pallas_kernels.elementwise.vectors import load, piece_of, wide
 
 
@@ -18,6 +19,7 @@ def unsupported(gate_up: jax.Array) -> str | None:
     return None
 
 
+@in_32_bits
 @jax.jit
 def swiglu_backward(gate_up, dh):
     """The gradient of h = silu(gate) * up, and h again, which the gradient of the next product's weights needs.

@@ -100,7 +100,7 @@ def unsupported(kernels: Kernels, q, k, v, *, score: str, normalize: bool, preci
     if q.dtype != jnp.bfloat16 and not (kernels.float16 and q.dtype == jnp.float16):
         return f"it takes bfloat16 q, k and v, got {q.dtype}"
     if q.dtype == jnp.float16 and not (score == "exp" and normalize):
-        return f"it takes float16 for score='exp', normalised, whose weights are at most 1, got score={score!r}"
+        return f"it takes float16 for score='exp', normalised, whose weights are at most 1, got {score=}, {normalize=}"
     if precision is not None:
         return f"precision={precision!r} needs products of float32, and it has those of bfloat16"
     if k.shape[-1] not in HEAD_DIMS:

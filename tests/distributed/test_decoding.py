@@ -48,7 +48,7 @@ def test_a_cache_that_does_not_divide_is_refused(batch, kv_heads, what):
     mesh = AbstractMesh((4, 1, 2, 1), MESH_AXES, axis_types=(AxisType.Auto,) * 4)
     config = config_of("2mamba", num_kv_heads=kv_heads)
     with jax.sharding.use_abstract_mesh(mesh):
-        with nn.logical_axis_rules(RULES), pytest.raises(ValueError, match=f"{what} cannot be spread over the"):
+        with nn.logical_axis_rules(RULES), pytest.raises(ValueError, match=f"{what} cannot be sharded over the"):
             init_cache(config, batch, 8)
         with nn.logical_axis_rules(ONE_ROW_RULES):  # rows that are on every device
             jax.eval_shape(lambda: init_cache(config_of("2mamba"), batch, 8))

@@ -90,10 +90,10 @@ def test_exp_gathers_keys_values_and_decays(collectives):
 @pytest.mark.parametrize(
     ("shape", "heads", "message"),
     [
-        ((2, 63), (2, 2), "63 tokens cannot be spread over the 4 devices of mesh axis 'sequence'"),
-        ((3, 64), (2, 2), "3 rows of the batch cannot be spread over the 2 devices of mesh axis 'data'"),
-        ((2, 64), (3, 1), "3 query heads cannot be spread over the 2 devices of mesh axis 'tensor'"),
-        ((2, 64), (2, 1), "1 key/value heads cannot be spread over the 2 devices of mesh axis 'tensor'"),
+        ((2, 63), (2, 2), "63 tokens cannot be sharded over the 4 devices of mesh axis 'sequence'"),
+        ((3, 64), (2, 2), "3 rows of the batch cannot be sharded over the 2 devices of mesh axis 'data'"),
+        ((2, 64), (3, 1), "3 query heads cannot be sharded over the 2 devices of mesh axis 'tensor'"),
+        ((2, 64), (2, 1), "1 key/value heads cannot be sharded over the 2 devices of mesh axis 'tensor'"),
     ],
 )
 def test_sizes_that_do_not_divide(shape, heads, message):

@@ -76,6 +76,10 @@ def check_norm(tokens, width):
     want = gradients(lambda *x: plain(*x)[1:3], wide(arrays), wide(cotangents[:2]))
     got = gradients(lambda x, scale: norm_with_residual(x, scale, 1e-2, 3, KERNELS)[1:3], arrays, cotangents[:2])
     assert_close(got, want)
+    # The residual connection alone, which is the identity.
+    got = gradients(lambda x, scale: norm_with_residual(x, scale, 1e-2, 3, KERNELS)[0], arrays, cotangents[0])
+    assert np.array_equal(got[0], cotangents[0])
+    assert not np.asarray(got[1]).any()
 
 
 @pytest.mark.parametrize("sizes", NORMS if EXHAUSTIVE else NORMS[2:3], ids=str)
@@ -168,6 +172,16 @@ def test_convolution(case):
 @pytest.mark.parametrize("case", [*CONVOLUTIONS, (513, 2, True, 16), (50, 2, True, 24)], ids=str)
 def test_convolution_on_a_gpu(case):
     check_convolution(*case)
+
+
+def test_traces_in_float64_mode(monkeypatch):
+    """The kernels count in 32 bits there too."""
+    monkeypatch.setitem(dispatch.UNSUPPORTED_DEVICE, "mosaic_gpu", lambda: None)
+    x, ids = jax.ShapeDtypeStruct((1, 7, 512), jnp.bfloat16), jax.ShapeDtypeStruct((1, 7), jnp.int32)
+    params = jax.eval_shape(params_of, x)
+    with jax.enable_x64(True):
+        got = jax.eval_shape(jax.grad(loss_of(block_of("mosaic_gpu"))), params, x, ids)
+    assert got == params
 
 
 def test_what_no_kernel_computes():

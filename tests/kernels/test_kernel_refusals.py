@@ -105,7 +105,7 @@ def test_refuses_tokens_that_are_spread():
 
     with jax.sharding.use_abstract_mesh(mesh), interpreted():
         assert shape("sequence", "data") == arrays[0].shape  # tokens on the only device of an axis
-        with pytest.raises(ValueError, match="one device in the parallel form, and 'sequence' spreads them"):
+        with pytest.raises(ValueError, match="one device in the parallel form, and 'sequence' shards them"):
             shape("data", "sequence")
 
 

@@ -142,8 +142,9 @@ def decay_attention(
         K and V, to which the other is padded; of the chunked form for `linear`, in chunks of a multiple of 128 tokens,
         and for `squared` with heads of 64, in chunks of a multiple of 256 or, `triton`, of 128. None: the kernels for
         this GPU where they support the call, and XLA elsewhere; said once in the log.
-      precision: None uses weights and features in q's dtype (float16 in float32) and JAX's default product precision;
-        `highest` computes everything in float32 or wider. Denominators and states are always float32 or wider.
+      precision: None uses weights and features in q's dtype (float16 in float32, but in `triton`) and JAX's default
+        product precision; `highest` computes everything in float32 or wider. Denominators and states are always float32
+        or wider.
       partition: the mesh axes over which q [B, T, H, K] is sharded, and so k, v and the result, where a mesh is set
         (`jax.set_mesh`). A kernel runs on each device's batch entries and heads; XLA needs no hint for these. Where the
         tokens are sharded too, each device computes its slice, by any implementation. Of a finite score devices pass on

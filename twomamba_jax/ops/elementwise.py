@@ -58,7 +58,7 @@ class Elementwise:
         _log_choice(what, language, reason)
         return None if reason else dispatch.load(language).elementwise[what]
 
-    def spread(self, call: Callable, in_specs, out_specs) -> Callable:
+    def shard(self, call: Callable, in_specs, out_specs) -> Callable:
         """`call` of arrays, on each device with its part of them."""
         if self.axes() == (None, None, None):
             return call

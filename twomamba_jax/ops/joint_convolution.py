@@ -42,7 +42,7 @@ def joint_convolution(
         dx, sums = kernels.convolution_backward(*flat[:2], continues, *flat[2:])
         return dx.reshape(x.shape), sums.reshape(*sums.shape[:-1], heads, head_dim)
 
-    call = elementwise.spread(backward, in_specs, (spec, PartitionSpec(batch, None, None, heads)))
+    call = elementwise.shard(backward, in_specs, (spec, PartitionSpec(batch, None, None, heads)))
     bias = jnp.zeros(kernel.shape[1:], kernel.dtype) if bias is None else bias
     ids = jnp.zeros(x.shape[:2], jnp.int32) if segment_ids is None else segment_ids
     continues = (ids == jnp.roll(ids, 1, axis=1)) & (jnp.arange(x.shape[1]) > 0)
@@ -51,8 +51,8 @@ def joint_convolution(
 
 def can_convolve(x: jax.ShapeDtypeStruct, kernel: jax.ShapeDtypeStruct, elementwise: Elementwise) -> bool:
     """Whether there is a kernel for the backward pass of `joint_convolution`: of all tokens of a row on one device."""
-    spread_tokens = devices_of(elementwise.axes()[1]) > 1
-    return not spread_tokens and _kernels(x, kernel, elementwise)[0] is not None
+    sharded_tokens = devices_of(elementwise.axes()[1]) > 1
+    return not sharded_tokens and _kernels(x, kernel, elementwise)[0] is not None
 
 
 def _kernels(x, kernel, elementwise: Elementwise):

@@ -59,7 +59,7 @@ class Kernels:
             return "it takes no initial_state in the parallel form"
         if form == "parallel" and axis is not None:
             return (
-                f"it needs all tokens of a sequence on one device in the parallel form, and {axis.name!r} spreads them"
+                f"it needs all tokens of a sequence on one device in the parallel form, and {axis.name!r} shards them"
             )
         rules = {"score": op.score, "normalize": op.normalize, "precision": op.precision}
         if reason := quadratic.unsupported(self.quadratic, q, k, v, **rules):

@@ -61,6 +61,8 @@ def _fork_backward(eps, copies, elementwise, kept_arrays, gradients):
     kernels, (x, scale) = _kernels(kept_arrays[0], elementwise), kept_arrays
     dresidual, *dys = (None if type(dy) is SymbolicZero else dy for dy in gradients)
     dys = [dy for dy in dys if dy is not None]
+    if not dys:
+        return dresidual, jnp.zeros_like(scale)
     arrays = dys if dresidual is None else [*dys, dresidual]
 
     def backward(x, scale, *arrays):
@@ -71,7 +73,7 @@ def _fork_backward(eps, copies, elementwise, kept_arrays, gradients):
 
     batch, length, _ = elementwise.axes()
     tokens, parts = PartitionSpec(batch, length), PartitionSpec((*_names(batch), *_names(length)))
-    call = elementwise.spread(backward, (tokens, PartitionSpec(), *[tokens] * len(arrays)), (tokens, parts))
+    call = elementwise.shard(backward, (tokens, PartitionSpec(), *[tokens] * len(arrays)), (tokens, parts))
     dx, parts = call(x, scale, *arrays)
     return dx, parts.sum(0)
 

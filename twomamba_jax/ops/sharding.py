@@ -80,13 +80,13 @@ def check_multiple(size: int, what: str, axes) -> None:
     """Raises ValueError where `size` things cannot be dealt out over the mesh axes in equal parts."""
     if size % (devices := devices_of(axes)):
         raise ValueError(
-            f"{size} {what} cannot be spread over the {devices} devices of mesh axis {axes!r}: make them a multiple of "
-            f"{devices}, or that axis smaller"
+            f"{size} {what} cannot be sharded over the {devices} devices of mesh axis {axes!r}: make them a multiple "
+            f"of {devices}, or that axis smaller"
         )
 
 
 def devices_of(axes) -> int:
-    """How many devices the mesh axes spread an array's axis over."""
+    """How many devices the mesh axes shard an array's axis over."""
     shape = jax.sharding.get_abstract_mesh().shape
     names = () if axes is None else (axes,) if isinstance(axes, str) else axes
     return math.prod(shape.get(name, 1) for name in names)

@@ -27,7 +27,7 @@ def gated_product(
         out, h = kernels.swiglu_backward(gate_up.reshape(-1, 2, hidden), dh.reshape(-1, hidden))
         return out.reshape(gate_up.shape), h.reshape(*rows, hidden)
 
-    return _gated_product(gate_up, kernel, elementwise.spread(backward, specs, specs))
+    return _gated_product(gate_up, kernel, elementwise.shard(backward, specs, specs))
 
 
 def can_gate(gate_up: jax.ShapeDtypeStruct, elementwise: Elementwise) -> bool:
