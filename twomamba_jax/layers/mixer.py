@@ -179,7 +179,7 @@ class Mixer(nn.Module):
         """The same where one product can make all three and a kernel their gradient, or None."""
         config, dtype, (heads, size) = self.config, self.execution.dtype, (self.num_heads, self.head_dim)
         alike = config.qk_groups is None and (config.qk_dim or size) == size and (self.num_kv_heads or heads) == heads
-        if not alike or cache is not None or lengths is not None or self.is_initializing():
+        if not alike or config.conv_width == 1 or cache is not None or lengths is not None or self.is_initializing():
             return None
         elementwise = self.execution.elementwise("heads")
         shape = 3, heads, size
