@@ -24,7 +24,7 @@ import jax.numpy as jnp
 
 from twomamba_jax.layers.language_model import head_logits
 from twomamba_jax.ops.numerics import accumulation_dtype
-from twomamba_jax.shapes import Array, Float, Int
+from twomamba_jax.shapes import AnyArray, Array, Float, Int
 
 # A chunk's logits may be as large as the gradient of the head is, or as this many numbers (256 MiB in float32).
 CHUNK_LOGITS = 2**26
@@ -40,10 +40,10 @@ class Sums(NamedTuple):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def cross_entropy(
-    x: Float[Array, "B T E"],
-    kernel: Float[Array, "E vocab"],
-    targets: Int[Array, "B T"],
-    weights: Float[Array, "B T"],
+    x: Float[AnyArray, "B T E"],
+    kernel: Float[AnyArray, "E vocab"],
+    targets: Int[AnyArray, "B T"],
+    weights: Float[AnyArray, "B T"],
     chunk_size: int | None = None,
     shards: tuple[int, int] = (1, 1),
 ) -> Sums:

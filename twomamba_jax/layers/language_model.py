@@ -201,7 +201,7 @@ class LanguageModel(nn.Module):
             return out
         return poison_rollback(out, cache), advance(cache, tuple(caches), counts)
 
-    def _logits(self, x: jax.Array, embedding: jax.Array) -> jax.Array:
+    def _logits(self, x: AnyArray, embedding: AnyArray) -> jax.Array:
         """The head, a parameter of its own unless it is tied to the embedding [vocab, E]."""
         if self.config.tie_embeddings:
             kernel = embedding.T

@@ -25,7 +25,7 @@ def uniform(fan_in: int):
     return init
 
 
-def product(x: jax.Array, kernel: jax.Array, rank: int) -> jax.Array:
+def product(x: AnyArray, kernel: AnyArray, rank: int) -> jax.Array:
     """x [..., *in] times kernel [*in, *out], over the last `rank` dimensions of x.
 
     On a GPU one row goes in twice: of a vector times a matrix XLA makes elementwise products, which it rounds to their
@@ -70,7 +70,7 @@ class Projection(nn.Module):
         return y if bias is None else y + broadcast_parameter(bias, y.shape, self.dtype)
 
     @nn.compact
-    def parameters(self, in_dims: tuple[int, ...]) -> tuple[jax.Array, jax.Array | None]:
+    def parameters(self, in_dims: tuple[int, ...]) -> tuple[AnyArray, AnyArray | None]:
         """W and b, in `param_dtype`; b is None where there is none."""
         init = uniform(math.prod(in_dims))
         kernel_init = with_logical_axes(self.kernel_init or init, (*self.in_axes, *self.out_axes))

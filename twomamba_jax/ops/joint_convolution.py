@@ -10,13 +10,13 @@ from twomamba_jax.ops.convolution import delay
 from twomamba_jax.ops.elementwise import Elementwise
 from twomamba_jax.ops.kept import kept, kept_cast
 from twomamba_jax.ops.sharding import devices_of
-from twomamba_jax.shapes import Array, Float, SegmentIds
+from twomamba_jax.shapes import AnyArray, Array, Float, SegmentIds
 
 
 def joint_convolution(
-    x: Float[Array, "B T P H K"],
-    kernel: Float[Array, "W P H K"],
-    bias: Float[Array, "P H K"] | None,
+    x: Float[AnyArray, "B T P H K"],
+    kernel: Float[AnyArray, "W P H K"],
+    bias: Float[AnyArray, "P H K"] | None,
     segment_ids: SegmentIds | None,
     elementwise: Elementwise,
 ) -> tuple[Float[Array, "B T H K"], ...]:

@@ -4,17 +4,17 @@ Without it the backward pass reads its sources again: the float32 weights to cas
 squares. Names change no value.
 """
 
-import jax
 from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels.residuals import SMALL
+from twomamba_jax.shapes import AnyArray
 
 
-def kept(x: jax.Array) -> jax.Array:
+def kept(x: AnyArray) -> AnyArray:
     """x, which a rematerialised block with `remat="dots"` keeps."""
     return checkpoint_name(x, SMALL)
 
 
-def kept_cast(x: jax.Array, dtype) -> jax.Array:
+def kept_cast(x: AnyArray, dtype) -> AnyArray:
     """x in `dtype`, kept where that is another than its own: otherwise it would be a copy of a parameter."""
     return x if x.dtype == dtype else kept(x.astype(dtype))

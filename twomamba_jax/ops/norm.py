@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec
 from twomamba_jax.ops.elementwise import Elementwise
 from twomamba_jax.ops.kept import kept
 from twomamba_jax.ops.numerics import accumulation_dtype
-from twomamba_jax.shapes import AnyArray, Array, Float
+from twomamba_jax.shapes import AnyArray, Float
 
 
 def divide_by_rms(x: AnyArray, rank: int, eps: float) -> jax.Array:
@@ -20,8 +20,8 @@ def divide_by_rms(x: AnyArray, rank: int, eps: float) -> jax.Array:
 
 
 def norm_with_residual(
-    x: Float[Array, "B T E"], scale: Float[Array, "E"], eps: float, copies: int, elementwise: Elementwise
-) -> tuple[Float[Array, "B T E"], ...] | None:
+    x: Float[AnyArray, "B T E"], scale: Float[AnyArray, "E"], eps: float, copies: int, elementwise: Elementwise
+) -> tuple[Float[AnyArray, "B T E"], ...] | None:
     """(x, y, ..., y) with y = scale * x / sqrt(mean(x^2) + eps) in x's dtype, if there is a kernel for its gradient.
 
     The kernel adds up the gradients of the copies of y, of which each goes into a product of its own, and adds to x's

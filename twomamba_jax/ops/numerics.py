@@ -9,6 +9,8 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from twomamba_jax.shapes import AnyArray
+
 Precision = Literal["highest"] | None
 
 # A row whose weights sum to less than this has an output, and gradients, of exactly 0.
@@ -35,7 +37,7 @@ def operand_dtype(dtype, precision: Precision) -> jnp.dtype:
     return jnp.dtype(dtype)
 
 
-def broadcast_parameter(parameter: jax.Array, shape: tuple[int, ...], dtype) -> jax.Array:
+def broadcast_parameter(parameter: AnyArray, shape: tuple[int, ...], dtype) -> jax.Array:
     """`parameter` at every token of an array of this shape and dtype.
 
     Its gradient is a sum over all tokens, which in bfloat16 is 2 % off after 16,384 of them. Broadcast in float32 or
