@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.accumulator import ROW, TILE, Scratch, anew, operand, read, rows
-from pallas_kernels.quadratic.operands import Decay, Problem, slope_of
+from pallas_kernels.quadratic.operands import SMALLEST_DECAY, Decay, Problem, slope_of
 from pallas_kernels.quadratic.queries import ROWS, Place, Queries, QueryBuffers
 from pallas_kernels.quadratic.tuning import Tiles
 from pallas_kernels.schedule import Schedule
@@ -152,7 +152,8 @@ def backward_keys(
                             t = t - delta if lean and delta is not None else t
                             factor = logit
                             if beside and decay is not None:
-                                factor = factor_from(s, logit, -load_rows(decay_ref.prefix, at), seen)
+                                row = p.headroom - load_rows(decay_ref.prefix, at)
+                                factor = factor_from(s, logit, row, seen)
                             elif score == "exp":
                                 factor = factor_from(s, logit, suffix, seen)
                             slope = slope_of(score, s, factor)
@@ -184,10 +185,11 @@ def backward_keys(
                         """From here on weights count from the key itself, no longer from the end of its tile."""
                         if decay is None or score == "exp":
                             return carry
-                        factor = jnp.exp2(load_rows(decay_ref.suffix, place()))
+                        suffix = load_rows(decay_ref.suffix, place())
+                        factor = jnp.where(suffix >= SMALLEST_DECAY, jnp.exp2(suffix + p.headroom), 0.0)
 
                         def decayed(sums, factor):
-                            # A weight that is less than 2^-126 at the tile's end may be infinite up to there.
+                            # Where it is 0 the sums may be infinite, or no number.
                             return jnp.where(factor > 0, sums * factor, 0.0)
 
                         dk[...] = decayed(read(dk), rows(factor, dk.shape))

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 LOG2E = math.log2(math.e)
+SMALLEST_DECAY = -126.0  # log2 of what a float32 holds in full; smaller decays are 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +36,15 @@ class Problem:
     def tiles(self, block: int) -> int:
         """Tiles of `block` rows per head."""
         return -(-self.tokens // block)
+
+    @property
+    def headroom(self) -> float:
+        """Log2 of what the weights of decayed powers are divided by in the keys' kernel, until their decays are whole.
+
+        A weight of a normalised row is at most 1, and up to 2^126 as it was at the end of its key's tile. Of weights
+        2^-32 times as large any number can be added up.
+        """
+        return 32.0 if self.normalize and self.score != "exp" else 0.0
 
     @property
     def gradient_scale(self) -> float:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from support.cases import pairwise
 from support.exhaustive import EXHAUSTIVE
-from support.kernel_cases import FINE, INPUTS, Case, assert_close, underflowing_call
+from support.kernel_cases import FINE, INPUTS, UNDERFLOWING, Case, assert_close, underflowing_call
 
 from pallas_kernels.interpreter import interpreted
 
@@ -172,6 +172,7 @@ def test_the_largest_and_the_smallest_scores_of_the_contract(score):
         assert (np.asarray(one) == 0).all()
 
 
-def test_a_weight_that_underflows_gives_no_nan():
-    call = underflowing_call("mosaic_gpu")
+@pytest.mark.parametrize("kind", UNDERFLOWING)
+def test_a_decay_that_underflows_gives_no_nan_and_no_infinity(kind):
+    call = underflowing_call(kind, "mosaic_gpu")
     assert_close(call, call.run())

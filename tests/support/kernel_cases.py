@@ -137,15 +137,26 @@ class Case:
         return Call(q, k, v, decay if self.decay else None, dy, options, self.implementation)
 
 
-def underflowing_call(implementation: str) -> Call:
-    """Of one large key that has decayed to nothing when a query meets it whose own score is small."""
-    tokens, late = 256, 128
+UNDERFLOWING = ("a key without weight", "a key with all the weight")
+
+
+def underflowing_call(kind: str, implementation: str) -> Call:
+    """Of a large key that has decayed to nothing, or nearly so, where queries meet it.
+
+    It has no weight, beside a query's own small score; or all the weight of a hundred rows.
+    """
+    tokens, late, large = 256, 128, 2.0**15
     q, k = np.zeros((2, 1, tokens, 1, 64), np.float32)
-    k[0, 0, 0, 0] = q[0, late, 0, 0] = 2.0**15
-    q[0, late, 0, 1] = k[0, late, 0, 1] = 2.0**-20
+    decay = np.full((1, tokens, 1), -1.5, np.float32)
+    k[0, 0, 0, 0] = large
+    if kind == UNDERFLOWING[0]:
+        q[0, late, 0, 0], q[0, late, 0, 1], k[0, late, 0, 1] = large, 2.0**-20, 2.0**-20
+    else:
+        q[0, late : late + 100, 0, 0] = large
+        decay[:, :late], decay[:, late:] = -0.68, 0
     q, k, ones = (jnp.asarray(x, jnp.bfloat16) for x in (q, k, np.ones(q.shape)))
-    decay = jnp.full((1, tokens, 1), -1.5)
-    return Call(q, k, ones, decay, ones, {"score": "squared", "normalize": True, "scale": 1.0}, implementation)
+    options = {"score": "squared", "normalize": True, "scale": 1.0}
+    return Call(q, k, ones, jnp.asarray(decay), ones, options, implementation)
 
 
 def assert_close(call: Call, got: dict[str, jax.Array]) -> None:

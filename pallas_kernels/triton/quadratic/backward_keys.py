@@ -5,11 +5,14 @@ import jax.numpy as jnp
 import triton
 import triton.language as tl
 
+from pallas_kernels.quadratic import operands
 from pallas_kernels.quadratic.operands import Decay, Problem
 from pallas_kernels.triton.call import batched, call
 from pallas_kernels.triton.quadratic.pieces import load_tile, piece, store_tile
 from pallas_kernels.triton.quadratic.tiles import Tiles, programs_of
 from pallas_kernels.triton.quadratic.weights import slope_of, weights_of
+
+SMALLEST_DECAY = tl.constexpr(operands.SMALLEST_DECAY)
 
 
 def backward_keys(problem: Problem, tiles: Tiles, q, k, v, dy, logit, delta, decay: Decay | None, last_visible):
@@ -38,6 +41,7 @@ def backward_keys(problem: Problem, tiles: Tiles, q, k, v, dy, logit, delta, dec
             name=f"{problem.score}_backward_keys",
             GROUP=group,
             GRADIENT_SCALE=problem.gradient_scale / problem.query_power,
+            HEADROOM=problem.headroom,
             **tiles.constants(problem),
             **({"sums_ptr": None} if decay is None else {}),
         )
@@ -66,6 +70,7 @@ def keys_kernel(
     LOGIT_SCALE: tl.constexpr,
     OUTPUT_SCALE: tl.constexpr,
     GRADIENT_SCALE: tl.constexpr,
+    HEADROOM: tl.constexpr,
     TOKENS: tl.constexpr,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
@@ -157,10 +162,10 @@ def keys_kernel(
 
     # From here on weights count from the key itself, no longer from the end of its tile.
     if DECAY:
-        row = -tl.load(prefix_ptr + head * TILES * OWN + rows)
+        row = HEADROOM - tl.load(prefix_ptr + head * TILES * OWN + rows)
         if SCORE != "exp":
-            factor = tl.exp2(suffix)
-            there = factor > 0  # a weight that is less than 2^-126 at the tile's end may be infinite up to there
+            factor = tl.exp2(suffix + HEADROOM)
+            there = suffix >= SMALLEST_DECAY  # else the sums may be infinite, or no number
             dk = tl.where(there[:, None], dk * factor[:, None], 0.0)
             dv = tl.where(there[:, None], dv * factor[:, None], 0.0)
             sums = tl.where(there, sums * factor, 0.0)

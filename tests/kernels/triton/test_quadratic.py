@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from support.cases import pairwise
 from support.exhaustive import EXHAUSTIVE
-from support.kernel_cases import INPUTS, Case, assert_close, underflowing_call
+from support.kernel_cases import INPUTS, UNDERFLOWING, Case, assert_close, underflowing_call
 
 from pallas_kernels.triton.call import call
 from pallas_kernels.triton.quadratic.pieces import piece
@@ -49,9 +49,15 @@ def test_outputs_and_gradients_equal_the_oracle(case):
 
 
 @pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
-def test_a_weight_that_underflows_gives_no_nan():
-    call = underflowing_call("triton")
-    assert_close(call, call.run())
+@pytest.mark.parametrize("kind", UNDERFLOWING)
+def test_a_decay_that_underflows_gives_no_nan_and_no_infinity(kind):
+    """Where it is below 2^-102 it is 0 here: `query_power` is multiplied into it before the score."""
+    call = underflowing_call(kind, "triton")
+    got = call.run()
+    if kind == UNDERFLOWING[0]:
+        assert_close(call, got)
+    for x in got.values():
+        assert np.isfinite(np.asarray(x, np.float32)).all()
 
 
 def test_a_mapped_row_ignores_what_is_beside_it_in_memory():
