@@ -22,7 +22,8 @@ def backward_keys(problem: Problem, tiles: Tiles, q, k, v, dy, logit, delta, dec
     share the keys: first those after the tile, nearest first, then those at its own positions ("beside").
 
     logit, delta: [B, H, T padded to own]. A logit is what the logarithm of a weight has of the query, its prefix less
-    log2 of its row's sum; None where it has neither. delta is <dy, y>, None where nothing is normalised.
+    log2 of its row's sum and the problem's headroom; None where it has none. delta is <dy, y>, None where nothing is
+    normalised.
     """
 
     @batched
