@@ -32,7 +32,7 @@ class Kernels:
       backward_queries: (problem, tuning, q, k, v, dy, norm, delta, decay, first_visible) -> dq and, with a decay,
         sum_j W_ij [B, H, T padded], with W as in `operands.slope_of`.
       backward_keys: (problem, tuning, q, k, v, dy, logit, delta, decay, last_visible) -> dk, dv and, with a decay,
-        sum_i W_ij [B, G, T padded]. Logits with a decay are less by `problem.headroom`.
+        sum_i W_ij [B, G, T padded].
       tuning: (score, head dim, tokens) -> the tuning on this device.
       float16: whether they also take float16, where no weight leaves its range: those of exp, normalised.
     """
@@ -170,7 +170,6 @@ def differentiate(attention: Attention, q, k, v, context: Context, y, norm, dy):
     if decay is not None:
         prefix = jnp.repeat(decay.prefix, heads // kv_heads, axis=1)
         logit = prefix if logit is None else prefix + logit
-        logit = logit - problem.headroom
     dk, dv, *column_sums = attention.kernels.backward_keys(
         problem,
         tuning,

@@ -29,6 +29,7 @@ def backward_keys(
     score = p.score
     repeats = p.heads // p.kv_heads
     lean = tiles.lean
+    slope_scale, weight_scale = p.key_scales
     schedule = Schedule.make(
         p.batch * p.kv_heads,
         p.tiles(block_kv),
@@ -99,7 +100,7 @@ def backward_keys(
                 at = place()
                 w = at.warpgroup
                 plgpu.barrier_wait(k_full.at[w])
-                key = plgpu.load(k_s.at[w], layout=TILE) * p.query_power
+                key = plgpu.load(k_s.at[w], layout=TILE) * p.key_power
                 if tiles.resident:
                     value = plgpu.load(v_s.at[w], layout=TILE)
                     plgpu.commit_smem()
@@ -152,7 +153,7 @@ def backward_keys(
                             t = t - delta if lean and delta is not None else t
                             factor = logit
                             if beside and decay is not None:
-                                row = p.headroom - load_rows(decay_ref.prefix, at)
+                                row = -load_rows(decay_ref.prefix, at)
                                 factor = factor_from(s, logit, row, seen)
                             elif score == "exp":
                                 factor = factor_from(s, logit, suffix, seen)
@@ -186,7 +187,7 @@ def backward_keys(
                         if decay is None or score == "exp":
                             return carry
                         suffix = load_rows(decay_ref.suffix, place())
-                        factor = jnp.where(suffix >= SMALLEST_DECAY, jnp.exp2(suffix + p.headroom), 0.0)
+                        factor = jnp.where(suffix >= SMALLEST_DECAY, jnp.exp2(suffix), 0.0)
 
                         def decayed(sums, factor):
                             # Where it is 0 the sums may be infinite, or no number.
@@ -206,10 +207,10 @@ def backward_keys(
                 if not tiles.resident:
                     plgpu.barrier_arrive(k_empty.at[w])
                 if decay is not None:
-                    sums_ref[b, g, own] = sums * p.output_scale
+                    sums_ref[b, g, own] = sums * weight_scale
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                dk_s[w] = (dk * p.gradient_scale).astype(jnp.bfloat16)
-                dv_s[w] = (dv * p.output_scale).astype(jnp.bfloat16)
+                dk_s[w] = (dk * slope_scale).astype(jnp.bfloat16)
+                dv_s[w] = (dv * weight_scale).astype(jnp.bfloat16)
                 plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(dk_s.at[w], dk_ref.at[b, own, g])
                 plgpu.copy_smem_to_gmem(dv_s.at[w], dv_ref.at[b, own, g])

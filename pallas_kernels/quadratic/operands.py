@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 LOG2E = math.log2(math.e)
 SMALLEST_DECAY = -126.0  # log2 of what a float32 holds in full; smaller decays are 0
+HEADROOM = 32  # log2 of how much smaller the weights of normalised powers are made in the keys' kernel; even
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,20 +39,35 @@ class Problem:
         return -(-self.tokens // block)
 
     @property
-    def headroom(self) -> float:
-        """Log2 of what the weights of decayed powers are divided by in the keys' kernel, until their decays are whole.
+    def key_power(self) -> float:
+        """What keys are multiplied by in their own kernel, a power of two: `query_power`, less the headroom.
 
         A weight of a normalised row is at most 1, and up to 2^126 as it was at the end of its key's tile. Of weights
-        2^-32 times as large any number can be added up.
+        2^-32 times as large any number can be added up. That is taken from the score and not from what multiplies it,
+        which of scores of 2^60 is itself as small as a float32 can be.
         """
-        return 32.0 if self.normalize and self.score != "exp" else 0.0
+        return self.query_power * 2.0 ** -(self._headroom // self._degree)
+
+    @property
+    def key_scales(self) -> tuple[float, float]:
+        """The factors between what the keys' kernel sums and dk; and dv, and the sums of W."""
+        lessened = 2.0 ** (self._headroom - self._headroom // self._degree)
+        return self.gradient_scale * lessened, self.output_scale * 2.0**self._headroom
+
+    @property
+    def _degree(self) -> int:
+        return 2 if self.score == "squared" else 1
+
+    @property
+    def _headroom(self) -> int:
+        return HEADROOM if self.normalize and self.score != "exp" else 0
 
     @property
     def gradient_scale(self) -> float:
-        """The factor between what the kernels sum and dq, and dk."""
+        """The factor between what the queries' kernel sums and dq; apart from the headroom also dk."""
         if self.score == "exp":
             return self.query_power * self.logit_scale / LOG2E
-        return self.query_power * self.output_scale * (2 if self.score == "squared" else 1)
+        return self.query_power * self.output_scale * self._degree
 
 
 def slope_of(score: str, s, factor):

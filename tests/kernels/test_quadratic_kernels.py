@@ -155,7 +155,7 @@ def test_a_row_with_one_key_is_its_value(score):
     assert (np.abs(dq) <= 2 * FINE * lengths * np.abs(slope_of_weight * k)).all()
 
 
-@pytest.mark.parametrize("score", ["squared", "exp"] if EXHAUSTIVE else ["exp"])
+@pytest.mark.parametrize("score", ["squared", "exp"] if EXHAUSTIVE else ["squared"])
 def test_the_largest_and_the_smallest_scores_of_the_contract(score):
     """From 2^-40 to 2^60; those of exp differ by more than float32 resolves beyond some hundreds."""
     call = dataclasses.replace(EXP, score=score).call()
@@ -164,7 +164,7 @@ def test_the_largest_and_the_smallest_scores_of_the_contract(score):
     smallest, largest = -40 - np.floor(np.log2(scores.min())), 59 - np.floor(np.log2(scores.max()))
     for power in (smallest, 7 if score == "exp" else largest):
         scaled = call.replace(q=call.q * jnp.bfloat16(2.0**power))
-        assert_close(scaled, scaled.run())
+        assert_close(scaled, scaled.run(), fine=2.0**-17)
     if score == "exp":
         got = call.replace(q=call.q * jnp.bfloat16(2.0**largest)).run()
         assert all(np.isfinite(np.asarray(x, np.float32)).all() for x in got.values())

@@ -5,14 +5,13 @@ import jax.numpy as jnp
 import triton
 import triton.language as tl
 
-from pallas_kernels.quadratic import operands
 from pallas_kernels.quadratic.operands import Decay, Problem
 from pallas_kernels.triton.call import batched, call
 from pallas_kernels.triton.quadratic.pieces import load_tile, piece, store_tile
 from pallas_kernels.triton.quadratic.tiles import Tiles, programs_of
 from pallas_kernels.triton.quadratic.weights import slope_of, weights_of
 
-SMALLEST_DECAY = tl.constexpr(operands.SMALLEST_DECAY)
+SMALLEST_DECAY = tl.constexpr(-96.0)
 
 
 def backward_keys(problem: Problem, tiles: Tiles, q, k, v, dy, logit, delta, decay: Decay | None, last_visible):
@@ -22,8 +21,10 @@ def backward_keys(problem: Problem, tiles: Tiles, q, k, v, dy, logit, delta, dec
     share the keys: first those after the tile, nearest first, then those at its own positions ("beside").
 
     logit, delta: [B, H, T padded to own]. A logit is what the logarithm of a weight has of the query, its prefix less
-    log2 of its row's sum and the problem's headroom; None where it has none. delta is <dy, y>, None where nothing is
-    normalised.
+    log2 of its row's sum; None where it has none. delta is <dy, y>, None where nothing is normalised.
+
+    A key gets nothing from tiles after its own where its decay to the end of its own is below 2^-96. A weight, at most
+    1, was at most 2^96 as it was there: any number of them can be added up.
     """
 
     @batched
@@ -42,7 +43,6 @@ def backward_keys(problem: Problem, tiles: Tiles, q, k, v, dy, logit, delta, dec
             name=f"{problem.score}_backward_keys",
             GROUP=group,
             GRADIENT_SCALE=problem.gradient_scale / problem.query_power,
-            HEADROOM=problem.headroom,
             **tiles.constants(problem),
             **({"sums_ptr": None} if decay is None else {}),
         )
@@ -71,7 +71,6 @@ def keys_kernel(
     LOGIT_SCALE: tl.constexpr,
     OUTPUT_SCALE: tl.constexpr,
     GRADIENT_SCALE: tl.constexpr,
-    HEADROOM: tl.constexpr,
     TOKENS: tl.constexpr,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
@@ -163,9 +162,9 @@ def keys_kernel(
 
     # From here on weights count from the key itself, no longer from the end of its tile.
     if DECAY:
-        row = HEADROOM - tl.load(prefix_ptr + head * TILES * OWN + rows)
+        row = -tl.load(prefix_ptr + head * TILES * OWN + rows)
         if SCORE != "exp":
-            factor = tl.exp2(suffix + HEADROOM)
+            factor = tl.exp2(suffix)
             there = suffix >= SMALLEST_DECAY  # else the sums may be infinite, or no number
             dk = tl.where(there[:, None], dk * factor[:, None], 0.0)
             dv = tl.where(there[:, None], dv * factor[:, None], 0.0)

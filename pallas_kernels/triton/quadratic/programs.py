@@ -52,7 +52,6 @@ def program(name: str, score: str, head_dim: int, tiles: Tiles, decay: bool, seg
         "GROUP": 2,
         "FLOOR": problem.floor,
         "GRADIENT_SCALE": problem.gradient_scale / problem.query_power,
-        "HEADROOM": problem.headroom,
     }
     pointers = [x for x in kernel.arg_names if x.endswith("_ptr")]
     types = {"first_ptr": "*i32", "last_ptr": "*i32"}

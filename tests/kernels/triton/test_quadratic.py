@@ -51,7 +51,7 @@ def test_outputs_and_gradients_equal_the_oracle(case):
 @pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
 @pytest.mark.parametrize("kind", UNDERFLOWING)
 def test_a_decay_that_underflows_gives_no_nan_and_no_infinity(kind):
-    """Where it is below 2^-102 it is 0 here: `query_power` is multiplied into it before the score."""
+    """Gradients are 0 here where it is below 2^-96 at the end of its key's tile."""
     call = underflowing_call(kind, "triton")
     got = call.run()
     if kind == UNDERFLOWING[0]:
