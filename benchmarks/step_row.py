@@ -38,7 +38,7 @@ class Row:
       set: KEY=VALUE, of the configuration or of XLA.
       code: the checkout that is run; empty: this one.
       perturbation: the initial parameters are times 1 + this.
-      temporary_bytes: of the compiled step.
+      peak_bytes, temporary_bytes: of one device, the latter of the compiled step.
       parts: milliseconds of each part of the model in a step.
       version: of a peer.
       note: why there are no figures.
@@ -54,6 +54,7 @@ class Row:
     perturbation: float = 0.0
     remat: str = ""
     device: str = ""
+    devices: int = 1  # of the mesh
     parameters: int = 0
     losses: tuple[float, ...] = ()  # of every step
     milliseconds_by_turn: tuple[float, ...] = ()  # a step, the median of each turn's
@@ -158,6 +159,7 @@ def train(row: Row, task: Task) -> Iterator[Row]:
                 row,
                 remat=config.execution.remat,
                 device=device.device_kind,
+                devices=mesh.size,
                 parameters=sum(leaf.size for leaf in jax.tree.leaves(state.params)),
                 losses=tuple(losses),
                 milliseconds_by_turn=tuple(medians),

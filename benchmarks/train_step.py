@@ -10,7 +10,8 @@ more; with XLA_FLAGS=--xla_gpu_enable_command_buffer= every kernel has a name.
 With `--turns 3` the runs make a third of their steps each in turn, three times: all are on the device together, which
 must have room for them, and a run's time is the median of its turns'. `--setting NAME KEY=VALUE ...`, given again and
 again, has every run with each of them set: keys of the configuration, options of XLA (xla_...), and `code`, another
-checkout of this repository. MFU is by the formula of train/observe/flops.py.
+checkout of this repository. MFU is by the formula of train/observe/flops.py. `--override mesh.data=2` trains on two
+GPUs: tokens/s are those of all, TFLOP/s, MFU and memory those of one; CUDA_VISIBLE_DEVICES says which GPUs there are.
 """
 
 import argparse
@@ -155,7 +156,7 @@ def records_of(rows: list[Row]) -> list[dict]:
         record, xla = dataclasses.asdict(row), plain.get(row.variant)
         if row.losses:
             speed = row.tokens_per_second
-            tflops = speed * row.flops_per_token / 1e12
+            tflops = speed * row.flops_per_token / 1e12 / row.devices
             record |= {"milliseconds": row.milliseconds, "tokens_per_second": speed, "tflops": tflops}
             if row.device in PEAK_FLOPS:
                 record |= {"mfu": 1e12 * tflops / PEAK_FLOPS[row.device]}
