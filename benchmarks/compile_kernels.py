@@ -2,8 +2,8 @@
 
 Prints a line per kernel: registers, spills, shared memory, and the HGMMA instructions of its code if JAX finds
 nvdisasm. The exit status is 1 if a kernel spills, if ptxas warns of serialised products or ignored register limits, if
-ptx_lint.py finds something, or if a program does not compile; 2 if nothing can be compiled here. It needs JAX's CUDA
-plugin and ptxas: `pip install "jax[cuda13]"` brings both.
+ptx_lint.py or, where there is nvdisasm, sass_lint.py finds something, or if a program does not compile; 2 if nothing
+can be compiled here. It needs JAX's CUDA plugin and ptxas: `pip install "jax[cuda13]"` brings both.
 """
 
 import argparse
@@ -22,7 +22,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-from ptx_lint import lint
+import ptx_lint
+import sass_lint
 
 # What XLA has to know of an H100 SXM. An H200 is the same but for its memory.
 TARGET = """
@@ -72,7 +73,9 @@ def read_report(program: str, ptx: Path, seconds: float) -> Report:
     spills = sum(int(stores) + int(loads) for stores, loads in spills)
     problems = [f"spills {spills} bytes"] if spills else []
     problems += [f"{code}: {text}" for code, text in re.findall(r"\((C75\d\d)\)\s*(.*)", log) if code not in HARMLESS]
-    problems += [f"PTX line {line}: {register} {text}" for line, register, text in lint(ptx.read_text())]
+    problems += [f"PTX line {at}: {register} {text}" for at, register, text in ptx_lint.lint(ptx.read_text())]
+    touched = sass_lint.lint(sass) if sass else []
+    problems += [f"SASS line {at}: {register} {text}" for at, register, text in touched]
     return Report(
         program=program,
         kernel=ptx.stem.rpartition("_")[0],

@@ -1,10 +1,10 @@
 """Compiles the Triton kernels for every architecture, without a GPU: `python benchmarks/compile_triton.py --only fold`.
 
 Prints a Markdown table: registers, spills, shared and tensor memory, and the warps that a multiprocessor holds at once.
-The exit status is 1 if a kernel spills, does not fit its architecture, does not compile, or if ptx_lint.py finds a
-register of an asynchronous product that is touched too early; 2 if nothing can be compiled here. It needs Triton:
-`pip install triton`. XLA's ptxas, which assembles the same PTX where a kernel runs, may allot registers a little
-differently.
+The exit status is 1 if a kernel spills, does not fit its architecture, does not compile, or if ptx_lint.py or
+sass_lint.py finds a register of an asynchronous product that is touched too early; 2 if nothing can be compiled here.
+It needs Triton: `pip install triton`. XLA's ptxas, which assembles the same PTX where a kernel runs, may allot
+registers a little differently; Triton's is one of those that `sass_lint.py` is for.
 """
 
 import argparse
@@ -22,7 +22,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import clone  # noqa: F401
-from ptx_lint import lint
+import ptx_lint
+import sass_lint
 
 KIB = 1024
 
@@ -111,19 +112,22 @@ def ptx_of(entry: dict, architecture: int) -> tuple[str, dict]:
     return str(module), metadata
 
 
-def assemble(ptx: str, architecture: int) -> str:
-    """What ptxas says of the PTX. Raises RuntimeError with its words where it refuses it."""
+def assemble(ptx: str, architecture: int) -> tuple[str, str]:
+    """What ptxas says of the PTX, and the machine code as text. Raises RuntimeError with its words if it refuses it."""
     from triton.backends.nvidia.compiler import get_ptxas
 
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "kernel.ptx")
         source.write_text(ptx)
         name = f"sm_{architecture}{'a' if architecture >= 90 else ''}"
-        command = get_ptxas(architecture).path, "-v", f"--gpu-name={name}", str(source), "-o", f"{source}.cubin"
+        ptxas, cubin = Path(get_ptxas(architecture).path), f"{source}.cubin"
+        command = ptxas, "-v", f"--gpu-name={name}", source, "-o", cubin
         done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(done.stderr.strip())
-    return done.stderr
+        if done.returncode:
+            raise RuntimeError(done.stderr.strip())
+        command = ptxas.with_name("nvdisasm"), "-c", cubin
+        sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return done.stderr, sass
 
 
 def resident_programs(report: Report) -> int:
@@ -171,10 +175,11 @@ def compile_entry(entry: dict, architecture: int) -> Report:
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # the compiler prints the whole PTX where it fails
             ptx, metadata = ptx_of(entry, architecture)
-        report = read_report(entry, architecture, assemble(ptx, architecture), metadata)
-        findings = list(lint(ptx)) if "wgmma" in ptx else []
-        touched = tuple(f"PTX line {line}: {register} {text}" for line, register, text in findings[:1])
-        return dataclasses.replace(report, problems=report.problems + touched)
+        log, sass = assemble(ptx, architecture)
+        report = read_report(entry, architecture, log, metadata)
+        findings = ("PTX", ptx_lint.lint(ptx)), ("SASS", sass_lint.lint(sass))
+        touched = [f"{what} line {at}: {register} {text}" for what, all_ in findings for at, register, text in all_[:1]]
+        return dataclasses.replace(report, problems=(*report.problems, *touched))
     except Exception as error:  # of whatever class a compiler's are
         problem = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         return Report(entry["name"], architecture, problems=(problem,))

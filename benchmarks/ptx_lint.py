@@ -123,7 +123,11 @@ def check(instructions: list[Instruction], at: int, state: State) -> list[Findin
 
 def lint(ptx: str) -> list[Finding]:
     """Every use of a register that comes too early, in the order of lines; nothing for a correct text."""
-    instructions, entries, labels = parse(ptx)
+    return findings_of(*parse(ptx))
+
+
+def findings_of(instructions: list[Instruction], entries: list[int], labels: dict[str, int]) -> list[Finding]:
+    """The same of what `parse` gives."""
     depth = 2 + max((int(i.operands) for i in instructions if i.opcode.startswith(WAIT)), default=0)
     before: dict[int, State] = {entry: (frozenset(),) for entry in entries}
     pending = list(entries)

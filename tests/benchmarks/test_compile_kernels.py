@@ -142,12 +142,23 @@ LINE = "p kernel: 168 registers, 0 bytes spilled, 51288 bytes of shared memory, 
 RACE = """wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%f1,%f2}, {%r1,%r2,%r3,%r4}, %rd2, p, 1, 1, 1;
 mov.b64 {%r1, %r2}, %rd3; mov.b64 {%r3, %r4}, %rd3; add.f32 %f3, %f1, %f2;"""
 
+PRODUCT = "HGMMA.64x64x16.F32.BF16 R32, R28, gdesc[UR8], R32"
+SASS = "\n".join(
+    f"  -:-:-:Y:01  /*{16 * n:04x}*/  {x} " for n, x in enumerate([PRODUCT, "MOV R9, R1", f"{PRODUCT}, gsb0"])
+)
+OVERWRITTEN = "overwritten, a left operand of the wgmma of line 1, which may be in flight"
+
 
 @pytest.mark.parametrize(
     ("written", "status", "lines"),
     [
         ({}, 0, [LINE]),
-        ({"sass": "HGMMA.64x64x16.F32.BF16 R24\nHGMMA\n"}, 0, [LINE.replace("0.0 s", "2 HGMMA, 0.0 s")]),
+        ({"sass": SASS}, 0, [LINE.replace("0.0 s", "2 HGMMA, 0.0 s")]),
+        (
+            {"sass": SASS.replace("R9", "R29")},
+            1,
+            [LINE.replace("0.0 s", "2 HGMMA, 0.0 s"), f"    SASS line 2: R29 {OVERWRITTEN}"],
+        ),
         ({"warning": "(C7519) warpgroup.arrive is injected in around line 5"}, 0, [LINE]),
         ({"warning": "(C7507) 'setmaxnreg' ignored"}, 1, [LINE, "    C7507: 'setmaxnreg' ignored"]),
         ({"stores": 12, "loads": 8}, 1, [LINE.replace("0 bytes s", "20 bytes s"), "    spills 20 bytes"]),

@@ -30,8 +30,9 @@ READING = "query", "gradient"
 
 BEFORE_HOPPER = 80, 86
 
-# (kernel, capability, head dim). On Hopper a kernel that weighs its left operand in registers has one stage: with more,
-# a turn of the loop would overwrite it while the product of the turn before reads it (`benchmarks/ptx_lint.py`).
+# (kernel, capability, head dim). On Hopper most kernels that weigh their left operand in registers have one stage: with
+# more, a turn of the loop would overwrite it while the product of the turn before reads it, in PTX or in the machine
+# code that some ptxas makes of it (`benchmarks/ptx_lint.py`, `benchmarks/sass_lint.py`).
 TABLE = {
     **{("squared_update", capability, 64): Tiles(64, 4, 3, held=2) for capability in BEFORE_HOPPER},
     **{("squared_query", capability, 64): Tiles(64, 4, 3) for capability in BEFORE_HOPPER},
@@ -40,7 +41,7 @@ TABLE = {
     **{(f"linear_{kernel}", capability, 64): Tiles(128, 8, 1) for kernel in READING for capability in BEFORE_HOPPER},
     **{(f"linear_{kernel}", capability, 128): Tiles(64, 8, 1) for kernel in READING for capability in BEFORE_HOPPER},
     ("squared_update", 90, 64): Tiles(64, 4, 3, held=4),
-    ("squared_query", 90, 64): Tiles(64, 4, 4),
+    ("squared_query", 90, 64): Tiles(64, 4, 1),
     ("squared_gradient", 90, 64): Tiles(128, 4, 3),
     ("squared_normalizer", 90, 64): Tiles(64, 4, 1),
     ("linear_update", 90, 64): Tiles(64, 4, 1),
