@@ -143,9 +143,8 @@ RACE = """wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%f1,%f2}, {%r1,%r
 mov.b64 {%r1, %r2}, %rd3; mov.b64 {%r3, %r4}, %rd3; add.f32 %f3, %f1, %f2;"""
 
 PRODUCT = "HGMMA.64x64x16.F32.BF16 R32, R28, gdesc[UR8], R32"
-SASS = "\n".join(
-    f"  -:-:-:Y:01  /*{16 * n:04x}*/  {x} " for n, x in enumerate([PRODUCT, "MOV R9, R1", f"{PRODUCT}, gsb0"])
-)
+CODE = PRODUCT, "MOV R9, R1", f"{PRODUCT}, gsb0", "EXIT"
+SASS = "\n".join(f"  -:-:-:Y:01  /*{16 * n:04x}*/  {line} " for n, line in enumerate(CODE))
 OVERWRITTEN = "overwritten, a left operand of the wgmma of line 1, which may be in flight"
 
 
