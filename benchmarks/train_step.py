@@ -19,6 +19,7 @@ import dataclasses
 import importlib.metadata
 import importlib.util
 import json
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -82,7 +83,8 @@ def program_of(row: Row, task: Task) -> Program:
         arguments = dataclasses.asdict(row), config.model.to_dict(), config.optimizer.to_dict(), task.turns
         return Program([sys.executable, str(here / "torch_peer.py"), json.dumps(arguments)], environment)
     if row.code:
-        environment = environment | {"PYTHONPATH": row.code}
+        others = os.environ.get("PYTHONPATH")  # where the packages may be that both need
+        environment = environment | {"PYTHONPATH": os.pathsep.join([row.code, *([others] if others else [])])}
     arguments = json.dumps([dataclasses.asdict(row), dataclasses.asdict(task)])
     return Program([sys.executable, str(here / "step_row.py"), arguments], environment)
 

@@ -28,12 +28,16 @@ def read_saved_config(workdir: Path) -> dict[str, Any]:
 
 
 def build_anywhere(config: ConfigDict, implementation: str | None = None) -> LanguageModel:
-    """The model of a run's configuration, as it can be computed on any device.
+    """The model of a run's configuration, `for_any_call`. Raises `train.errors.UserError`."""
+    return for_any_call(build_model(config), implementation)
 
-    An `implementation` of None is the run's where it is XLA, and otherwise chosen call by call: the kernels that a run
-    was trained with may not run here, and do not have all calls of a generation. Raises `train.errors.UserError`.
+
+def for_any_call(model: LanguageModel, implementation: str | None = None) -> LanguageModel:
+    """The model as it can be computed on any device, also in the calls of a generation.
+
+    An `implementation` of None is the model's where that is XLA, and otherwise chosen call by call: the kernels that it
+    was trained with may not run here, and do not have all calls of a generation.
     """
-    model = build_model(config)
     if implementation is None and model.execution.implementation == "xla":
         implementation = "xla"
     return model.clone(execution=dataclasses.replace(model.execution, implementation=implementation))

@@ -9,6 +9,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from train.data.task import Task
+from train.restore import for_any_call
 from train.sharding import ONE_ROW_RULES
 from twomamba_jax.generation import generate
 from twomamba_jax.layers import LanguageModel
@@ -22,7 +23,7 @@ def sample_text(model: LanguageModel, params: Any, task: Task, options: ConfigDi
     count = options.tokens if task.truth is None else task.truth.size
     with nn.logical_axis_rules(ONE_ROW_RULES):
         generation = generate(
-            model,
+            for_any_call(model),
             params,
             jnp.asarray(task.prompt, jnp.int32)[None],
             max_new_tokens=count,

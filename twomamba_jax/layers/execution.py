@@ -75,7 +75,7 @@ class Execution:
     chunk_size: Integer | None = None
     implementation: str | None = None
     precision: str | None = None
-    elementwise_kernels: bool = False
+    elementwise_kernels: bool = True
 
     def __post_init__(self):
         for name in ("dtype", "param_dtype"):
