@@ -52,6 +52,7 @@ TABLE = {
     **{("scan", capability): Tiles(1024, 4, 4) for capability in (*BEFORE_HOPPER, 90)},
 }
 TABLE |= {(kernel, 100, *dim): tiles for (kernel, capability, *dim), tiles in TABLE.items() if capability == 90}
+TABLE["squared_query", 100, 64] = Tiles(64, 4, 4)  # whose products read no registers
 
 
 def tiles_of(kernel: str, *head_dim: int) -> Tiles:
