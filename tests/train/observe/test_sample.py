@@ -17,4 +17,5 @@ def test_a_model_of_named_kernels_is_sampled_from_where_they_have_no_such_call()
         model = model_of("2mamba", implementation=implementation)
         texts.append(sample_text(model, params, task, options, seed=0))
     assert texts[0] == texts[1]
-    assert texts[0].startswith("0 1 2 3 ") and len(texts[0].split()) == 7
+    assert texts[0].startswith("0 1 2 3 ")
+    assert len(texts[0].split()) == 7
