@@ -15,7 +15,7 @@ from support.step_cases import CASES, check, normal
 from pallas_kernels.decoding import step as kernel
 from pallas_kernels.interpreter import interpreted
 from twomamba_jax import Execution, LanguageModel, init_cache
-from twomamba_jax.ops.decoding.cached_attention import append, cached_attention, init_decoding_cache, roll_back
+from twomamba_jax.ops.decoding.cached_attention import init_decoding_cache, read, roll_back, write
 from twomamba_jax.ops.decoding.recurrent_cache import LayerCache
 from twomamba_jax.ops.state import FiniteState
 
@@ -51,7 +51,7 @@ def token(dtype, seed=4):
     return *arrays, -jnp.abs(normal(seed + 3, 2, 1, 1))
 
 
-attend = functools.partial(cached_attention, score="squared", normalize=True)
+attend = functools.partial(read, score="squared", normalize=True)
 
 
 def test_a_step_with_the_kernel_is_the_step_without():
@@ -74,7 +74,7 @@ def test_kernels_attend_and_fold_unless_xla_is_named(implementation, names):
 
     def step(arrays, cache):
         y, new = attend(*arrays, cache, implementation=implementation)
-        return y, append(alone, new, score="squared", implementation=implementation)
+        return y, write(alone, new, score="squared", implementation=implementation)
 
     with interpreted():
         program = str(jax.make_jaxpr(step)(token(jnp.float32), cache))
@@ -88,10 +88,8 @@ def stepper(score, normalize, implementation):
     @jax.jit
     def step(cache, token, active):
         options = {"score": score, "precision": "highest"}
-        y, new = cached_attention(
-            *token, cache, normalize=normalize, lengths=active, implementation=implementation, **options
-        )
-        return y, append(cache, new, implementation=implementation, **options)
+        y, new = read(*token, cache, normalize=normalize, lengths=active, implementation=implementation, **options)
+        return y, write(cache, new, implementation=implementation, **options)
 
     return step
 
@@ -154,7 +152,7 @@ def test_refuses_with_the_reason():
         attend(q, k, v, log_decay, cache, implementation="mosaic_gpu")
     _, new = attend(q, k, v, log_decay, cache)
     with pytest.raises(ValueError, match="implementation='cuda' is unknown"):
-        append(cache, new, score="squared", implementation="cuda")
+        write(cache, new, score="squared", implementation="cuda")
 
 
 @on_hopper
@@ -195,7 +193,7 @@ def test_steps_spread_over_two_devices(axis):
     @functools.partial(jax.jit, static_argnums=0)
     def step(partition, cache, new, active):
         y, new = attend(*new, None, cache, lengths=active, partition=partition)
-        return y, append(cache, new, score="squared", partition=partition)
+        return y, write(cache, new, score="squared", partition=partition)
 
     def decode(partition):
         cache, outputs = init_decoding_cache("squared", 2, 2, 64, 64, fold_size=2), []

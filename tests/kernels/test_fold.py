@@ -76,8 +76,8 @@ def folding_by(implementation, partition=None):
     @jax.jit
     def call(cache, tokens, lengths):
         common = {"score": "linear", "precision": "highest"}
-        y, new = ops.cached_attention(*tokens, cache, normalize=True, lengths=lengths, implementation="xla", **common)
-        return y, ops.append(cache, new, implementation=implementation, partition=partition, **common)
+        y, new = ops.read(*tokens, cache, normalize=True, lengths=lengths, implementation="xla", **common)
+        return y, ops.write(cache, new, implementation=implementation, partition=partition, **common)
 
     return call
 

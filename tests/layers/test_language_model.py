@@ -175,8 +175,8 @@ def calls(monkeypatch):
 
         return called
 
-    for name in ("decay_attention", "cached_attention"):
-        monkeypatch.setattr(mixer, name, spy(getattr(mixer, name)))
+    for module, name in ((mixer, "decay_attention"), (mixer.cached_attention, "read")):
+        monkeypatch.setattr(module, name, spy(getattr(module, name)))
     return record
 
 

@@ -215,9 +215,9 @@ def cache_bytes(config: ModelConfig, batch: Integer, max_length: Integer, **opti
     return state_bytes(jax.eval_shape(lambda: init_cache(config, batch, max_length, **options)))
 
 
-def append(mixer: MixerConfig, cache: MixerCache, new: MixerTokens, execution: Execution) -> MixerCache:
+def write(mixer: MixerConfig, cache: MixerCache, new: MixerTokens, execution: Execution) -> MixerCache:
     """The cache with what a mixer's new tokens left behind. An axis may lead, as of layers in a stack."""
-    attention = cached_attention.append(
+    attention = cached_attention.write(
         cache.attention,
         new.attention,
         score=mixer.score,

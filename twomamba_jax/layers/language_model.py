@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from twomamba_jax.config import MixerConfig, ModelConfig
-from twomamba_jax.layers.cache import Cache, advance, append, poison_rollback
+from twomamba_jax.layers.cache import Cache, advance, poison_rollback, write
 from twomamba_jax.layers.cache_stack import attach, detach
 from twomamba_jax.layers.execution import REMATS, Execution
 from twomamba_jax.layers.mixer import Copies, Mixer
@@ -69,7 +69,7 @@ class Block(nn.Module, kw_only=True):
             positions=positions,
             cache=None if cache is None else attach(cache, stack, layer),
             cache_is_empty=self.cache_is_empty,
-            appends=False,
+            writes=False,
         )
         # Kept in the place of `mixed`, which only this sum needs.
         x = kept(nn.with_logical_constraint(residual + mixed, ("batch", "length", "embed")))
@@ -190,7 +190,7 @@ class LanguageModel(nn.Module):
                 continue
             before, stack = detach(cache.layers[index])
             x, new = layers(x, before, np.arange(count), stack, *rows)
-            caches.append(append(mixer, cache.layers[index], new, execution))
+            caches.append(write(mixer, cache.layers[index], new, execution))
 
         norm = RMSNorm(eps=config.norm_eps, dtype=execution.dtype, param_dtype=execution.param_dtype, name="norm")
         counts = jnp.full(start.shape, tokens.shape[1], jnp.int32) if lengths is None else lengths

@@ -279,4 +279,4 @@ def _state_after(op, k, v, log_decay, segment_ids, counts, state):
         return final_state(op, k, v, log_decay, segment, state)
     if state is None:
         state = init_state("exp", k.shape[0], k.shape[1], k.shape[3], v.shape[3], capacity=k.shape[2], dtype=k.dtype)
-    return key_values.append(k, v, log_decay, segment, counts, state)
+    return key_values.write(k, v, log_decay, segment, counts, state)

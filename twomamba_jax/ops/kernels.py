@@ -127,8 +127,8 @@ class Kernels:
             return f"it attends to a cache for one token at a time, and these are {q.shape[1]}"
         return self.step.unsupported(q, state.kv, q.shape[2] // k.shape[2])
 
-    def attend_in_cache(self, op: Operation, q, k, v, log_decay, cache: RecurrentCache | LayerCache, partition):
-        """`recurrent_cache.attend` for one token; sharded over the batch and heads of `partition`.
+    def read_cache(self, op: Operation, q, k, v, log_decay, cache: RecurrentCache | LayerCache, partition):
+        """`recurrent_cache.read` for one token; sharded over the batch and heads of `partition`.
 
         New keys and values are rounded to the cache's dtype before they are attended to.
         """

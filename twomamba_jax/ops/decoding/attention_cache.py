@@ -12,7 +12,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec
 
 from twomamba_jax.ops.decay import suffix_log_decay
-from twomamba_jax.ops.decoding.new_tokens import NewTokens, write
+from twomamba_jax.ops.decoding.new_tokens import NewTokens, put_tokens
 from twomamba_jax.ops.forms import key_values as key_values
 from twomamba_jax.ops.numerics import accumulation_dtype
 from twomamba_jax.ops.sharding import shard_stack
@@ -33,30 +33,30 @@ class AttentionCache(NamedTuple):
     length: Int[Array, "B"]
 
 
-def append(new: NewTokens, cache: AttentionCache, partition: PartitionSpec | None) -> AttentionCache:
+def write(new: NewTokens, cache: AttentionCache, partition: PartitionSpec | None) -> AttentionCache:
     """The cache with the new tokens in it. An axis may lead, as of layers; `partition` as in `shard_call`."""
     if cache.length.ndim == 1:
-        return jax.tree.map(lambda x: x[0], append(*jax.tree.map(lambda x: x[None], (new, cache)), partition))
+        return jax.tree.map(lambda x: x[0], write(*jax.tree.map(lambda x: x[None], (new, cache)), partition))
     # XLA, left to itself, gives every device the new tokens of all.
-    return shard_stack(_append, partition, new, cache)
+    return shard_stack(_write, partition, new, cache)
 
 
-def _append(new: NewTokens, cache: AttentionCache) -> AttentionCache:
+def _write(new: NewTokens, cache: AttentionCache) -> AttentionCache:
     slots = key_values.slot_index(cache.length, new.counts, new.keys.shape[3], cache.keys.shape[3])
     # XLA for GPUs would permute the axes of a whole cache before a loop over tokens, and again after it: in a copy.
-    written = write(cache.keys, new.keys, slots), write(cache.values, new.values, slots)
+    written = put_tokens(cache.keys, new.keys, slots), put_tokens(cache.values, new.values, slots)
     keys, values = with_layout_constraint(written, Layout(tuple(range(cache.keys.ndim))))
     return AttentionCache(
         keys=keys,
         values=values,
-        log_decay=None if cache.log_decay is None else write(cache.log_decay, new.log_decay, slots),
+        log_decay=None if cache.log_decay is None else put_tokens(cache.log_decay, new.log_decay, slots),
         start=new.start,
         length=cache.length + new.counts,
     )
 
 
 def roll_back(counts, cache: AttentionCache, partition: PartitionSpec | None) -> AttentionCache:
-    """The cache without its last `counts [B]` tokens, whose slots are 0 again. An axis may lead, as in `append`.
+    """The cache without its last `counts [B]` tokens, whose slots are 0 again. An axis may lead, as in `write`.
 
     A slot that nobody sees has weight 0, and 0 times a NaN would be one.
     """
@@ -73,7 +73,7 @@ def _clear(counts, cache: AttentionCache) -> AttentionCache:
 
     def clear(index, arrays):
         slots = jnp.where(index < counts, length + index, capacity)[..., None]
-        return tuple(write(x, zeros, slots) for x, zeros in zip(arrays, of_slot))
+        return tuple(put_tokens(x, zeros, slots) for x, zeros in zip(arrays, of_slot))
 
     keys, values = jax.lax.fori_loop(0, jnp.minimum(counts.max(), capacity), clear, (cache.keys, cache.values))
     return cache._replace(keys=keys, values=values, length=length)

@@ -87,7 +87,7 @@ def init_decoding_cache(
     )
 
 
-def cached_attention(
+def read(
     q: Queries,
     k: Keys,
     v: Values,
@@ -110,20 +110,20 @@ def cached_attention(
 
     A finite score attends to up to r new tokens directly; one token does it all in a kernel, where there is one, which
     has no derivative. More than r go through the form and implementation that are named, or chosen. The cache is only
-    read: `append` makes the next one.
+    read: `write` makes the next one.
 
     Args:
       q: [B, T, H, K].
       k: [B, T, G, K].
       v: [B, T, G, V].
       log_decay: [B, T, G], or None.
-      cache: from `init_decoding_cache` or `append`; a finite score's may lie in a stack of layers.
+      cache: from `init_decoding_cache` or `write`; a finite score's may lie in a stack of layers.
       score: as the cache's.
       normalize: as in `decay_attention`, like all that is not named here.
       is_empty: promises that the cache is empty, so that forms without an initial state can be used.
 
     Returns:
-      y [B, T, H, V] in q's dtype, and what `append` takes.
+      y [B, T, H, V] in q's dtype, and what `write` takes.
 
     Raises:
       ValueError: as `decay_attention` does; a cache of another score. A full `AttentionCache` raises outside `jax.jit`,
@@ -143,7 +143,7 @@ def cached_attention(
     options = {"form": form, "chunk_size": chunk_size, "implementation": implementation, "partition": partition}
     whole = functools.partial(attend, **options)
     if kind is RecurrentCache:
-        few = functools.partial(recurrent_cache.attend, call.op, cache=alone)
+        few = functools.partial(recurrent_cache.read, call.op, cache=alone)
         if size <= alone.fold_size:
 
             def ask(kernels):
@@ -151,7 +151,7 @@ def cached_attention(
 
             chosen = dispatch.choose_implementation(implementation, "cached", ask)
             if chosen != "xla":
-                in_kernel = dispatch.load(chosen).attend_in_cache
+                in_kernel = dispatch.load(chosen).read_cache
                 few = functools.partial(in_kernel, call.op, cache=cache, partition=partition)
         y, new = _attend_finite(call, whole, few, segment, counts, alone, is_empty)
     else:
@@ -161,7 +161,7 @@ def cached_attention(
     return y, new
 
 
-def append(
+def write(
     cache: DecodingCache,
     new: NewTokens,
     *,
@@ -170,13 +170,13 @@ def append(
     precision: Precision = None,
     partition: PartitionSpec | None = None,
 ) -> DecodingCache:
-    """The cache with what `cached_attention` returned; in a finite score's, r tokens that have waited are folded.
+    """The cache with what `read` returned; in a finite score's, r tokens that have waited are folded.
 
     An axis may lead, as of layers in a stack. No reverse derivative, since how often it folds depends on the lengths;
     of the kernel none at all.
 
     Args:
-      cache: what `cached_attention` read.
+      cache: what `read` read.
       new: what it returned.
       score: as the cache's.
       implementation: `xla` folds with XLA, any other with a kernel where there is one for it, in float32 whatever the
@@ -189,7 +189,7 @@ def append(
     """
     dispatch.check_name(implementation)
     if isinstance(cache, AttentionCache):
-        return attention_cache.append(new, cache, partition)
+        return attention_cache.write(new, cache, partition)
     op = make_operation(cache.keys.shape[-1], score, True, None, precision)
     arrays = cache.state.kv, cache.keys, cache.values
     kernels, fold = implementation or dispatch.kernels_of_device(), None
@@ -200,14 +200,14 @@ def append(
 
         if dispatch.refusal(kernels, ask) is None:
             fold = functools.partial(dispatch.load(kernels).fold, op)
-    return recurrent_cache.append(op, new, cache, partition, fold)
+    return recurrent_cache.write(op, new, cache, partition, fold)
 
 
 def roll_back(cache: DecodingCache, counts, partition: PartitionSpec | None = None) -> DecodingCache:
     """The cache without its last `counts [B]` tokens: a finite score's last r at most, and only with `rollback`.
 
     What follows has the bits that it would have had if those tokens had never been there, whatever they held. An axis
-    may lead, as of layers in a stack; `partition` is as in `append`. Numbers are not checked; the start of a packed
+    may lead, as of layers in a stack; `partition` is as in `write`. Numbers are not checked; the start of a packed
     prompt's last document is as far back as this can go.
     """
     if isinstance(cache, AttentionCache):
@@ -240,7 +240,7 @@ def _attend_finite(call: Call, whole, few, segment, counts, cache: RecurrentCach
             y, state = whole(part, return_final_state=True)
             return grouped_queries(y, k.shape[2]), state
 
-        y, new = recurrent_cache.prefill(op, attend_all, *arrays, counts, cache)
+        y, new = recurrent_cache.read_many(op, attend_all, *arrays, counts, cache)
     return tokens_first(y).astype(q.dtype), new
 
 

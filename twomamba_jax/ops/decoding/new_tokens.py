@@ -29,7 +29,7 @@ class NewTokens(NamedTuple):
     start: Int[Array, "B"] | None = None
 
 
-def write(stack, tokens, slots):
+def put_tokens(stack, tokens, slots):
     """`stack [L, B, G, S, ...]` with `tokens [L, B, G, N, ...]` in its `slots [L, B, N]`, in place.
 
     What has no slot, which is slot S, is dropped.

@@ -1,4 +1,4 @@
-"""The key/value cache of the exponential score: attending to it and appending to it."""
+"""The key/value cache of the exponential score: attending to it and writing to it."""
 
 import jax.numpy as jnp
 
@@ -26,7 +26,7 @@ def values(cache: KeyValueCache):
     return jnp.moveaxis(cache.values, 1, 2)
 
 
-def append(k, v, log_decay, segment, lengths, cache: KeyValueCache) -> KeyValueCache:
+def write(k, v, log_decay, segment, lengths, cache: KeyValueCache) -> KeyValueCache:
     """The cache after T new tokens; k, v [B, G, T, .], log_decay [B, G, T], lengths [B] the tokens that count.
 
     Tokens of earlier segments keep their slots with weight 0, so that slots count tokens.
@@ -40,14 +40,14 @@ def append(k, v, log_decay, segment, lengths, cache: KeyValueCache) -> KeyValueC
         new = jnp.where((segment == segment[:, -1:])[:, None], new, -jnp.inf)
         old = jnp.where((segment[:, -1] == 0)[:, None, None], old, -jnp.inf)
     return KeyValueCache(
-        keys=write(cache.keys, k, cache.length, lengths),
-        values=write(cache.values, v, cache.length, lengths),
-        log_weights=write(old, new, cache.length, lengths),
+        keys=put(cache.keys, k, cache.length, lengths),
+        values=put(cache.values, v, cache.length, lengths),
+        log_weights=put(old, new, cache.length, lengths),
         length=cache.length + lengths.astype(cache.length.dtype),
     )
 
 
-def write(slots, new, length, counts):
+def put(slots, new, length, counts):
     """`slots [B, S, G, ...]` with the first `counts [B]` of `new [B, G, T, ...]` from slot `length [B]` on.
 
     What finds no slot is dropped.

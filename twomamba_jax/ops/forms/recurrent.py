@@ -20,7 +20,7 @@ def step(op: Operation, q, k, v, log_decay, state: State):
     if op.finite:
         return parallel(op, q, k, v, log_decay, None, state), final_state(op, k, v, log_decay, None, state)
     lengths = jnp.ones((k.shape[0],), jnp.int32)
-    state = key_values.append(k, v, log_decay, None, lengths, state)
+    state = key_values.write(k, v, log_decay, None, lengths, state)
     # The new token is in the cache by now, with weight 1: nothing more decays.
     return softmax(op, (key_values.logits(op, q, None, None, state), key_values.values(state))), state
 
