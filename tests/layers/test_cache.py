@@ -13,6 +13,7 @@ from support.models import config_of, model_of, params_of
 
 from twomamba_jax import (
     VARIANTS,
+    KeyValueCache,
     Mixer,
     cache_bytes,
     decay_attention,
@@ -21,7 +22,6 @@ from twomamba_jax import (
     roll_back,
 )
 from twomamba_jax.layers.cache import init_mixer_cache
-from twomamba_jax.ops.decoding.attention_cache import AttentionCache
 from twomamba_jax.ops.decoding.recurrent_cache import RecurrentCache
 from twomamba_jax.ops.state import FiniteState
 
@@ -62,12 +62,12 @@ def test_empty_cache():
     config = model_of("softmax,2mamba*,conv4", 4).config
     cache = init_cache(config, 3, 10, fold_size=5, dtype=jnp.bfloat16, state_dtype=jnp.bfloat16)
     softmax, squared, linear = cache.layers
-    assert isinstance(softmax.attention, AttentionCache)
+    assert isinstance(softmax.attention, KeyValueCache)
     assert isinstance(squared.attention, RecurrentCache)
     shapes = jax.tree.map(lambda x: (x.shape, str(x.dtype)), cache)
     assert shapes.position == ((3,), "int32")
     heads, length = ((1, 3, 2, 10, 8), "bfloat16"), ((1, 3), "int32")
-    assert shapes.layers[0].attention == AttentionCache(heads, heads, None, length, length)
+    assert shapes.layers[0].attention == KeyValueCache(heads, heads, None, length, length)
     assert softmax.convolution is None
     ring, length = ((2, 3, 2, 10, 8), "bfloat16"), ((2, 3), "int32")
     assert shapes.layers[1].attention == RecurrentCache(

@@ -4,14 +4,14 @@ What goes into that loop layer by layer may be copied. So finite scores' caches 
 """
 
 from twomamba_jax.layers.cache import MixerCache
-from twomamba_jax.ops.decoding.attention_cache import AttentionCache
 from twomamba_jax.ops.decoding.recurrent_cache import LayerCache, RecurrentCache
+from twomamba_jax.ops.state import KeyValueCache
 
 
 def detach(cache: MixerCache) -> tuple[MixerCache, RecurrentCache | None]:
     """A stack of caches in two parts: what a layer takes its own of, and a finite score's, which all layers read."""
     attention = cache.attention
-    if isinstance(attention, AttentionCache):
+    if isinstance(attention, KeyValueCache):
         return cache, None
     return cache._replace(attention=None), attention._replace(previous=None)
 

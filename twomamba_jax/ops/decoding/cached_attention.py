@@ -13,22 +13,21 @@ from twomamba_jax.ops import dispatch
 from twomamba_jax.ops.checks import Call, check_call
 from twomamba_jax.ops.decay import clamp_log_decay
 from twomamba_jax.ops.decay_attention import attend
-from twomamba_jax.ops.decoding import attention_cache, recurrent_cache
-from twomamba_jax.ops.decoding.attention_cache import AttentionCache
+from twomamba_jax.ops.decoding import key_value_cache, recurrent_cache
 from twomamba_jax.ops.decoding.new_tokens import NewTokens
 from twomamba_jax.ops.decoding.recurrent_cache import SEGMENT_EDGE, LayerCache, RecurrentCache
 from twomamba_jax.ops.dispatch import Form, Implementation
-from twomamba_jax.ops.forms.key_values import poison_overflow
+from twomamba_jax.ops.forms.key_values import poison_overflow, segment_start
 from twomamba_jax.ops.integers import checked_integer
 from twomamba_jax.ops.layout import grouped_queries, heads_first, tokens_first
 from twomamba_jax.ops.numerics import Precision, accumulation_dtype
 from twomamba_jax.ops.operation import make_operation
 from twomamba_jax.ops.score import Score, score_spec
 from twomamba_jax.ops.segments import extend_last_segment, number_segments, valid_tokens
-from twomamba_jax.ops.state import init_state
+from twomamba_jax.ops.state import KeyValueCache, init_state
 from twomamba_jax.shapes import Keys, Lengths, LogDecay, Outputs, Queries, SegmentIds, Values
 
-DecodingCache = RecurrentCache | AttentionCache
+DecodingCache = RecurrentCache | KeyValueCache
 
 # Tokens folded into a finite state at a time. At 16 the state is written for a sixteenth of what it is read, and what
 # waits is 1.5 % of it (squared scores, head dim 64).
@@ -52,12 +51,12 @@ def init_decoding_cache(
     """The empty cache of a score.
 
     Args:
-      score: `linear` or `squared` give a `RecurrentCache`, `exp` an `AttentionCache`.
+      score: `linear` or `squared` give a `RecurrentCache`, `exp` a `KeyValueCache`.
       batch: B.
       num_kv_heads: G.
       head_dim: K.
       value_dim: V.
-      capacity: S, the tokens that an `AttentionCache` can hold; needed by `exp`, refused by the others.
+      capacity: S, the tokens that a `KeyValueCache` can hold; needed by `exp`, refused by the others.
       fold_size: r, the tokens that a finite state takes in at a time.
       rollback: whether `roll_back` will be called: a finite score then keeps a second state.
       decay: whether there is a decay. A finite score does not ask.
@@ -69,11 +68,11 @@ def init_decoding_cache(
     """
     fold_size = checked_integer("fold_size", fold_size)
     wide = accumulation_dtype(dtype)
-    state = init_state(score, batch, num_kv_heads, head_dim, value_dim, capacity=capacity, dtype=dtype)
-    start, length = jnp.zeros((2, batch), jnp.int32)
+    options = {"capacity": capacity, "decay": decay, "dtype": dtype}
+    state = init_state(score, batch, num_kv_heads, head_dim, value_dim, **options)
     if not score_spec(score).finite:
-        keys, values = (jnp.moveaxis(x, 1, 2) for x in (state.keys, state.values))
-        return AttentionCache(keys, values, jnp.zeros(keys.shape[:3], wide) if decay else None, start, length)
+        return state
+    folded, length = jnp.zeros((2, batch), jnp.int32)
     state = state._replace(kv=state.kv.astype(state_dtype if wide == jnp.float32 else wide))
     shape = (batch, num_kv_heads, 2 * fold_size)
     return RecurrentCache(
@@ -82,7 +81,7 @@ def init_decoding_cache(
         keys=jnp.zeros((*shape, head_dim), dtype),
         values=jnp.zeros((*shape, value_dim), dtype),
         log_decay=jnp.zeros(shape, wide),
-        folded=start,
+        folded=folded,
         length=length,
     )
 
@@ -126,14 +125,14 @@ def read(
       y [B, T, H, V] in q's dtype, and what `write` takes.
 
     Raises:
-      ValueError: as `decay_attention` does; a cache of another score. A full `AttentionCache` raises outside `jax.jit`,
+      ValueError: as `decay_attention` does; a cache of another score. A full `KeyValueCache` raises outside `jax.jit`,
         and gives NaN inside.
     """
-    kind = RecurrentCache if score_spec(score).finite else AttentionCache
+    kind = RecurrentCache if score_spec(score).finite else KeyValueCache
     alone = cache.take() if isinstance(cache, LayerCache) else cache
     if not isinstance(alone, kind):
         raise ValueError(f"score={score!r} continues a {kind.__name__}, got {type(alone).__name__}")
-    state = attention_cache.as_state(alone) if kind is AttentionCache else None
+    state = alone if kind is KeyValueCache else None
     options = {"score": score, "normalize": normalize, "scale": scale, "precision": precision}
     call = check_call(q, k, v, log_decay, segment_ids=segment_ids, lengths=lengths, state=state, **options)
     batch, size = q.shape[:2]
@@ -155,7 +154,7 @@ def read(
                 few = functools.partial(in_kernel, call.op, cache=cache, partition=partition)
         y, new = _attend_finite(call, whole, few, segment, counts, alone, is_empty)
     else:
-        y, new = _attend_exponential(call, whole, segment, counts, alone, is_empty)
+        y, new = _attend_exponential(call, whole, segment, counts, is_empty)
     if lengths is not None:
         y = jnp.where(valid_tokens(counts, size)[..., None, None], y, 0)
     return y, new
@@ -188,8 +187,8 @@ def write(
       ValueError: an unknown implementation.
     """
     dispatch.check_name(implementation)
-    if isinstance(cache, AttentionCache):
-        return attention_cache.write(new, cache, partition)
+    if isinstance(cache, KeyValueCache):
+        return key_value_cache.write(new, cache, partition)
     op = make_operation(cache.keys.shape[-1], score, True, None, precision)
     arrays = cache.state.kv, cache.keys, cache.values
     kernels, fold = implementation or dispatch.kernels_of_device(), None
@@ -210,8 +209,8 @@ def roll_back(cache: DecodingCache, counts, partition: PartitionSpec | None = No
     may lead, as of layers in a stack; `partition` is as in `write`. Numbers are not checked; the start of a packed
     prompt's last document is as far back as this can go.
     """
-    if isinstance(cache, AttentionCache):
-        return attention_cache.roll_back(counts, cache, partition)
+    if isinstance(cache, KeyValueCache):
+        return key_value_cache.roll_back(counts, cache, partition)
     if cache.previous is None:
         raise ValueError("this cache keeps one state only and cannot be rolled back: make it with rollback=True")
     return recurrent_cache.roll_back(counts, cache)
@@ -244,16 +243,10 @@ def _attend_finite(call: Call, whole, few, segment, counts, cache: RecurrentCach
     return tokens_first(y).astype(q.dtype), new
 
 
-def _attend_exponential(call: Call, whole, segment, counts, cache: AttentionCache, is_empty: bool):
-    """y and the new tokens; `whole(call)` attends to them and to a state."""
-    _, q, k, v, log_decay, *_ = call
-    if (cache.log_decay is None) != (log_decay is None):
-        raise ValueError(
-            f"the cache is of a mixer {'without' if cache.log_decay is None else 'with'} a decay, and log_decay is "
-            f"{'None' if log_decay is None else 'given'}"
-        )
-    part = call._replace(lengths=counts, state=None if is_empty else call.state)
-    y = poison_overflow(whole(part, return_final_state=False)[0], call.state, counts)
+def _attend_exponential(call: Call, whole, segment, counts, is_empty: bool):
+    """y and the new tokens; `whole(call)` attends to them and to the cache."""
+    _, q, k, v, log_decay, *_, cache = call
+    part = call._replace(lengths=counts, state=None if is_empty else cache)
+    y = poison_overflow(whole(part, return_final_state=False)[0], cache, counts)
     _, *arrays = heads_first(q, k, v, clamp_log_decay(log_decay, q.dtype))
-    start = attention_cache.segment_start(segment, cache)
-    return y, NewTokens(*arrays, jnp.zeros_like(counts), counts, start=start)
+    return y, NewTokens(*arrays, jnp.zeros_like(counts), counts, start=segment_start(segment, cache))

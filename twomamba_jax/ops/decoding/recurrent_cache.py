@@ -14,11 +14,12 @@ from jax.sharding import PartitionSpec
 
 from twomamba_jax.ops import recurrence
 from twomamba_jax.ops.decay import suffix_log_decay
-from twomamba_jax.ops.decoding.new_tokens import NewTokens, put_tokens
+from twomamba_jax.ops.decoding.new_tokens import NewTokens
 from twomamba_jax.ops.forms import stages
 from twomamba_jax.ops.forms.parallel import parallel
 from twomamba_jax.ops.operation import Operation
 from twomamba_jax.ops.sharding import shard_stack
+from twomamba_jax.ops.slots import put_tokens
 from twomamba_jax.ops.state import FiniteState
 from twomamba_jax.shapes import Array, Float, Int
 
