@@ -16,7 +16,6 @@ from pallas_kernels.decoding import step as kernel
 from pallas_kernels.interpreter import interpreted
 from twomamba_jax import Execution, LanguageModel, init_cache
 from twomamba_jax.ops.decoding.cached_attention import init_decoding_cache, read, roll_back, write
-from twomamba_jax.ops.decoding.recurrent_cache import LayerCache
 from twomamba_jax.ops.state import FiniteState
 
 # Each score, dtype and state dtype, with and without normalisation; the number of tiles: none, one, two. Float32 is the
@@ -37,12 +36,11 @@ def test_equals_the_definition_on_a_gpu(case):
 
 
 def caches(dtype, layers=2):
-    """A cache that lies in a stack of two layers, and the same cache alone."""
+    """A stack of the caches of two layers, and the last of them alone."""
     cache = init_decoding_cache("squared", 2, 1, 64, 64, fold_size=2, dtype=dtype, rollback=True)
     state = FiniteState(normal(2, *cache.state.kv.shape), abs(normal(3, *cache.state.key_sum.shape)))
     alone = cache._replace(state=state)
-    stack = jax.tree.map(lambda x: jnp.asarray(np.stack([np.zeros_like(x)] * (layers - 1) + [x])), alone)
-    return LayerCache(stack, jnp.int32(1)), alone
+    return jax.tree.map(lambda x: jnp.asarray(np.stack([np.zeros_like(x)] * (layers - 1) + [x])), alone), alone
 
 
 def token(dtype, seed=4):
@@ -55,14 +53,14 @@ attend = functools.partial(read, score="squared", normalize=True)
 
 @pytest.mark.parametrize(("implementation", "names"), [(None, ["decode_step", "fold"]), ("xla", [])])
 def test_kernels_attend_and_fold_unless_xla_is_named(implementation, names):
-    cache, alone = caches(jnp.float32)
+    stack, alone = caches(jnp.float32)
 
-    def step(arrays, cache):
-        y, new = attend(*arrays, cache, implementation=implementation)
+    def step(arrays, stack):
+        y, new = attend(*arrays, stack, layer=jnp.int32(1), implementation=implementation)
         return y, write(alone, new, score="squared", implementation=implementation)
 
     with interpreted():
-        program = str(jax.make_jaxpr(step)(token(jnp.float32), cache))
+        program = str(jax.make_jaxpr(step)(token(jnp.float32), stack))
     assert [name for name in ("decode_step", "fold") if f"name={name}\n" in program] == names
 
 
@@ -100,13 +98,17 @@ def test_steps_with_the_kernels_are_the_steps_without(score, normalize):
 
 def test_a_step_with_the_kernel_is_the_step_without():
     """With the cache in a stack, under a mesh; alone and without a mesh it is above."""
-    in_stack, alone = caches(jnp.float32)
+    stack, alone = caches(jnp.float32)
     new = token(jnp.float32)
     want, _ = stepper("squared", True, "xla")(alone, new, np.ones(2, np.int32))
-    options = {"implementation": "mosaic_gpu", "partition": PartitionSpec("data", None, "tensor")}
+    options = {
+        "layer": jnp.int32(1),
+        "implementation": "mosaic_gpu",
+        "partition": PartitionSpec("data", None, "tensor"),
+    }
     mesh = jax.make_mesh((1, 1), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
     with interpreted(), jax.set_mesh(mesh):
-        got = jax.jit(lambda cache, *new: attend(*new, cache, **options)[0])(in_stack, *new)
+        got = jax.jit(lambda cache, *new: attend(*new, cache, **options)[0])(stack, *new)
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
 
 
@@ -181,7 +183,7 @@ def test_a_model_on_a_gpu_decodes_as_by_xla():
 @on_hopper
 @on_two_devices
 @pytest.mark.parametrize("axis", ["batch", "heads"])
-def test_steps_spread_over_two_devices(axis):
+def test_steps_sharded_over_two_devices(axis):
     """Attending and folding, over three folds in one row and two in the other."""
     partition = PartitionSpec(*("data" if axis == name else None for name in ("batch", "tokens", "heads")))
     mesh = jax.make_mesh((2,), ("data",), devices=jax.devices()[:2], axis_types=(AxisType.Auto,))

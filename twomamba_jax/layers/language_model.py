@@ -41,7 +41,7 @@ class Block(nn.Module, kw_only=True):
 
     @nn.compact
     def __call__(self, x, cache, layer, stack, segment_ids, lengths, positions):
-        """x [B, T, E] and a `MixerCache` or None; returns the next x, and `MixerTokens` or None.
+        """x [B, T, E] and a `MixerCache` or None; returns the next x, and what `write` takes or None.
 
         Of a cache that `detach` took apart, `stack` is all layers' part and `layer` is the number of this one.
         """
@@ -50,6 +50,7 @@ class Block(nn.Module, kw_only=True):
         trains = cache is None and not self.is_initializing()
         of_norm, of_mlp = (self.execution.elementwise(axis) if trains else Elementwise() for axis in ("embed", "mlp"))
         norm = {"eps": config.norm_eps, "dtype": dtype, "param_dtype": param_dtype, "elementwise": of_norm}
+        cache, layer = attach(cache, stack, layer)
         residual, y, *copies = RMSNorm(name="mixer_norm", **norm)(x, copies=len(Copies._fields) + 1)
         mixed, new = Mixer(
             self.mixer,
@@ -67,7 +68,8 @@ class Block(nn.Module, kw_only=True):
             segment_ids=segment_ids,
             lengths=lengths,
             positions=positions,
-            cache=None if cache is None else attach(cache, stack, layer),
+            cache=cache,
+            layer=layer,
             cache_is_empty=self.cache_is_empty,
             writes=False,
         )

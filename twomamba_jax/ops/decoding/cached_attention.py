@@ -15,7 +15,7 @@ from twomamba_jax.ops.decay import clamp_log_decay
 from twomamba_jax.ops.decay_attention import attend
 from twomamba_jax.ops.decoding import key_value_cache, recurrent_cache
 from twomamba_jax.ops.decoding.new_tokens import NewTokens
-from twomamba_jax.ops.decoding.recurrent_cache import SEGMENT_EDGE, LayerCache, RecurrentCache
+from twomamba_jax.ops.decoding.recurrent_cache import SEGMENT_EDGE, RecurrentCache, take_layer
 from twomamba_jax.ops.dispatch import Form, Implementation
 from twomamba_jax.ops.forms.key_values import poison_overflow, segment_start
 from twomamba_jax.ops.integers import checked_integer
@@ -25,7 +25,7 @@ from twomamba_jax.ops.operation import make_operation
 from twomamba_jax.ops.score import Score, score_spec
 from twomamba_jax.ops.segments import extend_last_segment, number_segments, valid_tokens
 from twomamba_jax.ops.state import KeyValueCache, init_state
-from twomamba_jax.shapes import Keys, Lengths, LogDecay, Outputs, Queries, SegmentIds, Values
+from twomamba_jax.shapes import Array, Int, Keys, Lengths, LogDecay, Outputs, Queries, SegmentIds, Values
 
 DecodingCache = RecurrentCache | KeyValueCache
 
@@ -91,7 +91,7 @@ def read(
     k: Keys,
     v: Values,
     log_decay: LogDecay | None,
-    cache: DecodingCache | LayerCache,
+    cache: DecodingCache,
     *,
     score: Score,
     normalize: bool,
@@ -99,6 +99,7 @@ def read(
     segment_ids: SegmentIds | None = None,
     lengths: Lengths | None = None,
     is_empty: bool = False,
+    layer: Int[Array, ""] | None = None,
     form: Form | None = None,
     chunk_size: int | None = None,
     implementation: Implementation | None = None,
@@ -116,10 +117,12 @@ def read(
       k: [B, T, G, K].
       v: [B, T, G, V].
       log_decay: [B, T, G], or None.
-      cache: from `init_decoding_cache` or `write`; a finite score's may lie in a stack of layers.
+      cache: from `init_decoding_cache` or `write`.
       score: as the cache's.
       normalize: as in `decay_attention`, like all that is not named here.
       is_empty: promises that the cache is empty, so that forms without an initial state can be used.
+      layer: which layer's cache it is where `cache` is a stack of those of all layers. A kernel reads it where it lies;
+        a slice would be a copy.
 
     Returns:
       y [B, T, H, V] in q's dtype, and what `write` takes.
@@ -129,9 +132,9 @@ def read(
         and gives NaN inside.
     """
     kind = RecurrentCache if score_spec(score).finite else KeyValueCache
-    alone = cache.take() if isinstance(cache, LayerCache) else cache
-    if not isinstance(alone, kind):
-        raise ValueError(f"score={score!r} continues a {kind.__name__}, got {type(alone).__name__}")
+    if not isinstance(cache, kind):
+        raise ValueError(f"score={score!r} continues a {kind.__name__}, got {type(cache).__name__}")
+    alone = cache if layer is None else take_layer(cache, layer)
     state = alone if kind is KeyValueCache else None
     options = {"score": score, "normalize": normalize, "scale": scale, "precision": precision}
     call = check_call(q, k, v, log_decay, segment_ids=segment_ids, lengths=lengths, state=state, **options)
@@ -151,7 +154,7 @@ def read(
             chosen = dispatch.choose_implementation(implementation, "cached", ask)
             if chosen != "xla":
                 in_kernel = dispatch.load(chosen).read_cache
-                few = functools.partial(in_kernel, call.op, cache=cache, partition=partition)
+                few = functools.partial(in_kernel, call.op, cache=cache, layer=layer, partition=partition)
         y, new = _attend_finite(call, whole, few, segment, counts, alone, is_empty)
     else:
         y, new = _attend_exponential(call, whole, segment, counts, is_empty)

@@ -48,15 +48,9 @@ class RecurrentCache(NamedTuple):
         return self.keys.shape[-2] // 2
 
 
-class LayerCache(NamedTuple):
-    """The cache of one layer, in a stack of all layers that is read where it lies: a slice would be a copy."""
-
-    stack: RecurrentCache  # leading axis L
-    layer: Int[Array, ""]
-
-    def take(self) -> RecurrentCache:
-        """The layer's cache alone."""
-        return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, self.layer, keepdims=False), self.stack)
+def take_layer(stack: RecurrentCache, layer) -> RecurrentCache:
+    """The cache of one layer in a stack of those of all layers, which lead."""
+    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, layer, keepdims=False), stack)
 
 
 def read(op: Operation, q, k, v, log_decay, cache: RecurrentCache):
