@@ -67,7 +67,7 @@ REFUSED = [
     (
         {},
         {"score": "exp", "initial_state": init_state("exp", 3, 2, 4, 3, capacity=9, decay=False)},
-        "keeps no log decays, and log_decay is given: make it with init_state",
+        "made with decay=False, and log_decay is given: make it with init_state",
     ),
     (
         {},

@@ -113,7 +113,8 @@ def check_state(op: Operation, q, k, v, log_decay, state, lengths) -> None:
         return
     if state.log_decay is None and log_decay is not None:
         raise ValueError(
-            "the key/value cache keeps no log decays, and log_decay is given: make it with init_state(..., decay=True)"
+            "the key/value cache was made with decay=False, and log_decay is given: make it with init_state(..., "
+            "decay=True), or a model's with init_cache of its config"
         )
     if known(state.length, lengths):
         counts = q.shape[1] if lengths is None else np.asarray(lengths)
