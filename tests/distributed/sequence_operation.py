@@ -1,4 +1,4 @@
-"""The operation with its tokens spread over devices: against the oracle, and packed documents against the same alone.
+"""The operation with its tokens sharded over devices: against the oracle, and packed documents against the same alone.
 
 Prints JSON: for each case the largest error of each result relative to its largest entry, in float64.
 """

@@ -1,4 +1,4 @@
-"""Sequence parallelism: the operation with its tokens spread over devices, and what the devices of a model say.
+"""Sequence parallelism: the operation with its tokens sharded over devices, and what the devices of a model say.
 
 That a model's step is that of one device is for test_meshes.py.
 """
@@ -108,7 +108,7 @@ def test_sizes_that_do_not_divide(shape, heads, message):
 
 
 @pytest.mark.parametrize(("pattern", "count"), [("2mamba", 1), ("2mamba", 21), ("softmax", 1), ("softmax", 5)])
-def test_tokens_with_a_cache_are_not_spread(pattern, count):
+def test_tokens_with_a_cache_are_not_sharded(pattern, count):
     """Any number of them: generation goes on under the mesh of training."""
     model, cache = model_of(pattern), init_cache(config_of(pattern), 2, 32)
     mesh = AbstractMesh((2, 1, 1, 4), MESH_AXES, axis_types=(AxisType.Auto,) * 4)
