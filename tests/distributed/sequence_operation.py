@@ -39,7 +39,7 @@ CASES = {
 if not EXHAUSTIVE:  # each score, each form and each mesh
     CASES = {name: CASES[name] for name in ("squared", "exp", "linear, mixed")}
 
-PACKED = ("squared", *(["exp"] if EXHAUSTIVE else []))
+PACKED = ("squared", "exp") if EXHAUSTIVE else ()
 
 # Documents that begin at, before and after the edges of devices, and span several of them or none.
 DOCUMENTS = (5, 1, 1, 5, 13, 6, 10, 1, 6)
