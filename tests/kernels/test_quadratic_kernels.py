@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from support.cases import pairwise
-from support.exhaustive import EXHAUSTIVE, exhaustive
+from support.exhaustive import EXHAUSTIVE
 from support.kernel_cases import FINE, INPUTS, UNDERFLOWING, Case, assert_close, underflowing_call
 
 from pallas_kernels.interpreter import interpreted
