@@ -27,6 +27,7 @@ from matplotlib.figure import Figure
 
 from twomamba_jax import (
     Execution,
+    KeyValueCache,
     LanguageModel,
     ModelConfig,
     cache_bytes,
@@ -35,7 +36,6 @@ from twomamba_jax import (
     state_bytes,
 )
 from twomamba_jax.generation import Decoding, decode_loop, row_keys
-from twomamba_jax.ops.decoding.attention_cache import AttentionCache
 from twomamba_jax.ops.dispatch import IMPLEMENTATIONS
 from twomamba_jax.ops.state import FiniteState
 
@@ -112,7 +112,7 @@ def start(row: Row, capacity: int, model: LanguageModel) -> Decoding:
 
     def grown(attention):
         length = jnp.full_like(attention.length, row.context)
-        if isinstance(attention, AttentionCache):
+        if isinstance(attention, KeyValueCache):
             return attention._replace(keys=random(attention.keys), values=random(attention.values), length=length)
         # The squares only, all alike: denominators |q|^2, away from 0 as they are for keys that a model has seen.
         head_dim, features = attention.keys.shape[-1], attention.state.key_sum.shape[-1]
@@ -136,7 +136,7 @@ def context_bytes(row: Row, model: LanguageModel) -> int:
     shapes = jax.eval_shape(lambda: start(row, row.context, model)).cache.layers
     parts = [
         (layer.attention.keys, layer.attention.values)
-        if isinstance(layer.attention, AttentionCache)
+        if isinstance(layer.attention, KeyValueCache)
         else layer.attention.state
         for layer in shapes
     ]

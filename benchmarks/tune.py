@@ -75,7 +75,7 @@ def triton_language() -> Language:
 
 def triton_candidates(head_dim: int) -> list[tuple[dict, dict, dict]]:
     """The same tiles for all three kernels; not every GPU has the shared memory or registers for all of them."""
-    names = "own", "streamed", "warps", "stages"
+    names = "own", "streamed", "warps", "num_stages"
     wide = [(64, 64, 4, 3), (64, 32, 4, 3), (64, 32, 4, 2), (128, 64, 8, 3), (128, 64, 8, 2), (128, 32, 8, 3)]
     narrow = [(64, 32, 4, 2), (64, 32, 8, 2), (128, 32, 8, 2), (128, 16, 8, 3), (128, 64, 8, 2)]
     return [(dict(zip(names, sizes)),) * 3 for sizes in (wide if head_dim == 64 else narrow)]
@@ -84,14 +84,14 @@ def triton_candidates(head_dim: int) -> list[tuple[dict, dict, dict]]:
 def candidates(score: str, head_dim: int) -> list[tuple[dict, dict, dict]]:
     """Tiles to try, as in the table; those of the three kernels are timed side by side but chosen one by one."""
     if head_dim == 128:
-        forward = [NARROW | {"stages": n} for n in (3, 2)]
-        queries = [NARROW | SHARED | {"stages": n} for n in (3, 2)]
-        keys = [NARROW | SHARED | LEAN | {"stages": 2}]
+        forward = [NARROW | {"num_stages": n} for n in (3, 2)]
+        queries = [NARROW | SHARED | {"num_stages": n} for n in (3, 2)]
+        keys = [NARROW | SHARED | LEAN | {"num_stages": 2}]
     else:
         kind = SHARED if score == "exp" else {"part": 64} if score == "squared" else {}
-        forward = [WIDE | kind | {"stages": n} for n in (3, 4)] + [WIDE | {"stages": n} for n in (3, 4)]
-        queries = [NARROW | {"stages": 4}, NARROW | SHARED | {"stages": 4}, NARROW | SHARED | {"stages": 3}]
-        keys = [NARROW | SHARED | {"stages": n} for n in (3, 4)]
+        forward = [WIDE | kind | {"num_stages": n} for n in (3, 4)] + [WIDE | {"num_stages": n} for n in (3, 4)]
+        queries = [NARROW | {"num_stages": 4}, NARROW | SHARED | {"num_stages": 4}, NARROW | SHARED | {"num_stages": 3}]
+        keys = [NARROW | SHARED | {"num_stages": n} for n in (3, 4)]
     length = max(map(len, (forward, queries, keys)))
     return [tuple(kind[min(i, len(kind) - 1)] for kind in (forward, queries, keys)) for i in range(length)]
 

@@ -10,35 +10,35 @@ from jax import lax
 
 @dataclasses.dataclass(frozen=True)
 class Ring:
-    """`stages` buffers, used in turn: step i takes buffer i % stages.
+    """`num_stages` buffers, used in turn: step i takes buffer i % num_stages.
 
     Attributes:
-      stages: how many buffers.
+      num_stages: how many buffers.
       full: barriers that the arrivals of a buffer's contents complete.
       empty: barriers that the release of a buffer by every user completes.
     """
 
-    stages: int
+    num_stages: int
     full: Any
     empty: Any
 
     @staticmethod
-    def barriers(stages: int, arrivals: int, users: int):
+    def barriers(num_stages: int, arrivals: int, users: int):
         """The types of `full` and `empty`: `arrivals` copies fill a buffer, `users` warpgroups release it."""
         return (
-            plgpu.Barrier(num_barriers=stages, num_arrivals=arrivals),
-            plgpu.Barrier(num_barriers=stages, num_arrivals=users),
+            plgpu.Barrier(num_barriers=num_stages, num_arrivals=arrivals),
+            plgpu.Barrier(num_barriers=num_stages, num_arrivals=users),
         )
 
     def slot(self, step):
         """The buffer of a step."""
-        return lax.rem(step, self.stages)
+        return lax.rem(step, self.num_stages)
 
     def claim(self, step):
         """Waits, in the filling warpgroup, until the step's buffer is free, and returns its number."""
         slot = self.slot(step)
 
-        @pl.when(step >= self.stages)
+        @pl.when(step >= self.num_stages)
         def _():
             plgpu.barrier_wait(self.empty.at[slot])
 
@@ -60,7 +60,7 @@ class Ring:
         Every completion of a barrier must be observed by the thread that waits on it.
         """
         lax.fori_loop(
-            lax.max(steps - self.stages, 0),
+            lax.max(steps - self.num_stages, 0),
             steps,
             lambda step, _: plgpu.barrier_wait(self.empty.at[self.slot(step)]),
             None,

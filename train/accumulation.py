@@ -22,7 +22,7 @@ def sum_over_microbatches(function: Callable[[Batch], Any], batch: Batch, count:
       function: from a microbatch to a pytree of arrays.
       batch: arrays [B, T].
       count: N; N x row_shards must divide B.
-      row_shards: how many devices the mesh spreads the rows over. Each cuts its own rows: a microbatch has
+      row_shards: how many devices the mesh shards the rows over. Each cuts its own rows: a microbatch has
         B / (N row_shards) of every device's, and no row moves between them.
 
     Raises:

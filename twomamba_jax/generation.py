@@ -243,12 +243,10 @@ def fork(decoding: Decoding, copies: Integer) -> Decoding:
         return jnp.repeat(x, copies, axis=axis)
 
     cache = decoding.cache
-    cache = cache._replace(
-        layers=jax.tree.map(lambda x: repeat(x, 1), cache.layers),  # layers come first in a stack
-        position=repeat(cache.position, 0),
-        rollback=None if cache.rollback is None else cache.rollback._replace(left=repeat(cache.rollback.left, 0)),
-    )
-    logits, keys, done = (repeat(x, 0) for x in (decoding.logits, decoding.keys, decoding.done))
+    rows = cache.position, cache.rollback_left, decoding.logits, decoding.keys, decoding.done
+    position, left, logits, keys, done = jax.tree.map(lambda x: repeat(x, 0), rows)
+    layers = jax.tree.map(lambda x: repeat(x, 1), cache.layers)  # layers come first in a stack
+    cache = Cache(layers, position, left, cache.rollback_limit)
     return Decoding(cache, logits, keys, decoding.count, done)
 
 

@@ -49,7 +49,7 @@ def backward_queries(
         dq_ref = refs.pop(0)
         sums_ref = refs.pop(0) if decay is not None else None
         q_s, dy_s, dq_s, buffers, q_full, q_empty, done, scratch_buffers = refs
-        keys = Keys(p, block_q, tiles.streamed, tiles.stages, k_ref, v_ref, decay_ref, first_ref, buffers)
+        keys = Keys(p, block_q, tiles.streamed, tiles.num_stages, k_ref, v_ref, decay_ref, first_ref, buffers)
         program, warpgroup = lax.axis_index("program"), lax.axis_index("warpgroup")
 
         def tile_of(i):
@@ -181,7 +181,7 @@ def backward_queries(
         operand((consumers, ROWS, dim)),
         operand((consumers, ROWS, dim)),
         operand((consumers, ROWS, dim)),
-        KeyBuffers.types(p, tiles.streamed, tiles.stages, decay is not None, consumers),
+        KeyBuffers.types(p, tiles.streamed, tiles.num_stages, decay is not None, consumers),
         plgpu.Barrier(num_barriers=consumers, num_arrivals=2),
         plgpu.Barrier(num_barriers=consumers),
         plgpu.Barrier(num_arrivals=consumers + 1),

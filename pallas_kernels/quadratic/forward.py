@@ -37,7 +37,7 @@ def forward(
         y_ref = refs.pop(0)
         norm_ref = refs.pop(0) if save_norm else None
         q_s, y_s, buffers, q_full, q_empty, done, scratch_buffers = refs
-        keys = Keys(p, block_q, tiles.streamed, tiles.stages, k_ref, v_ref, decay_ref, first_ref, buffers)
+        keys = Keys(p, block_q, tiles.streamed, tiles.num_stages, k_ref, v_ref, decay_ref, first_ref, buffers)
         program, warpgroup = lax.axis_index("program"), lax.axis_index("warpgroup")
 
         def tile_of(i):
@@ -190,7 +190,7 @@ def forward(
     scratch_types = [
         operand((consumers, ROWS, dim)),
         operand((consumers, ROWS, dim)),
-        KeyBuffers.types(p, tiles.streamed, tiles.stages, decay is not None, consumers),
+        KeyBuffers.types(p, tiles.streamed, tiles.num_stages, decay is not None, consumers),
         plgpu.Barrier(num_barriers=consumers),
         plgpu.Barrier(num_barriers=consumers),
         plgpu.Barrier(num_arrivals=consumers + 1),

@@ -42,11 +42,11 @@ class KeyBuffers(NamedTuple):
     barriers: Any
 
     @staticmethod
-    def types(problem: Problem, block_kv: int, stages: int, has_decay: bool, users: int) -> "KeyBuffers":
+    def types(problem: Problem, block_kv: int, num_stages: int, has_decay: bool, users: int) -> "KeyBuffers":
         """What to allocate."""
-        tile = operand((stages, block_kv, problem.head_dim))
-        barriers = Ring.barriers(stages, arrivals=2 + has_decay, users=users)
-        return KeyBuffers(tile, tile, plgpu.SMEM((stages, block_kv), jnp.float32), barriers)
+        tile = operand((num_stages, block_kv, problem.head_dim))
+        barriers = Ring.barriers(num_stages, arrivals=2 + has_decay, users=users)
+        return KeyBuffers(tile, tile, plgpu.SMEM((num_stages, block_kv), jnp.float32), barriers)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Keys:
     problem: Problem
     block_q: int
     block_kv: int
-    stages: int
+    num_stages: int
     k: Any
     v: Any
     decay: Decay | None
@@ -76,7 +76,7 @@ class Keys:
     @property
     def ring(self) -> Ring:
         """The ring of buffers."""
-        return Ring(self.stages, *self.buffers.barriers)
+        return Ring(self.num_stages, *self.buffers.barriers)
 
     def seen(self, b, start) -> KeyTiles:
         """How many key tiles the query tile from row `start` of batch entry b sees."""

@@ -55,10 +55,13 @@ class QueryBuffers(NamedTuple):
     barriers: Any
 
     @staticmethod
-    def types(problem: Problem, block_q: int, stages: int, has_logit: bool, users: int, depth: int) -> "QueryBuffers":
+    def types(
+        problem: Problem, block_q: int, num_stages: int, has_logit: bool, users: int, depth: int
+    ) -> "QueryBuffers":
         """What to allocate."""
-        tile, vector = operand((stages, block_q, problem.head_dim), depth), plgpu.SMEM((stages, block_q), jnp.float32)
-        barriers = Ring.barriers(stages, arrivals=2 + problem.normalize + has_logit, users=users)
+        tile = operand((num_stages, block_q, problem.head_dim), depth)
+        vector = plgpu.SMEM((num_stages, block_q), jnp.float32)
+        barriers = Ring.barriers(num_stages, arrivals=2 + problem.normalize + has_logit, users=users)
         return QueryBuffers(tile, tile, vector, vector, barriers)
 
 
@@ -82,7 +85,7 @@ class Queries:
     problem: Problem
     block_q: int
     block_kv: int
-    stages: int
+    num_stages: int
     q: Any
     dy: Any
     logit: Any
@@ -94,7 +97,7 @@ class Queries:
     @property
     def ring(self) -> Ring:
         """The ring of buffers."""
-        return Ring(self.stages, *self.buffers.barriers)
+        return Ring(self.num_stages, *self.buffers.barriers)
 
     @property
     def repeats(self) -> int:

@@ -5,24 +5,24 @@
 
 TABLE = {
     ("NVIDIA H200", "squared", 64, 8192): (
-        {"own": 128, "streamed": 128, "stages": 3},
-        {"own": 128, "streamed": 64, "stages": 4},
-        {"own": 128, "streamed": 64, "resident": False, "stages": 3},
+        {"own": 128, "streamed": 128, "num_stages": 3},
+        {"own": 128, "streamed": 64, "num_stages": 4},
+        {"own": 128, "streamed": 64, "resident": False, "num_stages": 3},
     ),
     ("NVIDIA H200", "exp", 64, 8192): (
-        {"own": 128, "streamed": 128, "resident": False, "stages": 3},
-        {"own": 128, "streamed": 64, "stages": 4},
-        {"own": 128, "streamed": 64, "resident": False, "stages": 3},
+        {"own": 128, "streamed": 128, "resident": False, "num_stages": 3},
+        {"own": 128, "streamed": 64, "num_stages": 4},
+        {"own": 128, "streamed": 64, "resident": False, "num_stages": 3},
     ),
     ("NVIDIA H200", "linear", 64, 8192): (
-        {"own": 128, "streamed": 128, "stages": 3},
-        {"own": 128, "streamed": 64, "stages": 4},
-        {"own": 128, "streamed": 64, "resident": False, "stages": 3},
+        {"own": 128, "streamed": 128, "num_stages": 3},
+        {"own": 128, "streamed": 64, "num_stages": 4},
+        {"own": 128, "streamed": 64, "resident": False, "num_stages": 3},
     ),
 } | {
     ("NVIDIA H200", score, 128, 8192): (
-        {"own": 128, "streamed": 64, "stages": 3},
-        {"own": 128, "streamed": 64, "resident": False, "stages": 3},
+        {"own": 128, "streamed": 64, "num_stages": 3},
+        {"own": 128, "streamed": 64, "resident": False, "num_stages": 3},
         {
             "own": 128,
             "streamed": 64,
@@ -30,7 +30,7 @@ TABLE = {
             "consumer_registers": 240,
             "producer_registers": 24,
             "part": 32,
-            "stages": 2,
+            "num_stages": 2,
         },
     )
     for score in ("squared", "exp", "linear")

@@ -14,7 +14,7 @@ class Tiles:
     Attributes:
       own: rows of the tile that a program owns (queries; in the keys' kernel, keys), 64 to each consumer warpgroup.
       streamed: rows of the tiles that pass by (keys; in the keys' kernel, queries); divides `own`.
-      stages: tiles that are in shared memory at a time.
+      num_stages: tiles that are in shared memory at a time.
       consumer_registers, producer_registers: per thread of a consumer, and of the producer warpgroup.
       resident: whether a warpgroup keeps its own operands in registers, or reads them from shared memory.
       part: columns of a tile of weights that are computed at a time, 32 (in the keys' kernel) or 64; None is all.
@@ -22,7 +22,7 @@ class Tiles:
 
     own: int
     streamed: int
-    stages: int
+    num_stages: int
     consumer_registers: int = 232
     producer_registers: int = 40
     resident: bool = True
@@ -31,8 +31,8 @@ class Tiles:
     def __post_init__(self):
         if self.own % ROWS or self.streamed % ROWS or self.own % self.streamed:
             raise ValueError(f"{self.own=} and {self.streamed=} must be multiples of 64, and the latter must divide")
-        if self.stages < 2:
-            raise ValueError(f"{self.stages=} must be at least 2: one tile is used while the next is loaded")
+        if self.num_stages < 2:
+            raise ValueError(f"{self.num_stages=} must be at least 2: one tile is used while the next is loaded")
         if self.part not in (None, 32, 64):
             raise ValueError(f"{self.part=} must be 32 or 64")
         warpgroups = self.consumers + 1

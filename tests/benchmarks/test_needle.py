@@ -80,7 +80,7 @@ def test_a_run_is_read_from_its_files(tmp_path, capsys):
     settings = {
         "data.source": "files", "data.paths": text, "data.cache_dir": tmp_path / "tokens", "length": 32, "steps": 1,
         "batch_size": 2, "eval_rows": 2, "model.d_model": 16, "model.num_layers": 1, "model.num_heads": 1,
-        "model.head_dim": 8, "model.mlp_dim": 16, "optimizer.warmup_steps": 0, "sample.tokens": 1,
+        "model.head_dim": 8, "model.mlp_dim": 16, "optimizer.warmup_steps": 0, "sample.tokens": 1, "variant": "softmax",
     }  # fmt: skip
     workdir = tmp_path / "run"
     overrides = [f"--config.{key}={value}" for key, value in settings.items()]
@@ -92,4 +92,4 @@ def test_a_run_is_read_from_its_files(tmp_path, capsys):
     assert [(one["length"], one["trained_length"], one["step"]) for one in records] == [(48, 32, 1), (96, 32, 1)]
     assert all(0 <= one["exact"] <= one["accuracy"] < 0.5 for one in records)  # after one step
     assert needle.main(options) == 0
-    assert "| run | 2mamba | 32 | 96 |" in capsys.readouterr().out
+    assert "| run | softmax | 32 | 96 |" in capsys.readouterr().out

@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo  # no other way to the primitive
-from support.exhaustive import exhaustive
+from support.exhaustive import EXHAUSTIVE, exhaustive
 
 from train.errors import UserError
 
@@ -83,7 +83,7 @@ def test_trains_as_configured(script, arguments):
 def test_cudnn_stands_in_for_softmax(script, arguments, monkeypatch):
     """In rows of that variant only, which then differ by the documents that it does not keep apart."""
     chosen = ["--variants", "2mamba", "softmax", "--implementations", "xla", "cudnn"]
-    options = script.parse([*chosen, *arguments, "execution.remat=dots"])
+    options = script.parse([*chosen, *arguments, "execution.remat=none"])
     _, softmax, row = rows = script.rows_of(options)
     pairs = [("2mamba", "xla"), ("softmax", "xla"), ("softmax", "cudnn")]
     assert [(row.variant, row.implementation) for row in rows] == pairs
@@ -96,9 +96,11 @@ def test_cudnn_stands_in_for_softmax(script, arguments, monkeypatch):
         return by_jax(*arrays, **how)
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", attention)
-    trained, peer = train(script, row, options), train(script, softmax, options)
+    trained = train(script, row, options)
     assert set(calls) == {("cudnn", True)}
-    assert trained.losses == pytest.approx(peer.losses, rel=0.01)
+    assert trained.losses == pytest.approx([math.log(512)] * 2, abs=0.3)
+    if EXHAUSTIVE:
+        assert trained.losses == pytest.approx(train(script, softmax, options).losses, rel=0.01)
     assert "without a decay" in train(script, dataclasses.replace(row, variant="2mamba"), options).note
     assert script.cudnn_softmax.dear(fused_attention_stablehlo._dot_product_attention_fwd_p_wrapper)
 
@@ -117,7 +119,7 @@ def test_recomputes_where_asked_and_where_the_configuration_does(script, argumen
 @pytest.mark.usefixtures("in_this_process")
 def test_prints_a_table_and_writes_the_losses(script, arguments, capsys):
     """A run that cannot be made has its reason in the table, and the exit status is 1."""
-    chosen = ["--variants", "2mamba", "3mamba", "--implementations", "xla", "--perturbations", "1e-3"]
+    chosen = ["--variants", "linear", "3mamba", "--implementations", "xla", "--perturbations", "1e-3"]
     assert script.main([*arguments, *chosen, "--parts", "2"]) == 1
 
     report = json.loads(Path(script.parse(arguments).out.as_posix() + ".json").read_text())
@@ -125,7 +127,7 @@ def test_prints_a_table_and_writes_the_losses(script, arguments, capsys):
     assert report["versions"].keys() >= {"jax", "jaxlib"}
     row, failed, perturbed, _ = report["rows"]
     assert 1e-7 < perturbed["largest_loss_difference"] < 0.1
-    assert (row["variant"], row["implementation"], row["batch"], row["length"]) == ("2mamba", "xla", 2, 32)
+    assert (row["variant"], row["implementation"], row["batch"], row["length"]) == ("linear", "xla", 2, 32)
     assert row["device"] == jax.devices()[0].device_kind
     # The untrained model knows nothing of its 512 tokens.
     assert row["losses"] == pytest.approx([math.log(512)] * 2, abs=0.3)
@@ -137,7 +139,7 @@ def test_prints_a_table_and_writes_the_losses(script, arguments, capsys):
     assert "3mamba" in failed["note"]
 
     lines, parts = (text.splitlines() for text in capsys.readouterr().out.rsplit("\n\n", 1))
-    assert parts[:2] == ["| part | 2mamba, xla | 2mamba, xla (1 + 0.001) |", "|---|---:|---:|"]
+    assert parts[:2] == ["| part | linear, xla | linear, xla (1 + 0.001) |", "|---|---:|---:|"]
     names = {line.split(" | ")[0] for line in parts[2:]}
     assert names == {f"| {name}" for name in (*row["parts"], *perturbed["parts"])}
     assert names >= {
@@ -149,7 +151,7 @@ def test_prints_a_table_and_writes_the_losses(script, arguments, capsys):
     assert sum(row["parts"].values()) > 0
     assert lines[-6].startswith("| variant | implementation | remat | B | T | loss at 1 | loss at 2 | off XLA's |")
     cells = lines[-4].split(" | ")
-    assert cells[:5] == ["| 2mamba", "xla", "full", "2", "32"]
+    assert cells[:5] == ["| linear", "xla", "full", "2", "32"]
     assert cells[5:7] == [f"{loss:.4f}" for loss in row["losses"]]
     assert failed["note"] in lines[-3]
     assert len({line.count(" | ") for line in (lines[-6], *lines[-4:])}) == 1

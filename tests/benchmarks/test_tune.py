@@ -25,8 +25,8 @@ def tune(monkeypatch, tmp_path):
 
 def test_writes_the_fastest_tiles_that_agree(tune, monkeypatch, tmp_path, capsys):
     def measure(language, score, tiles, inputs):
-        wrong = tiles[0]["stages"] == 4  # the fastest forward kernel
-        times = {kernel: 1 / kind["stages"] for kernel, kind in zip(tune.KERNELS, tiles, strict=True)}
+        wrong = tiles[0]["num_stages"] == 4  # the fastest forward kernel
+        times = {kernel: 1 / kind["num_stages"] for kernel, kind in zip(tune.KERNELS, tiles, strict=True)}
         return times, [jnp.full((3,), 2.0 if wrong else 1.0)]
 
     monkeypatch.setattr(tune, "measure", measure)
@@ -40,7 +40,7 @@ def test_writes_the_fastest_tiles_that_agree(tune, monkeypatch, tmp_path, capsys
     assert written == table.TABLE
     assert list(new) == [("a GPU", "squared", 64, tokens) for tokens in (1024, 2048)]
     for forward, queries, keys in new.values():
-        assert (forward["stages"], queries["stages"], keys["stages"]) == (3, 4, 4)
+        assert (forward["num_stages"], queries["num_stages"], keys["num_stages"]) == (3, 4, 4)
     assert "REFUSED: differs from the first" in capsys.readouterr().out
 
 
@@ -51,7 +51,7 @@ def test_prints_entries_of_the_triton_table(tune, monkeypatch, capsys):
         assert inputs[0].shape[1] == 2048
         if tiles[0]["own"] == 128:
             raise jax.errors.JaxRuntimeError("Shared memory requested exceeds device resources")
-        return {kernel: tiles[0]["stages"] - i * tiles[0]["streamed"] for i, kernel in enumerate(tune.KERNELS)}, [
+        return {kernel: tiles[0]["num_stages"] - i * tiles[0]["streamed"] for i, kernel in enumerate(tune.KERNELS)}, [
             jnp.ones((3,))
         ]
 
@@ -68,9 +68,9 @@ def test_prints_entries_of_the_triton_table(tune, monkeypatch, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert sum("REFUSED: Shared memory requested exceeds device resources" in line for line in lines) == 3
     assert lines[-3:] == [
-        "('forward', 86, 'exp', 64): {'own': 64, 'streamed': 32, 'warps': 4, 'stages': 2},",
-        "('queries', 86, 'exp', 64): {'own': 64, 'streamed': 64, 'warps': 4, 'stages': 3},",
-        "('keys', 86, 'exp', 64): {'own': 64, 'streamed': 64, 'warps': 4, 'stages': 3},",
+        "('forward', 86, 'exp', 64): {'own': 64, 'streamed': 32, 'warps': 4, 'num_stages': 2},",
+        "('queries', 86, 'exp', 64): {'own': 64, 'streamed': 64, 'warps': 4, 'num_stages': 3},",
+        "('keys', 86, 'exp', 64): {'own': 64, 'streamed': 64, 'warps': 4, 'num_stages': 3},",
     ]
 
 

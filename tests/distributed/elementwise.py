@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, PartitionSpec
+from support.exhaustive import EXHAUSTIVE
 
 from pallas_kernels.interpreter import interpreted
 from twomamba_jax.ops.elementwise import Elementwise
@@ -17,7 +18,7 @@ SEGMENT_IDS = jnp.asarray([[0, 0, 1, 1], [0, 1, 1, 1]])
 
 
 def normal(seed, *shape, dtype=jnp.bfloat16):
-    return jax.random.normal(jax.random.key(seed), shape).astype(dtype)
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
 
 
 def norm(elementwise, x, scale):
@@ -67,7 +68,7 @@ def main():
     with interpreted():
         for function, arrays, partitions in CASES:
             want = gradients(function, None, arrays)
-            for partition in partitions:
+            for partition in partitions if EXHAUSTIVE else partitions[1:]:
                 with jax.set_mesh(mesh):
                     got = gradients(function, partition, arrays)
                 errors[f"{function.__name__}, {tuple(partition)}"] = list(map(error, got, want))

@@ -1,4 +1,4 @@
-"""What the devices say to each other in the gradient of models, their tokens spread over eight of them.
+"""What the devices say to each other in the gradient of models, their tokens sharded over eight of them.
 
 Prints JSON: for each model the bytes that each kind of collective leaves on a device.
 """

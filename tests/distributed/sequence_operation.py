@@ -1,4 +1,4 @@
-"""The operation with its tokens spread over devices: against the oracle, and packed documents against the same alone.
+"""The operation with its tokens sharded over devices: against the oracle, and packed documents against the same alone.
 
 Prints JSON: for each case the largest error of each result relative to its largest entry, in float64.
 """
@@ -39,7 +39,7 @@ CASES = {
 if not EXHAUSTIVE:  # each score, each form and each mesh
     CASES = {name: CASES[name] for name in ("squared", "exp", "linear, mixed")}
 
-PACKED = ("squared", *(["exp"] if EXHAUSTIVE else []))
+PACKED = ("squared", "exp") if EXHAUSTIVE else ()
 
 # Documents that begin at, before and after the edges of devices, and span several of them or none.
 DOCUMENTS = (5, 1, 1, 5, 13, 6, 10, 1, 6)
@@ -74,11 +74,11 @@ def errors(case: Case, sizes, form):
     state = arrays["state"]
     if state is not None:
         state = FiniteState(*state) if finite else KeyValueCache(**state)
-    length = None if finite or state is None else state.length
+    counters = {} if finite or state is None else {"start": state.start, "length": state.length}
 
     def loss(q, k, v, log_decay, state):
-        if length is not None:
-            state = state._replace(length=length)
+        if counters:
+            state = state._replace(**counters)
         y, final = decay_attention(
             q,
             k,
@@ -97,8 +97,8 @@ def errors(case: Case, sizes, form):
             total += sum((x * dx).sum() for x, dx in zip(final, dfinal))
         return total, (y, final)
 
-    if length is not None:
-        state = state._replace(length=None)
+    if counters:
+        state = state._replace(start=None, length=None)
     arguments = jax.tree.map(jnp.asarray, (*inputs, state))
     with on_mesh(sizes):
         gradients, (y, final) = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3, 4), has_aux=True))(*arguments)
@@ -106,9 +106,9 @@ def errors(case: Case, sizes, form):
     if finite:
         found |= {name: error(x, w) for name, x, w in zip(("kv", "key_sum"), final, want_final)}
     else:
-        used = np.arange(final.keys.shape[1]) < np.asarray(want_final["length"])[:, None]
-        weights = [np.where(used[..., None], np.exp(x), 0) for x in (final.log_weights, want_final["log_weights"])]
-        found["log_weights"] = error(*weights)
+        used = np.arange(final.keys.shape[2]) < want_final["length"][:, None]
+        decays = [np.moveaxis(np.asarray(x), 2, 1)[used] for x in (final.log_decay, want_final["log_decay"])]
+        found |= {"log_decay": error(*decays), "start": error(final.start, want_final["start"])}
     named = dict(zip(("q", "k", "v", "log_decay"), gradients))
     if state is not None:
         named |= {f"initial_{name}": x for name, x in gradients[4]._asdict().items()}

@@ -84,7 +84,7 @@ def the_loss(*sizes: int) -> dict:
 
 def the_step(microbatches: int, *sizes: int) -> dict:
     """A step of SGD."""
-    mesh, model, optimizer = make_mesh(dict(zip(MESH_AXES, sizes))), model_of("2mamba"), optax.sgd(1.0)
+    mesh, model, optimizer = make_mesh(dict(zip(MESH_AXES, sizes))), model_of("linear"), optax.sgd(1.0)
     with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
         init, abstract = make_init(model, optimizer, mesh)
         step = make_train_step(model, optimizer, lambda _: 1.0, abstract, mesh, CHUNK, microbatches)

@@ -11,7 +11,7 @@ from train.sharding import MESH_AXES, ONE_ROW_RULES, RULES
 from twomamba_jax import init_cache
 
 ROUNDING = 32  # as in test_model_variants.py
-NAMES = ["2mamba", "2mamba-e", *(["softmax", "mamba2", "mamba2-released"] if EXHAUSTIVE else [])]  # as in decoding.py
+NAMES = ["2mamba", "softmax", *(["2mamba-e", "mamba2", "mamba2-released"] if EXHAUSTIVE else [])]  # as in decoding.py
 
 
 @pytest.fixture(scope="module")

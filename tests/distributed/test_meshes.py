@@ -33,14 +33,12 @@ PATHS = (
 )
 
 
-# 2mamba where all parts meet, and shared queries and keys with a tied head where no tokens are cut. (Where only tokens
-# are: test_sequence.py, with every score.)
+# 2mamba where all parts meet, and where no tokens are cut. (Where only tokens are: test_sequence.py, with every score.)
 CASES = [
     (variant, mesh)
     for variant in VARIANTS
     for mesh in MESHES
-    if EXHAUSTIVE
-    or (variant, mesh) in [("2mamba", "fsdp 2 x tensor 2 x sequence 2"), ("mamba2-released", "tensor 4 x data 2")]
+    if EXHAUSTIVE or (variant, mesh) in [("2mamba", "fsdp 2 x tensor 2 x sequence 2"), ("2mamba", "tensor 4 x data 2")]
 ]
 
 

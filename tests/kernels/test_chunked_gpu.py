@@ -130,7 +130,7 @@ def test_a_million_tokens_and_more_than_two_to_the_31_elements(score):
 @on_two_devices
 @pytest.mark.parametrize("score", ["linear", "squared"])
 @pytest.mark.parametrize("axis", ["batch", "tokens", "heads"])
-def test_spread_over_two_devices(axis, score):
+def test_sharded_over_two_devices(axis, score):
     case = Case(1500, score, heads=(4, 2), batch=2, edges=(700, 750))
     partition = PartitionSpec(*("data" if axis == name else None for name in ("batch", "tokens", "heads")))
     mesh = jax.make_mesh((2,), ("data",), devices=jax.devices()[:2], axis_types=(AxisType.Auto,))

@@ -92,7 +92,7 @@ def test_refuses_a_step():
         decay_attention_step(*token, score="squared", normalize=True, implementation="mosaic_gpu")
 
 
-def test_refuses_tokens_that_are_spread():
+def test_refuses_tokens_that_are_sharded():
     mesh = AbstractMesh((1, 2), ("data", "sequence"), axis_types=(AxisType.Auto,) * 2)
     arrays = [jax.ShapeDtypeStruct((2, *x.shape[1:]), x.dtype) for x in narrow()]
 
@@ -142,7 +142,7 @@ def test_none_takes_the_kernels_where_it_can_and_says_so_once(caplog):
     ]
 
 
-TILES = {"own": 128, "streamed": 64, "stages": 2}
+TILES = {"own": 128, "streamed": 64, "num_stages": 2}
 
 
 @pytest.mark.parametrize(
@@ -152,7 +152,7 @@ TILES = {"own": 128, "streamed": 64, "stages": 2}
         ({"streamed": 96}, "self.streamed=96"),
         ({"own": 64, "streamed": 128}, "self.own=64 and self.streamed=128"),
         ({"own": 192, "streamed": 128}, "self.own=192 and self.streamed=128"),
-        ({"stages": 1}, "self.stages=1 must be at least 2"),
+        ({"num_stages": 1}, "self.num_stages=1 must be at least 2"),
         ({"part": 48}, "self.part=48"),
         ({"consumer_registers": 236}, "self.consumer_registers=236"),
         ({"producer_registers": 20}, "self.producer_registers=20"),
@@ -173,7 +173,7 @@ def test_tiles_that_fit():
 
 
 @pytest.mark.parametrize(
-    ("kind", "tokens", "stages"),
+    ("kind", "tokens", "num_stages"),
     [
         ("NVIDIA H200", 1, 2),
         ("NVIDIA H200", 1024, 2),
@@ -185,19 +185,19 @@ def test_tiles_that_fit():
         ("NVIDIA GH200", 1025, 3),
     ],
 )
-def test_the_table_is_read_by_device_and_bucket(monkeypatch, kind, tokens, stages):
+def test_the_table_is_read_by_device_and_bucket(monkeypatch, kind, tokens, num_stages):
     """The smallest bucket that holds the tokens, or else the largest; an unknown device is taken for an H200."""
     buckets = {("NVIDIA H200", 1024): 2, ("NVIDIA H200", 8192): 3, ("NVIDIA H100 80GB HBM3", 512): 4}
     table = {
-        (device, "squared", 64, bucket): tuple(TILES | {"stages": stages + i} for i in (0, 10, 20))
-        for (device, bucket), stages in buckets.items()
+        (device, "squared", 64, bucket): tuple(TILES | {"num_stages": num_stages + i} for i in (0, 10, 20))
+        for (device, bucket), num_stages in buckets.items()
     }
-    other = {(device, "exp", 128, 64): (TILES | {"stages": 9},) * 3 for device, _ in buckets}
+    other = {(device, "exp", 128, 64): (TILES | {"num_stages": 9},) * 3 for device, _ in buckets}
     monkeypatch.setattr(tuning_module, "TABLE", other | table)
     found = tuning(kind, "squared", 64, tokens)
-    assert [x.stages for x in (found.forward, found.queries, found.keys)] == [stages, stages + 10, stages + 20]
+    assert [x.num_stages - num_stages for x in (found.forward, found.queries, found.keys)] == [0, 10, 20]
     assert found.programs == 132
-    assert tuning(kind, "exp", 128, tokens).forward.stages == 9
+    assert tuning(kind, "exp", 128, tokens).forward.num_stages == 9
 
 
 @pytest.mark.parametrize(

@@ -47,9 +47,9 @@ def run_tuned(call, tuning):
 
 
 TILES = {
-    "128": Tiles(own=128, streamed=128, stages=2),
-    "192": Tiles(own=192, streamed=64, stages=3, consumer_registers=152, producer_registers=40),
-    "narrow": Tiles(own=128, streamed=64, stages=2, resident=False, part=32),
+    "128": Tiles(own=128, streamed=128, num_stages=2),
+    "192": Tiles(own=192, streamed=64, num_stages=3, consumer_registers=152, producer_registers=40),
+    "narrow": Tiles(own=128, streamed=64, num_stages=2, resident=False, part=32),
 }
 
 
@@ -68,7 +68,7 @@ def test_tiles_of_other_sizes(score, name):
 @exhaustive("test_tiles_of_other_sizes, in which one program goes from tile to tile")
 def test_the_number_of_programs_changes_nothing():
     """With fewer programs than the four tiles, each goes from one tile to the next; with more, some have none."""
-    tiles = Tiles(own=64, streamed=64, stages=2)
+    tiles = Tiles(own=64, streamed=64, num_stages=2)
     call = Case(tokens=200, heads=(1, 1)).call()
     three, many = (run_tuned(call, Tuning(tiles, tiles, tiles, programs=n)) for n in (3, 8))
     assert_close(call, three)

@@ -162,7 +162,7 @@ def test_rematerialised_layers_in_a_scan():
 
 @on_two_devices
 @pytest.mark.parametrize("partition", [PartitionSpec("data"), PartitionSpec(None, None, "data")])
-def test_spread_over_two_devices(partition):
+def test_sharded_over_two_devices(partition):
     call = Case(tokens=300, batch=2, heads=(4, 2), segments=True).call()
     mesh = jax.make_mesh((2,), ("data",), devices=jax.devices()[:2], axis_types=(AxisType.Auto,))
     with jax.set_mesh(mesh):

@@ -9,13 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from support.exhaustive import exhaustive
 from support.models import model_of
 
 PAGE = (Path(__file__).parents[2] / "docs" / "frameworks.md").read_text()
 EXAMPLES = dict(re.findall(r"## ([^\n]+)\n.*?```python\n(.*?)```", PAGE, re.DOTALL))
 
 
-@pytest.mark.parametrize("name", EXAMPLES)
+LONG = {"Truncated backpropagation": exhaustive("test_conformance.py, whose calls pass on states and their gradients")}
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=LONG.get(name, ())) for name in EXAMPLES])
 def test_example_runs(name):
     names = {}
     exec(compile(EXAMPLES[name], f"docs/frameworks.md: {name}", "exec"), names)  # the point of the test
@@ -51,7 +55,7 @@ def test_every_example_has_a_check():
 
 def test_bridge_shards_by_mesh_and_rules():
     """Without rules, names are not taken for axes of a mesh."""
-    model, tokens = model_of("2mamba"), jnp.zeros((1, 4), jnp.int32)
+    model, tokens = model_of("softmax"), jnp.zeros((1, 4), jnp.int32)
 
     def head_spec():
         bridged = nnx.bridge.lazy_init(nnx.bridge.ToNNX(model, rngs=nnx.Rngs(0)), tokens)

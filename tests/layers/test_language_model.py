@@ -15,7 +15,7 @@ from twomamba_jax import VARIANTS, Execution, RMSNorm, head_kernel, init_cache
 from twomamba_jax.layers import Block, mixer
 
 PATTERN = "softmax,2mamba*,mamba2"
-TOKENS = jax.random.randint(jax.random.key(0), (2, 13), 0, 23)
+TOKENS = np.random.default_rng(0).integers(23, size=(2, 13))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -73,14 +73,14 @@ def test_tied_head_is_the_embedding():
 
 
 def test_packed_documents_equal_the_documents_alone():
-    """A softmax with rotary positions, a 2Mamba and a Mamba-2 layer; the third document repeats the first one's id."""
-    model = model_of(PATTERN, 3)
+    """A softmax with rotary positions, 2Mamba and Mamba-2 layers; the third document repeats the first one's id."""
+    model = model_of(PATTERN, 4)
     params = params_of(model)
     edges = (0, 5, 6, 13)
-    segment_ids = jnp.array([[4] * 5 + [2] + [4] * 7] * 2)
+    segment_ids = np.array([[4] * 5 + [2] + [4] * 7] * 2)
     packed = logits_of(model, params, TOKENS, segment_ids)
     for start, end in itertools.pairwise(edges):
-        alone = logits_of(model, params, jnp.roll(TOKENS, -start, axis=1))  # what is behind it is out of its sight
+        alone = logits_of(model, params, np.roll(TOKENS, -start, axis=1))  # what is behind it is out of its sight
         assert_close(packed[:, start:end], alone[:, : end - start])
     mixed = logits_of(model, params, TOKENS)
     assert np.abs(packed - mixed)[:, 5:].max(axis=-1).min() > 1e-3  # or the ids were not read
@@ -110,7 +110,7 @@ def test_no_gradient_crosses_the_edge_of_a_document():
 @pytest.mark.parametrize("param_dtype", ["float32", "bfloat16"] if EXHAUSTIVE else ["bfloat16"])
 def test_gradients_of_a_frequent_token_add_up(param_dtype):
     """Over 1024 tokens, in bfloat16: a sum in it would stand still at 256 times what it adds."""
-    tokens = jnp.full((1, 1024), 3)
+    tokens = np.full((64, 16), 3)
 
     def gradient(**execution):
         model = model_of("linear", 1, **execution)
@@ -126,7 +126,7 @@ def test_gradients_of_a_frequent_token_add_up(param_dtype):
 @pytest.mark.parametrize("scan_layers", [None, False] if EXHAUSTIVE else [None])
 def test_remat_changes_memory_alone(scan_layers):
     """Gradients are equal; a row of 64 in four layers has its scores kept by `none`, its projections also by `dots`."""
-    tokens = jax.random.randint(jax.random.key(0), (2, 64), 0, 23)
+    tokens = np.random.default_rng(0).integers(23, size=(2, 64))
 
     def loss(model, params):
         logits = model.apply({"params": params}, tokens)
@@ -134,7 +134,7 @@ def test_remat_changes_memory_alone(scan_layers):
 
     plain = model_of("linear", 4)
     params, found = params_of(plain), {}
-    names = ("none", "dots", "full") if scan_layers is None or EXHAUSTIVE else ("none", "full")
+    names = ("none", "dots", "full") if EXHAUSTIVE else ("none", "full")
     for remat in names:
         model = model_of("linear", 4, remat=remat, scan_layers=scan_layers)
         assert jax.tree.structure(params_of(model)) == jax.tree.structure(params)
@@ -147,15 +147,14 @@ def test_remat_changes_memory_alone(scan_layers):
     assert not dots or dots[0] > 1.2 * full
 
 
-@pytest.mark.parametrize(
-    ("pattern", "execution"),
-    [
-        ("softmax,2mamba", {"chunk_size": 4}),
-        ("2mamba", {"form": "recurrent"}),
-        ("2mamba", {"precision": "highest"}),
-    ],
-    ids=str,
-)
+# What else reaches the operation is seen below, and what it does there in test_conformance.py.
+EXECUTIONS = [("2mamba", {"chunk_size": 4})]
+if EXHAUSTIVE:
+    EXECUTIONS += [("softmax,2mamba", {"chunk_size": 4}), ("2mamba", {"form": "recurrent"})]
+    EXECUTIONS += [("2mamba", {"precision": "highest"})]
+
+
+@pytest.mark.parametrize(("pattern", "execution"), EXECUTIONS, ids=str)
 def test_execution_changes_no_logits(pattern, execution):
     layers = len(pattern.split(","))
     plain, other = model_of(pattern, layers), model_of(pattern, layers, **execution)
@@ -175,8 +174,8 @@ def calls(monkeypatch):
 
         return called
 
-    for name in ("decay_attention", "cached_attention"):
-        monkeypatch.setattr(mixer, name, spy(getattr(mixer, name)))
+    for module, name in ((mixer, "decay_attention"), (mixer.cached_attention, "read")):
+        monkeypatch.setattr(module, name, spy(getattr(module, name)))
     return record
 
 

@@ -138,7 +138,8 @@ def test_equal_neighbours_are_one_run(pattern, counts):
 def test_initial_values():
     """Appendix B: N(0, 0.02) outside the mixer; each layer of a run draws its own."""
     config = config_of("linear", 2)
-    params = nn.unbox(LanguageModel(config).init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"])
+    init = jax.jit(lambda key, tokens: nn.unbox(LanguageModel(config).init(key, tokens)["params"]))
+    params = jax.tree.map(np.asarray, init(jax.random.key(0), np.zeros((1, 4), np.int32)))
     layer = params["layers_0"]
     for kernel in (
         params["embedding"]["embedding"],

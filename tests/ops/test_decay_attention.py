@@ -25,6 +25,12 @@ def arrays(**settings):
     return {name: jnp.asarray(made[name]) for name in ("q", "k", "v", "log_decay")}
 
 
+# Its four arrays, which were keys and values [B, S, G, .], log_weights and length, in the structure of four arrays.
+OF_AN_EARLIER_VERSION = jax.tree.unflatten(
+    jax.tree.structure(init_state("exp", 3, 2, 4, 3, capacity=9, decay=False)),
+    [np.zeros((3, 9, 2, 4)), np.zeros((3, 9, 2, 3)), np.zeros((3, 9, 2)), np.zeros(3, int)],
+)
+
 REFUSED = [
     ({"q": lambda x: x[0]}, {}, r"q must be \[B, T, heads, dim\]"),
     ({"v": lambda x: x.astype(jnp.int32)}, {}, "v must be floating point"),
@@ -57,6 +63,16 @@ REFUSED = [
         {},
         {"score": "exp", "initial_state": init_state("exp", 3, 2, 4, 3, capacity=5)},
         "holds 5 tokens and would need 6",
+    ),
+    (
+        {},
+        {"score": "exp", "initial_state": init_state("exp", 3, 2, 4, 3, capacity=9, decay=False)},
+        "made with decay=False, and log_decay is given: make it with init_state",
+    ),
+    (
+        {},
+        {"score": "exp", "initial_state": OF_AN_EARLIER_VERSION},
+        r"heads first, .* got keys of shape \(3, 9, 2, 4\): if it is of an earlier version, .* read its prompt again",
     ),
 ]
 
@@ -100,6 +116,18 @@ def test_a_full_cache_gives_nan_in_its_rows_alone_under_jit(tokens):
     assert np.isfinite(y[[0, 2]]).all()
 
 
+def test_a_cache_with_decays_takes_tokens_without_one():
+    """Which are tokens whose log decay is 0."""
+    q, k, v, log_decay = arrays().values()
+    cache = init_state("exp", 3, 2, 4, 3, capacity=12)
+    options = {"score": "exp", "return_final_state": True}
+    _, cache = decay_attention(q, k, v, log_decay, initial_state=cache, **options)
+    want, want_state = decay_attention(q, k, v, jnp.zeros_like(log_decay), initial_state=cache, **options)
+    got, state = decay_attention(q, k, v, None, initial_state=cache, **options)
+    np.testing.assert_allclose(got, want, rtol=1e-6)
+    jax.tree.map(np.testing.assert_array_equal, state, want_state)
+
+
 @pytest.mark.parametrize("score", ["linear", "squared", "exp"])
 def test_padding_is_never_read(score):
     """Poisoned padding changes no bit of the outputs, which are 0 there, nor of the final state."""
@@ -118,8 +146,8 @@ def test_padding_is_never_read(score):
     assert (np.asarray(clean)[padding] == 0).all()
     if score == "exp":
         used = np.arange(6) < lengths[:, None]
-        np.testing.assert_array_equal(dirty_state.log_weights[used], clean_state.log_weights[used])
-        np.testing.assert_array_equal(dirty_state.keys[used], clean_state.keys[used])
+        for dirty, clean in ((dirty_state.log_decay, clean_state.log_decay), (dirty_state.keys, clean_state.keys)):
+            np.testing.assert_array_equal(jnp.moveaxis(dirty, 2, 1)[used], jnp.moveaxis(clean, 2, 1)[used])
     else:
         jax.tree.map(np.testing.assert_array_equal, dirty_state, clean_state)
 
@@ -172,7 +200,9 @@ def test_states_have_the_sizes_of_the_design():
     assert state_bytes(init_state("squared", 1, 1, 64, 64)) == 4 * 2080 * (64 + 1)
     assert state_bytes(init_state("linear", 2, 3, 64, 32)) == 4 * 2 * 3 * 64 * (32 + 1)
     cache = init_state("exp", 2, 3, 64, 32, capacity=10, dtype=jnp.bfloat16)
-    assert state_bytes(cache) == 2 * 10 * 3 * (2 * (64 + 32) + 4) + 2 * 4
+    assert state_bytes(cache) == 2 * 10 * 3 * (2 * (64 + 32) + 4) + 2 * 2 * 4
+    bare = init_state("exp", 2, 3, 64, 32, capacity=10, dtype=jnp.bfloat16, decay=False)
+    assert state_bytes(cache) - state_bytes(bare) == 2 * 10 * 3 * 4
     with pytest.raises(ValueError, match="capacity must be at least 1, got None"):
         init_state("exp", 1, 1, 4, 4)
     with pytest.raises(ValueError, match="constant size: omit it"):
@@ -181,17 +211,18 @@ def test_states_have_the_sizes_of_the_design():
 
 def test_composes_with_vmap_and_checkpoint():
     """An extra mapped axis, and recomputation in the backward pass, change nothing."""
-    inputs = arrays()
-    stacked = jax.tree.map(lambda x: jnp.stack([x, x * 0.5]), inputs)
+    inputs = jax.tree.map(np.asarray, arrays(score="linear"))
+    stacked = jax.tree.map(lambda x: np.stack([x, x * np.float32(0.5)]), inputs)
 
     def loss(inputs):
-        return (decay_attention(**inputs, form="chunked", chunk_size=4) ** 2).sum()
+        return (decay_attention(**inputs, score="linear", form="chunked", chunk_size=4) ** 2).sum()
 
     gradient = jax.jit(jax.grad(loss))
     one_by_one = [gradient(jax.tree.map(lambda x, i=i: x[i], stacked)) for i in range(2)]
     mapped = jax.jit(jax.vmap(jax.grad(jax.checkpoint(loss))))(stacked)
     for i, want in enumerate(one_by_one):
-        jax.tree.map(lambda a, b, i=i: np.testing.assert_allclose(a[i], b, rtol=2e-5, atol=1e-6), mapped, want)
+        one = jax.tree.map(lambda x, i=i: np.asarray(x)[i], mapped)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6), one, want)
 
 
 def test_the_type_of_the_result_follows_return_final_state():

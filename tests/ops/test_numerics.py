@@ -62,7 +62,7 @@ def test_outputs_have_the_dtype_of_q_and_states_are_float32_or_wider(score, dtyp
         y, state = jax.eval_shape(call, *inputs, log_decay)
         assert y.dtype == dtype
         wide = jnp.promote_types(dtype, jnp.float32)
-        expected = [dtype, dtype, wide, jnp.int32] if score == "exp" else [wide, wide]
+        expected = [dtype, dtype, wide, jnp.int32, jnp.int32] if score == "exp" else [wide, wide]
         assert [leaf.dtype for leaf in state] == expected
 
 

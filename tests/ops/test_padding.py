@@ -6,19 +6,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support.exhaustive import exhaustive
 from support.models import model_of, params_of
 
 from twomamba_jax import VARIANTS, Mixer, causal_convolution, decay_attention
 
 pytestmark = pytest.mark.quick
 
-LENGTHS = jnp.array([4, 0, 7])
-PADDING = np.arange(7) >= np.asarray(LENGTHS)[:, None]
+LENGTHS = np.array([4, 0, 7])
+PADDING = np.arange(7) >= LENGTHS[:, None]
 
 
 def poisoned(x):
     """`x [B, T, ...]` with NaN in its padding."""
-    return jnp.where(PADDING.reshape(3, 7, *[1] * (x.ndim - 2)), jnp.nan, x)
+    return np.where(PADDING.reshape(3, 7, *[1] * (x.ndim - 2)), np.float32(np.nan), x)
 
 
 def assert_same_gradients(loss, weights, inputs):
@@ -43,9 +44,9 @@ def assert_same_gradients(loss, weights, inputs):
 def test_nan_padding_reaches_no_gradient_of_attention(score, form):
     draw = np.random.default_rng(0)
     q, k, v, log_decay = (
-        jnp.asarray(draw.uniform(size=(3, 7, *shape)), jnp.float32) for shape in ((2, 4), (1, 4), (1, 4), (1,))
+        draw.uniform(size=(3, 7, *shape)).astype(np.float32) for shape in ((2, 4), (1, 4), (1, 4), (1,))
     )
-    segment_ids = jnp.array([[0, 0, 1, 1, 2, 2, 2]] * 3)
+    segment_ids = np.array([[0, 0, 1, 1, 2, 2, 2]] * 3)
     attend = functools.partial(
         decay_attention, score=score, form=form, lengths=LENGTHS, segment_ids=segment_ids, return_final_state=True
     )
@@ -59,7 +60,7 @@ def test_nan_padding_reaches_no_gradient_of_attention(score, form):
 
 
 def test_nan_padding_reaches_no_gradient_of_convolution():
-    x, kernel = jnp.ones((3, 7, 2)), jnp.ones((3, 2))
+    x, kernel = np.ones((3, 7, 2), np.float32), np.ones((3, 2), np.float32)
 
     def loss(kernel, inputs):
         y, last = causal_convolution(inputs, kernel, kernel[0], lengths=LENGTHS)
@@ -68,6 +69,7 @@ def test_nan_padding_reaches_no_gradient_of_convolution():
     assert_same_gradients(loss, kernel, x)
 
 
+@exhaustive("its parts above, and a whole model below")
 def test_nan_padding_reaches_no_gradient_of_a_mixer():
     mixer = Mixer(VARIANTS["mamba2"].mixer, num_heads=4, head_dim=8, num_kv_heads=2)
     x = jnp.asarray(np.random.default_rng(0).normal(size=(3, 7, 32)), jnp.float32)

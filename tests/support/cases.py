@@ -65,12 +65,11 @@ class Case:
         if self.score == "exp":
             capacity = self.tokens + CACHED + 2
             length = np.array([CACHED, 3, 1])
-            used = (np.arange(capacity) < length[:, None])[..., None]
-            log_weights = -np.abs(normal(BATCH, capacity, kv_heads))
             return {
-                "keys": normal(BATCH, capacity, kv_heads, self.head_dim),
-                "values": normal(BATCH, capacity, kv_heads, VALUE_DIM),
-                "log_weights": np.where(used, log_weights, -np.inf).astype(dtype),
+                "keys": normal(BATCH, kv_heads, capacity, self.head_dim),
+                "values": normal(BATCH, kv_heads, capacity, VALUE_DIM),
+                "log_decay": -np.abs(normal(BATCH, kv_heads, capacity)) if self.decay else None,
+                "start": np.array([2, 0, 1]),  # the last row's segment has no token yet
                 "length": length,
             }
         keys = normal(BATCH, kv_heads, 4, self.head_dim)

@@ -8,7 +8,7 @@ import numpy as np
 from support import oracle
 
 from twomamba_jax import decay_attention
-from twomamba_jax.ops.score import features, num_features
+from twomamba_jax.ops.score import num_features
 from twomamba_jax.ops.state import FiniteState
 
 
@@ -55,21 +55,23 @@ class Case:
     def inputs(self) -> dict[str, jax.Array | FiniteState | None]:
         """q, k, v, log_decay, state."""
         (heads, groups), shape, dim = self.heads, (self.batch, self.tokens), self.head_dim
-        decay = -0.03 * jnp.abs(normal(4, *shape, groups, dtype=jnp.float32)) if self.decay else None
-        before = [normal(seed, self.batch, groups, 70, dim, dtype=jnp.float32) for seed in (5, 6)]
+        decay = np.float32(-0.03) * abs(np.asarray(normal(4, *shape, groups, dtype=jnp.float32)))
+        before = [np.asarray(normal(seed, self.batch, groups, 70, dim, dtype=jnp.float32)) for seed in (5, 6)]
         q, k, v = (normal(seed, *shape, n, dim) for seed, n in ((0, heads), (2, groups), (3, groups)))
         if self.score == "linear" and self.normalize:  # denominators are sums of scores, which must not be negative
             q, k, before[0] = abs(q), abs(k), abs(before[0])
-        phi = features(self.score, before[0])
-        state = FiniteState(jnp.einsum("bgtd,bgtv->bgdv", phi, before[1]), phi.sum(2))
-        return {"q": q, "k": k, "v": v, "log_decay": decay, "state": state}
+        phi = before[0] if self.score == "linear" else oracle.symmetric_features(before[0]).astype(np.float32)
+        state = FiniteState(*map(jnp.asarray, (np.einsum("bgtd,bgtv->bgdv", phi, before[1]), phi.sum(2))))
+        return {"q": q, "k": k, "v": v, "log_decay": jnp.asarray(decay) if self.decay else None, "state": state}
 
     def cotangents(self) -> tuple[jax.Array, FiniteState]:
         """Of y and of the final state."""
         (heads, groups), dim = self.heads, self.head_dim
         shape = self.batch, groups, num_features(self.score, dim)
         shapes = FiniteState((*shape, dim), shape)
-        dstate = FiniteState(*(0.05 * normal(7 + i, *shape, dtype=jnp.float32) for i, shape in enumerate(shapes)))
+        dstate = FiniteState(
+            *(np.float32(0.05) * np.asarray(normal(7 + i, *shape, dtype=jnp.float32)) for i, shape in enumerate(shapes))
+        )
         return normal(1, self.batch, self.tokens, heads, dim), dstate
 
     def operation(self, q, k, v, log_decay, state, segment_ids=None, **options):

@@ -13,7 +13,11 @@ FEATURES = {"linear": 64, "squared": 2080}
 
 
 def normal(seed, *shape, dtype=jnp.float32):
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape, np.float32).astype(dtype))
+    return jnp.asarray(_normal(seed, *shape, dtype=dtype))
+
+
+def _normal(seed, *shape, dtype=jnp.float32):
+    return np.random.default_rng(seed).standard_normal(shape, np.float32).astype(dtype)
 
 
 def problem(score, size, rows, *, layers=2, groups=1, dtype=jnp.float32, of_tokens=jnp.float32, previous=False):
@@ -25,8 +29,8 @@ def problem(score, size, rows, *, layers=2, groups=1, dtype=jnp.float32, of_toke
         return FiniteState(normal(seed, *shape, 64, dtype=dtype), normal(seed + 1, *shape))
 
     rings = (normal(seed, *heads, 2 * size, 64, dtype=of_tokens) for seed in (4, 5))
-    start = jnp.arange(len(rows), dtype=jnp.int32) % 2 * size
-    weights = -jnp.abs(normal(6, *heads, size)), -jnp.abs(normal(7, *heads))
+    start = jnp.asarray(np.arange(len(rows), dtype=np.int32) % 2 * size)
+    weights = (jnp.asarray(-np.abs(_normal(seed, *shape))) for seed, shape in ((6, (*heads, size)), (7, heads)))
     return state(0), state(2) if previous else None, *rings, start, *weights
 
 
@@ -36,9 +40,9 @@ def wide(x):
 
 def expected(score, state, keys, values, start, log_weights, log_carry):
     """What every row would become, in float64, and the sum of its terms' sizes."""
-    slots = start[:, None] + jnp.arange(log_weights.shape[-1])
-    take = functools.partial(jnp.take_along_axis, indices=slots[None, :, None, :, None], axis=3)
-    keys, values = wide(take(keys)), wide(take(values))
+    slots = np.asarray(start)[:, None] + np.arange(log_weights.shape[-1])
+    take = functools.partial(np.take_along_axis, indices=slots[None, :, None, :, None], axis=3)
+    keys, values = take(wide(keys)), take(wide(values))
     phi = (keys if score == "linear" else oracle.symmetric_features(keys)) * np.exp(wide(log_weights))[..., None]
     carry = np.exp(wide(log_carry))[..., None]
 

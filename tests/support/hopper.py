@@ -12,7 +12,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # workers of py
 UNSUPPORTED = unsupported_device()
 HOPPER = [pytest.mark.gpu, pytest.mark.skipif(UNSUPPORTED is not None, reason=f"no kernel: {UNSUPPORTED}")]
 
-on_two_devices = pytest.mark.skipif(jax.device_count() < 2, reason="one device: there is nothing to spread")
+on_two_devices = pytest.mark.skipif(jax.device_count() < 2, reason="one device: there is nothing to shard")
 
 
 def on_hopper(test):

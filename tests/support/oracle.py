@@ -81,13 +81,15 @@ class _Inputs:
             self.sums = self._initial_sums(initial_state)
 
     def _initial_cache(self, state):
-        """The exp state as (keys, values, log_weights, length); an empty one of capacity T by default."""
+        """The exp state as (keys, values, log_decay, start, length); an empty one of capacity T by default."""
         if state is not None:
-            length = np.asarray(state["length"]).astype(int)
-            return _f64(state["keys"]), _f64(state["values"]), _f64(state["log_weights"]), length
-        shape = (self.batch, self.tokens, self.groups)
+            start, length = (np.asarray(state[name]).astype(int) for name in ("start", "length"))
+            keys, values = _f64(state["keys"]), _f64(state["values"])
+            decay = np.zeros(keys.shape[:3]) if state["log_decay"] is None else _f64(state["log_decay"])
+            return keys, values, decay, start, length
+        shape = (self.batch, self.groups, self.tokens)
         keys, values = np.zeros((*shape, self.dim)), np.zeros((*shape, self.vdim))
-        return keys, values, np.full(shape, -np.inf), np.zeros(self.batch, int)
+        return keys, values, np.zeros(shape), *np.zeros((2, self.batch), int)
 
     def _initial_sums(self, state):
         """The linear or squared state as (kv, key_sum); zeros by default."""
@@ -119,11 +121,12 @@ class _Group:
         self.slots = np.zeros(0, int)
         self.keys, self.values, self.log = self.k, self.v, self.token_log
         if inp.score == "exp":
-            keys, values, log_weights, length = (x[b] for x in inp.cache)
-            self.slots = np.flatnonzero((np.arange(len(keys)) < length) & (log_weights[:, g] > -np.inf))
-            slot_log = self.prefix[:, None] + log_weights[self.slots, g]
-            self.keys = np.concatenate([keys[self.slots, g], self.k])
-            self.values = np.concatenate([values[self.slots, g], self.v])
+            keys, values, cached_decay, start, length = (x[b] for x in inp.cache)
+            self.slots = np.arange(start, length)
+            to_now = np.array([cached_decay[g, slot + 1 : length].sum() for slot in self.slots])
+            slot_log = self.prefix[:, None] + to_now
+            self.keys = np.concatenate([keys[g, self.slots], self.k])
+            self.values = np.concatenate([values[g, self.slots], self.v])
             self.log = np.concatenate([slot_log, self.token_log], axis=1)
         self.sums = (inp.sums[0][b, g], inp.sums[1][b, g]) if inp.score != "exp" and inp.has_state else None
 
@@ -183,18 +186,17 @@ def _final_sums(inp):
 
 def _final_cache(inp):
     """The exp state after each row's last valid token."""
-    keys, values, log_weights, old = (x.copy() for x in inp.cache)
-    length, capacity = old + inp.lengths, keys.shape[1]
+    keys, values, log_decay, start, old = (x.copy() for x in inp.cache)
+    length, capacity = old + inp.lengths, keys.shape[2]
     if (length > capacity).any():
         raise ValueError(f"the state holds {capacity} tokens and would need {length.max()}")
-    unused = np.arange(capacity) >= old[:, None]
-    keys[unused], values[unused], log_weights[unused] = 0.0, 0.0, -np.inf
     for group in inp.each_group():
-        b, g = group.b, group.g
-        new = slice(old[b], length[b])
-        log_weights[b, :, g] += group.carry
-        keys[b, new, g], values[b, new, g], log_weights[b, new, g] = group.k, group.v, group.to_end
-    return {"keys": keys, "values": values, "log_weights": log_weights, "length": length}
+        b, g, n = group.b, group.g, group.n
+        new, segment = slice(old[b], length[b]), inp.segment[b, :n]
+        keys[b, g, new], values[b, g, new], log_decay[b, g, new] = group.k, group.v, inp.decay[b, :n, g]
+        if segment[-1] > 0:
+            start[b] = old[b] + np.flatnonzero(segment == segment[-1])[0]
+    return {"keys": keys, "values": values, "log_decay": log_decay, "start": start, "length": length}
 
 
 def forward(
@@ -219,7 +221,7 @@ def gradients(dy, dstate, q, k, v, log_decay=None, **options):
     dy, dstate = _f64(dy), None if dstate is None else (_f64(dstate[0]), _f64(dstate[1]))
     out = {"q": np.zeros(inp.q.shape), "k": np.zeros(inp.k.shape), "v": np.zeros(inp.v.shape)}
     if inp.has_state:
-        names = ("keys", "values", "log_weights") if inp.score == "exp" else ("kv", "key_sum")
+        names = ("keys", "values", "log_decay") if inp.score == "exp" else ("kv", "key_sum")
         state = inp.cache if inp.score == "exp" else inp.sums
         out |= {f"initial_{name}": np.zeros(x.shape) for name, x in zip(names, state, strict=False)}
         if dstate is not None:  # a row without a valid token hands its state on as it is
@@ -230,6 +232,8 @@ def gradients(dy, dstate, q, k, v, log_decay=None, **options):
         _group_gradients(inp, group, dy, dstate, out, ddecay)
     if log_decay is not None:
         out["log_decay"] = np.where(inp.clamped, 0.0, ddecay)
+    if inp.score == "exp" and inp.has_state and options["initial_state"]["log_decay"] is None:
+        del out["initial_log_decay"]
     return out
 
 
@@ -258,8 +262,9 @@ def _group_gradients(inp, group, dy, dstate, out, ddecay):
         out["q"][b, :n, h] = dq
     if inp.score == "exp" and inp.has_state:
         dprefix += dlog[:, :m].sum(axis=1)
-        out["initial_keys"][b, group.slots, g], out["initial_values"][b, group.slots, g] = dkeys[:m], dvalues[:m]
-        out["initial_log_weights"][b, group.slots, g] = dlog[:, :m].sum(axis=0)
+        out["initial_keys"][b, g, group.slots], out["initial_values"][b, g, group.slots] = dkeys[:m], dvalues[:m]
+        before = np.cumsum(dlog[:, :m].sum(axis=0)) - dlog[:, :m].sum(axis=0)  # a token's decay is that of those before
+        out["initial_log_decay"][b, g, group.slots] = before
     dkeys, dvalues, dlog = dkeys[m:], dvalues[m:], dlog[:, m:]
     if dstate is not None:
         dkv, dkey_sum = dstate[0][at], dstate[1][at]

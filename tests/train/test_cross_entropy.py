@@ -53,14 +53,16 @@ def rows(request, monkeypatch):
 
 
 @pytest.mark.usefixtures("rows")
-@pytest.mark.parametrize(("dtype", "tolerance"), [(np.float64, 1e-14), (np.float32, 1e-6)], ids=["float64", "float32"])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(np.float64, 1e-14), *([(np.float32, 1e-6)] if EXHAUSTIVE else [])], ids=str
+)
 def test_equals_the_plain_one(dtype, tolerance):
-    """One chunk and several, the last of them not full, of the whole batch and of the shares of a mesh."""
+    """Several chunks, the last of them not full, and one, of the shares of a mesh and of the whole batch."""
     with jax.enable_x64(dtype == np.float64):
         arguments = inputs(dtype)
         expected = jax.jit(functools.partial(differentiate, plain))(*arguments)
         assert 0 < expected[1] < expected[2]
-        for chunk_size, shards in ((None, (1, 1)), (7, (1, 1)), (4, (2, 3)), (3, (2, 1)))[: None if EXHAUSTIVE else 3]:
+        for chunk_size, shards in ((4, (2, 3)), (7, (1, 1)), (None, (1, 1)), (3, (2, 1)))[: None if EXHAUSTIVE else 2]:
             function = functools.partial(cross_entropy, chunk_size=chunk_size, shards=shards)
             both = jax.jit(lambda *x, function=function: (function(*x), differentiate(function, *x)))
             alone, differentiated = both(*arguments)
@@ -95,16 +97,19 @@ def test_a_target_that_is_nearly_certain_keeps_its_loss():
 
 @pytest.mark.usefixtures("rows")
 def test_a_hit_is_the_first_of_the_largest_logits():
-    x, kernel = jnp.ones((1, 3, 1)), jnp.array([[0.0, 2.0, 2.0, 1.0]])
-    assert float(cross_entropy(x, kernel, jnp.array([[1, 2, 3]]), jnp.ones((1, 3))).correct) == 1
+    x, kernel = np.ones((1, 3, 1), np.float32), np.array([[0, 2, 2, 1]], np.float32)
+    targets, weights = np.array([[1, 2, 3]]), np.ones((1, 3), np.float32)
+    assert float(jax.jit(lambda *arrays: cross_entropy(*arrays).correct)(x, kernel, targets, weights)) == 1
 
 
 def test_one_pass_over_rows_is_several():
     """Logits of any size, ties and a row of NaN: what is not summed is the same, bit for bit."""
-    logits = jax.random.normal(jax.random.key(0), (3, 7, 300)) * jnp.array([1, 1e3, 1e38])[:, None, None]
-    logits = logits.at[0, 0].set(2.0).at[0, 1, 5:9].set(9.0).at[0, 2].set(-3e38).at[0, 3, 4].set(jnp.nan)
-    targets = jax.random.randint(jax.random.key(1), (3, 7), 0, 300)
-    several, one = jax.jit(module._rows)(logits, targets), jax.jit(module._rows_in_one_pass)(logits, targets)
+    random = np.random.default_rng(0)
+    logits = np.float32(random.normal(size=(3, 7, 300)) * np.array([1, 1e3, 5e37])[:, None, None])
+    logits[0, 0], logits[0, 1, 5:9], logits[0, 2], logits[0, 3, 4] = 2, 9, -3e38, np.nan
+    targets = random.integers(300, size=(3, 7))
+    passes = module._rows, module._rows_in_one_pass
+    several, one = (jax.tree.map(np.asarray, jax.jit(rows)(logits, targets)) for rows in passes)
     assert np.isnan(one.total[0, 3])
     assert np.isnan(several.total[0, 3])
     numbers = np.ones((3, 7), bool)

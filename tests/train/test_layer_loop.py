@@ -49,13 +49,13 @@ def test_fsdp_has_a_loop_unless_asked_for_none():
     assert choose_layer_loop(model_of("2mamba", scan_layers=False), mesh).execution.scan_layers is False
 
 
-PATTERN, LAYERS = ("softmax,2mamba*", 3) if EXHAUSTIVE else ("2mamba", 2)
+PATTERN, LAYERS = ("softmax,2mamba*", 3) if EXHAUSTIVE else ("linear", 2)
 
 
 @pytest.mark.parametrize("remat", ["none", "dots", "full"] if EXHAUSTIVE else ["dots"])
 def test_loss_and_gradients_are_the_loop_s(remat):
     """In float32, to 1e-6 of the largest gradient: one program's sums may be in another order."""
-    tokens = jax.random.randint(jax.random.key(0), (2, 13), 0, 23)
+    tokens = np.random.default_rng(0).integers(23, size=(2, 13))
     batch = {"tokens": tokens, "targets": tokens[:, ::-1], "segment_ids": tokens // 9, "weights": tokens % 3 / 13.0}
     found, params = [], params_of(model_of(PATTERN, LAYERS))
     for scan_layers in (True, False):
@@ -74,7 +74,7 @@ def test_loss_and_gradients_are_the_loop_s(remat):
 def test_the_state_is_the_loop_s():
     """What a checkpoint holds: the same arrays in the same places."""
     optimizer = make_optimizer(lambda _: 0.1, b1=0.9, b2=0.999, eps=1e-7, weight_decay=0.01, clip_norm=None)
-    models = (model_of("softmax,2mamba*", 3, scan_layers=scan_layers) for scan_layers in (True, False))
+    models = (model_of("softmax,linear*", 3, scan_layers=scan_layers) for scan_layers in (True, False))
     (_, loop), (_, others) = (make_init(model, optimizer, make_mesh(MESH)) for model in models)
     assert jax.tree.structure(others) == jax.tree.structure(loop)
     assert jax.tree.leaves(others) == jax.tree.leaves(loop)

@@ -4,7 +4,6 @@ import json
 import sys
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from support.models import model_of, params_of
@@ -20,7 +19,7 @@ PAIRS = [([22], [1, 2, 3]), ([5, 4, 3], [2]), ([5, 4, 3], [7, 7]), ([5, 4, 3], [
 
 @pytest.fixture(scope="module")
 def scorer():
-    model = model_of("2mamba")
+    model = model_of("softmax")
     return Scorer(model, params_of(model), load_tokenizer("ids:23", "22"), rows=2, max_length=16)
 
 
@@ -28,7 +27,7 @@ def scorer():
 def logits_of(scorer):
     """A function from tokens to the log probabilities of what follows each: one padded shape for all."""
     apply = jax.jit(lambda tokens: jax.nn.log_softmax(scorer.model.apply({"params": scorer.params}, tokens)[0]))
-    return lambda tokens: np.asarray(apply(jnp.asarray([[*tokens, *[0] * (32 - len(tokens))]])))[: len(tokens)]
+    return lambda tokens: np.asarray(apply(np.array([[*tokens, *[0] * (32 - len(tokens))]])))[: len(tokens)]
 
 
 @pytest.fixture(scope="module")
@@ -37,8 +36,8 @@ def generated(scorer):
     tokens = np.zeros((3, 9), np.int32)
     for row, context in zip(tokens, CONTEXTS):
         row[: len(context)] = context
-    options = {"lengths": jnp.asarray(list(map(len, CONTEXTS))), "max_new_tokens": 5}
-    return generate(scorer.model, scorer.params, jnp.asarray(tokens), **options).tokens.tolist()
+    options = {"lengths": np.array(list(map(len, CONTEXTS))), "max_new_tokens": 5}
+    return generate(scorer.model, scorer.params, tokens, **options).tokens.tolist()
 
 
 def likelihood(logits_of, context, continuation):

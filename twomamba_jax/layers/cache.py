@@ -38,34 +38,23 @@ class ConvolutionInputs(NamedTuple):
 class MixerCache(NamedTuple):
     """The operation's cache, and the convolution's inputs (None where the mixer has no convolution).
 
+    What new tokens leave behind is one too: of those of the operation, and the convolution's next inputs.
+
     Examples:
       >>> cache = init_cache(config, batch=1, max_length=32)
       >>> cache.layers[0].convolution.v.shape  # both layers' last input of a convolution over two
       (2, 1, 1, 2, 4)
     """
 
-    attention: DecodingCache
+    attention: DecodingCache | NewTokens
     convolution: ConvolutionInputs | None
-
-
-class MixerTokens(NamedTuple):
-    """What new tokens leave behind: those of the operation, and the convolution's next inputs."""
-
-    attention: NewTokens
-    convolution: ConvolutionInputs | None
-
-
-class Rollback(NamedTuple):
-    """How many tokens of each row can be taken back now, and the most that ever can; below 0: too many were."""
-
-    left: Int[Array, "B"]
-    limit: Int[Array, ""]
 
 
 class Cache(NamedTuple):
     """One `MixerCache` a layer run, its arrays with a leading layer axis, and the next token's position.
 
-    `rollback` is None where no token can be taken back.
+    `rollback_left` is how many tokens of each row can be taken back now (below 0: too many were), and `rollback_limit`
+    the most that ever can; both are None where none can.
 
     Examples:
       >>> cache = init_cache(config, batch=1, max_length=32)
@@ -75,7 +64,8 @@ class Cache(NamedTuple):
 
     layers: tuple[MixerCache, ...]
     position: Int[Array, "B"]
-    rollback: Rollback | None
+    rollback_left: Int[Array, "B"] | None = None
+    rollback_limit: Int[Array, ""] | None = None
 
 
 def init_cache(
@@ -132,11 +122,9 @@ def _init_cache(config: ModelConfig, batch: int, max_length: int, options: tuple
         return jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *x.shape)), one)
 
     position, left = jnp.zeros((2, batch), jnp.int32)
-    cache = Cache(
-        tuple(stacked(mixer, count) for mixer, count in config.layer_runs),
-        position,
-        Rollback(left, jnp.int32(options["fold_size"])) if options["rollback"] else None,
-    )
+    cache = Cache(tuple(stacked(mixer, count) for mixer, count in config.layer_runs), position)
+    if options["rollback"]:
+        cache = cache._replace(rollback_left=left, rollback_limit=jnp.int32(options["fold_size"]))
     return _shard(cache, config)
 
 
@@ -161,10 +149,8 @@ def _shard(cache: Cache, config: ModelConfig) -> Cache:
         )
         for layer, (mixer, _) in zip(cache.layers, config.layer_runs)
     )
-    rollback = cache.rollback
-    if rollback is not None:
-        rollback = rollback._replace(left=constrain(rollback.left, "batch"))
-    return Cache(layers, constrain(cache.position, "batch"), rollback)
+    position, left = jax.tree.map(lambda x: constrain(x, "batch"), (cache.position, cache.rollback_left))
+    return Cache(layers, position, left, cache.rollback_limit)
 
 
 def init_mixer_cache(
@@ -215,9 +201,9 @@ def cache_bytes(config: ModelConfig, batch: Integer, max_length: Integer, **opti
     return state_bytes(jax.eval_shape(lambda: init_cache(config, batch, max_length, **options)))
 
 
-def append(mixer: MixerConfig, cache: MixerCache, new: MixerTokens, execution: Execution) -> MixerCache:
-    """The cache with what a mixer's new tokens left behind. An axis may lead, as of layers in a stack."""
-    attention = cached_attention.append(
+def write(mixer: MixerConfig, cache: MixerCache, new: MixerCache, execution: Execution) -> MixerCache:
+    """The cache with what a mixer's new tokens left behind, `new`. An axis may lead, as of layers in a stack."""
+    attention = cached_attention.write(
         cache.attention,
         new.attention,
         score=mixer.score,
@@ -235,11 +221,10 @@ def _partition():
 
 def advance(cache: Cache, layers: tuple[MixerCache, ...], counts) -> Cache:
     """The cache after `counts [B]` more tokens, which left `layers` behind."""
-    rollback = cache.rollback
-    if rollback is not None:
-        left = jnp.minimum(rollback.left + counts, rollback.limit)
-        rollback = rollback._replace(left=jnp.where(rollback.left < 0, rollback.left, left))
-    return Cache(layers, cache.position + counts, rollback)
+    left, limit = cache.rollback_left, cache.rollback_limit
+    if left is not None:
+        left = jnp.where(left < 0, left, jnp.minimum(left + counts, limit))
+    return Cache(layers, cache.position + counts, left, limit)
 
 
 def roll_back(cache: Cache, counts: Integer | Int[AnyArray, "B"]) -> Cache:
@@ -263,16 +248,16 @@ def roll_back(cache: Cache, counts: Integer | Int[AnyArray, "B"]) -> Cache:
       >>> roll_back(cache, 3).position.tolist()
       [1]
     """
-    if cache.rollback is None:
+    if cache.rollback_left is None:
         raise ValueError("this cache cannot be rolled back: make it with init_cache(..., rollback=True)")
     cache = jax.tree.map(jnp.asarray, cache)
     counts = jnp.broadcast_to(jnp.asarray(counts, jnp.int32), cache.position.shape)
-    left = cache.rollback.left - counts
+    left = cache.rollback_left - counts
     wrong = (counts < 0) | (left < 0)
     if not isinstance(wrong, jax.core.Tracer) and np.any(wrong):
         raise ValueError(
-            f"cannot roll back {np.asarray(counts).tolist()} tokens: {np.asarray(cache.rollback.left).tolist()} can be "
-            f"taken back now, and never more than fold_size={int(cache.rollback.limit)}"
+            f"cannot roll back {np.asarray(counts).tolist()} tokens: {np.asarray(cache.rollback_left).tolist()} can be "
+            f"taken back now, and never more than fold_size={int(cache.rollback_limit)}"
         )
 
     def before(inputs):
@@ -288,12 +273,11 @@ def roll_back(cache: Cache, counts: Integer | Int[AnyArray, "B"]) -> Cache:
         )
         for layer in cache.layers
     )
-    rollback = cache.rollback._replace(left=jnp.where(wrong, -1, left))
-    return Cache(layers, cache.position - counts, rollback)
+    return Cache(layers, cache.position - counts, jnp.where(wrong, -1, left), cache.rollback_limit)
 
 
 def poison_rollback(logits, cache: Cache):
     """`logits [B, ...]` with NaN in the rows in which too many tokens were taken back."""
-    if cache.rollback is None:
+    if cache.rollback_left is None:
         return logits
-    return jnp.where((cache.rollback.left < 0).reshape(-1, *[1] * (logits.ndim - 1)), jnp.nan, logits)
+    return jnp.where((cache.rollback_left < 0).reshape(-1, *[1] * (logits.ndim - 1)), jnp.nan, logits)

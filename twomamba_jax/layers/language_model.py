@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from twomamba_jax.config import MixerConfig, ModelConfig
-from twomamba_jax.layers.cache import Cache, advance, append, poison_rollback
+from twomamba_jax.layers.cache import Cache, advance, poison_rollback, write
 from twomamba_jax.layers.cache_stack import attach, detach
 from twomamba_jax.layers.execution import REMATS, Execution
 from twomamba_jax.layers.mixer import Copies, Mixer
@@ -41,7 +41,7 @@ class Block(nn.Module, kw_only=True):
 
     @nn.compact
     def __call__(self, x, cache, layer, stack, segment_ids, lengths, positions):
-        """x [B, T, E] and a `MixerCache` or None; returns the next x, and `MixerTokens` or None.
+        """x [B, T, E] and a `MixerCache` or None; returns the next x, and what `write` takes or None.
 
         Of a cache that `detach` took apart, `stack` is all layers' part and `layer` is the number of this one.
         """
@@ -50,6 +50,7 @@ class Block(nn.Module, kw_only=True):
         trains = cache is None and not self.is_initializing()
         of_norm, of_mlp = (self.execution.elementwise(axis) if trains else Elementwise() for axis in ("embed", "mlp"))
         norm = {"eps": config.norm_eps, "dtype": dtype, "param_dtype": param_dtype, "elementwise": of_norm}
+        cache, layer = attach(cache, stack, layer)
         residual, y, *copies = RMSNorm(name="mixer_norm", **norm)(x, copies=len(Copies._fields) + 1)
         mixed, new = Mixer(
             self.mixer,
@@ -67,9 +68,10 @@ class Block(nn.Module, kw_only=True):
             segment_ids=segment_ids,
             lengths=lengths,
             positions=positions,
-            cache=None if cache is None else attach(cache, stack, layer),
+            cache=cache,
+            layer=layer,
             cache_is_empty=self.cache_is_empty,
-            appends=False,
+            writes=False,
         )
         # Kept in the place of `mixed`, which only this sum needs.
         x = kept(nn.with_logical_constraint(residual + mixed, ("batch", "length", "embed")))
@@ -190,7 +192,7 @@ class LanguageModel(nn.Module):
                 continue
             before, stack = detach(cache.layers[index])
             x, new = layers(x, before, np.arange(count), stack, *rows)
-            caches.append(append(mixer, cache.layers[index], new, execution))
+            caches.append(write(mixer, cache.layers[index], new, execution))
 
         norm = RMSNorm(eps=config.norm_eps, dtype=execution.dtype, param_dtype=execution.param_dtype, name="norm")
         counts = jnp.full(start.shape, tokens.shape[1], jnp.int32) if lengths is None else lengths

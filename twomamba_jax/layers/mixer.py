@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from twomamba_jax.config import MixerConfig
-from twomamba_jax.layers.cache import ConvolutionInputs, MixerCache, MixerTokens, append
+from twomamba_jax.layers.cache import ConvolutionInputs, MixerCache, write
 from twomamba_jax.layers.execution import Execution
 from twomamba_jax.layers.norm import RMSNorm
 from twomamba_jax.layers.partitioning import with_logical_axes
@@ -19,7 +19,7 @@ from twomamba_jax.ops.checks import as_arrays, as_rows
 from twomamba_jax.ops.convolution import causal_convolution
 from twomamba_jax.ops.decay import STRONGEST_LOG_DECAY, discretized_decay, softplus_decay, step_size
 from twomamba_jax.ops.decay_attention import decay_attention
-from twomamba_jax.ops.decoding.cached_attention import cached_attention
+from twomamba_jax.ops.decoding import cached_attention
 from twomamba_jax.ops.joint_convolution import can_convolve, joint_convolution
 from twomamba_jax.ops.layout import repeat_heads
 from twomamba_jax.ops.norm import divide_by_rms
@@ -81,8 +81,9 @@ class Mixer(nn.Module):
         positions: Int[AnyArray, "B T"] | None = None,
         cache: MixerCache | None = None,
         cache_is_empty: bool = False,
-        appends: bool = True,
-    ) -> tuple[Float[Array, "B T E"], MixerCache | MixerTokens | None]:
+        layer: Int[Array, ""] | None = None,
+        writes: bool = True,
+    ) -> tuple[Float[Array, "B T E"], MixerCache | None]:
         """Mixes the tokens of x.
 
         Args:
@@ -94,11 +95,13 @@ class Mixer(nn.Module):
           cache: what the tokens before left behind; None: there were none, and none is returned.
           cache_is_empty: promises that the cache is as `init_mixer_cache` makes it, which lets a prompt be read by any
             form and implementation.
-          appends: False returns what the tokens leave behind instead of the cache with it, for the caller to `append`
-            (`LanguageModel` appends to all its layers together).
+          layer: which layer's it is where `cache.attention` is a stack of those of all layers, which is read where it
+            lies; None: it is this layer's alone. With it, `writes` is False.
+          writes: False returns what the tokens leave behind, a `MixerCache` of `NewTokens`, instead of the cache with
+            it, for the caller to `write` (`LanguageModel` writes to all its layers together).
 
         Returns:
-          y [B, T, E], and the cache after the last token (None without `cache`; `MixerTokens` unless `appends`).
+          y [B, T, E], and the cache after the last token (None without `cache`).
         """
         x, positions = as_arrays(x, positions)
         segment_ids, lengths = as_rows(x.shape, segment_ids, lengths)
@@ -136,10 +139,10 @@ class Mixer(nn.Module):
             y = decay_attention(q, k, v, log_decay, **rows, **self._operation("length"))
         else:
             # A cache is not sharded along its tokens, and the new ones are too few to be.
-            options = self._operation(None) | {"is_empty": cache_is_empty}
-            y, new = cached_attention(q, k, v, log_decay, cache.attention, **rows, **options)
-            new = MixerTokens(new, convolution)
-            cache = append(config, cache, new, self.execution) if appends else new
+            options = self._operation(None) | {"is_empty": cache_is_empty, "layer": layer}
+            y, new = cached_attention.read(q, k, v, log_decay, cache.attention, **rows, **options)
+            new = MixerCache(new, convolution)
+            cache = write(config, cache, new, self.execution) if writes else new
 
         if residual is not None:
             y = y + residual

@@ -33,7 +33,7 @@ def check_call(
     op = make_operation(q.shape[-1], score, normalize, scale, precision)
     segment_ids, lengths = as_rows(q.shape, segment_ids, lengths)
     state = jax.tree.map(jnp.asarray, state)
-    check_state(op, q, k, v, state, lengths)
+    check_state(op, q, k, v, log_decay, state, lengths)
     return Call(op, q, k, v, log_decay, segment_ids, lengths, state)
 
 
@@ -92,25 +92,35 @@ def as_rows(shape: tuple[int, ...], segment_ids, lengths, shortest: int = 0):
     return segment_ids, None if lengths is None else lengths.astype(jnp.int32)
 
 
-def check_state(op: Operation, q, k, v, state, lengths) -> None:
+def check_state(op: Operation, q, k, v, log_decay, state, lengths) -> None:
     """The state is of the score's kind, has the right shapes, and room for the new tokens where that is known."""
     if state is None:
         return
     kind = FiniteState if op.finite else KeyValueCache
     if not isinstance(state, kind):
         raise ValueError(f"score={op.score!r} continues a {kind.__name__}, got {type(state).__name__}")
-    capacity = None if op.finite else state.keys.shape[1]
-    expected = jax.eval_shape(
-        lambda: init_state(op.score, q.shape[0], k.shape[2], k.shape[3], v.shape[3], capacity=capacity)
-    )
+    if not op.finite and (state.start.ndim > 1 or state.keys.shape[1] != k.shape[2] == state.keys.shape[2]):
+        raise ValueError(
+            f"the key/value cache must be heads first, [B, G, S, .], got keys of shape {state.keys.shape}: if it is of "
+            "an earlier version, tokens first and with log_weights, read its prompt again"
+        )
+    options = {} if op.finite else {"capacity": state.keys.shape[2], "decay": state.log_decay is not None}
+    expected = jax.eval_shape(lambda: init_state(op.score, q.shape[0], k.shape[2], k.shape[3], v.shape[3], **options))
     for name, want, got in zip(kind._fields, expected, state):
-        if got.shape != want.shape:
+        if want is not None and got.shape != want.shape:
             raise ValueError(f"the state's {name} must have shape {want.shape} for these q, k and v, got {got.shape}")
-    if not op.finite and known(state.length, lengths):
+    if op.finite:
+        return
+    if state.log_decay is None and log_decay is not None:
+        raise ValueError(
+            "the key/value cache was made with decay=False, and log_decay is given: make it with init_state(..., "
+            "decay=True), or a model's with init_cache of its config"
+        )
+    if known(state.length, lengths):
         counts = q.shape[1] if lengths is None else np.asarray(lengths)
         longest = int(np.max(np.asarray(state.length) + counts, initial=0))
-        if longest > capacity:
+        if longest > options["capacity"]:
             raise ValueError(
-                f"the key/value cache holds {capacity} tokens and would need {longest}: make it larger with "
+                f"the key/value cache holds {options['capacity']} tokens and would need {longest}: make it larger with "
                 "init_state(..., capacity=...)"
             )

@@ -131,9 +131,9 @@ def decay_attention(
       lengths: [B] integers, the tokens that count in each (right-padded) row. Outputs at padding are 0, and padding,
         which may hold anything, enters no state and no gradient.
       initial_state: the state of the tokens before, as returned by an earlier call or by `init_state`. It continues
-        into the segment of token 0.
+        into the segment of token 0. A key/value cache without log decays takes no tokens with a decay.
       return_final_state: whether to return the state after the last token too: that of the last segment. For `exp`
-        without an initial state it is a cache of capacity T.
+        without an initial state it is a cache of capacity T, without log decays where `log_decay` is None.
       form: `parallel` is quadratic in T. `chunked` is linear in T (for `exp`: quadratic in time, linear in memory).
         `recurrent` holds T states, for small T and K; `exp` has none. None chooses by T, K, V and score.
       chunk_size: tokens per chunk, of the chunked form, which it asks for where `form` is None; None chooses.
@@ -278,5 +278,6 @@ def _state_after(op, k, v, log_decay, segment_ids, counts, state):
     if op.finite:
         return final_state(op, k, v, log_decay, segment, state)
     if state is None:
-        state = init_state("exp", k.shape[0], k.shape[1], k.shape[3], v.shape[3], capacity=k.shape[2], dtype=k.dtype)
-    return key_values.append(k, v, log_decay, segment, counts, state)
+        options = {"capacity": k.shape[2], "decay": log_decay is not None, "dtype": k.dtype}
+        state = init_state("exp", k.shape[0], k.shape[1], k.shape[3], v.shape[3], **options)
+    return key_values.write(k, v, log_decay, key_values.segment_start(segment, state), counts, state)

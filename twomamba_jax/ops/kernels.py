@@ -16,7 +16,7 @@ from pallas_kernels.chunked import attention as chunked
 from pallas_kernels.chunked.stages import Stages
 from pallas_kernels.quadratic import attention as quadratic
 from twomamba_jax.ops.decoding import recurrent_cache
-from twomamba_jax.ops.decoding.recurrent_cache import LayerCache, RecurrentCache
+from twomamba_jax.ops.decoding.recurrent_cache import RecurrentCache, take_layer
 from twomamba_jax.ops.forms.stages import not_negative
 from twomamba_jax.ops.numerics import divide
 from twomamba_jax.ops.operation import Operation
@@ -127,14 +127,18 @@ class Kernels:
             return f"it attends to a cache for one token at a time, and these are {q.shape[1]}"
         return self.step.unsupported(q, state.kv, q.shape[2] // k.shape[2])
 
-    def attend_in_cache(self, op: Operation, q, k, v, log_decay, cache: RecurrentCache | LayerCache, partition):
-        """`recurrent_cache.attend` for one token; sharded over the batch and heads of `partition`.
+    def read_cache(self, op: Operation, q, k, v, log_decay, cache: RecurrentCache, layer, partition):
+        """`recurrent_cache.read` for one token; sharded over the batch and heads of `partition`.
 
-        New keys and values are rounded to the cache's dtype before they are attended to.
+        `layer` is as in `cached_attention.read`. New keys and values are rounded to the cache's dtype before they are
+        attended to.
         """
-        cache = _in_stack(cache)
-        spec, stack = self.step.DecodeStep(op.score, op.normalize, op.query_scale), cache.stack
-        decays = recurrent_cache.waiting_decays(log_decay, cache.take(), self.step.padded(stack.keys.shape[3]))
+        stack = cache
+        if layer is None:
+            stack, layer = jax.tree.map(lambda x: x[None], cache._replace(previous=None)), jnp.int32(0)
+        spec = self.step.DecodeStep(op.score, op.normalize, op.query_scale)
+        size = self.step.padded(stack.keys.shape[3])
+        decays = recurrent_cache.waiting_decays(log_decay, take_layer(stack, layer), size)
         key, value = k[:, :, 0].astype(stack.keys.dtype), v[:, :, 0].astype(stack.values.dtype)
         of_layers = *stack.state, stack.keys, stack.values, stack.folded, stack.length
 
@@ -147,7 +151,7 @@ class Kernels:
             denominator = not_negative(through_state) + of_ring
             return divide(numerator[..., None], denominator, op.denominator_floor)[:, :, :, None, :, 0]
 
-        return _sharded(attend, partition, cache.layer, of_layers, (q[:, :, :, 0], key, value, decays))
+        return _sharded(attend, partition, layer, of_layers, (q[:, :, :, 0], key, value, decays))
 
     def unsupported_fold(self, kv, keys, values, size: int) -> str | None:
         """Why the kernel cannot fold `size` tokens of these rings into these states, or None if it can."""
@@ -156,13 +160,6 @@ class Kernels:
     def fold(self, op: Operation, *arguments):
         """(state, previous) of a stack of layers after the tokens; arguments as in `pallas_kernels.decoding.fold`."""
         return self.folding.fold(op.score, *arguments)
-
-
-def _in_stack(cache: RecurrentCache | LayerCache) -> LayerCache:
-    """A cache alone as a stack of one."""
-    if isinstance(cache, LayerCache):
-        return cache
-    return LayerCache(jax.tree.map(lambda x: x[None], cache._replace(previous=None)), jnp.int32(0))
 
 
 def _sharded(call: Callable, partition: PartitionSpec | None, layer, of_layers, of_token):

@@ -8,7 +8,7 @@ from jax.sharding import PartitionSpec
 
 from twomamba_jax.ops.segments import number_segments
 from twomamba_jax.ops.sequence import SequenceAxis
-from twomamba_jax.ops.state import FiniteState, KeyValueCache, State
+from twomamba_jax.ops.state import State
 
 
 def sequence_axis(partition: PartitionSpec | None) -> SequenceAxis | None:
@@ -52,11 +52,7 @@ def shard_call(call: Callable, partition: PartitionSpec | None, q, k, v, log_dec
     check_multiple(q.shape[2], "query heads", heads)
     check_multiple(k.shape[2], "key/value heads", heads)
     array, of_state = PartitionSpec(batch, tokens, heads), PartitionSpec(batch, heads)
-    if isinstance(state, KeyValueCache):
-        slots = PartitionSpec(batch, None, heads)
-        of_initial = KeyValueCache(slots, slots, slots, PartitionSpec(batch))
-    else:
-        of_initial = None if state is None else FiniteState(of_state, of_state)
+    of_initial = jax.tree.map(lambda x: PartitionSpec(*(batch, heads)[: x.ndim]), state)
     of_decay = None if log_decay is None else array
     of_ids = None if segment_ids is None else PartitionSpec(batch, tokens)
     in_specs = (array, array, array, of_decay, of_ids, of_initial)

@@ -31,20 +31,22 @@ class FiniteState(NamedTuple):
 
 
 class KeyValueCache(NamedTuple):
-    """What `exp` remembers: every key and value, and how far each has decayed by now.
+    """What `exp` remembers: the key, the value and the log decay of every token, token t in slot t.
 
-    `log_weights` is A_now - A_j, and -inf for slots that are empty or belong to an earlier segment. `length` counts the
-    slots written; the next token goes to slot `length`.
+    Tokens `start`, ..., `length` - 1 are in the segment that goes on; the next one goes to slot `length`. Decays are as
+    they came, and summed from the end when they are needed: a token writes its own slot alone, and taking back tokens
+    is taking back the length. `log_decay` is None where no token has a decay.
 
     Examples:
       >>> state = init_state("exp", batch=1, num_kv_heads=2, head_dim=4, value_dim=4, capacity=32)
-      >>> state.keys.shape, state.length.tolist()
-      ((1, 32, 2, 4), [0])
+      >>> state.keys.shape, state.log_decay.shape, state.length.tolist()
+      ((1, 2, 32, 4), (1, 2, 32), [0])
     """
 
-    keys: Float[Array, "B S G K"]
-    values: Float[Array, "B S G V"]
-    log_weights: Float[Array, "B S G"]
+    keys: Float[Array, "B G S K"]
+    values: Float[Array, "B G S V"]
+    log_decay: Float[Array, "B G S"] | None
+    start: Int[Array, "B"]
     length: Int[Array, "B"]
 
 
@@ -59,6 +61,7 @@ def init_state(
     value_dim: int,
     *,
     capacity: int | None = None,
+    decay: bool = True,
     dtype=jnp.float32,
 ) -> State:
     """The empty state of a score.
@@ -70,7 +73,9 @@ def init_state(
       head_dim: K.
       value_dim: V.
       capacity: S, the tokens that a key/value cache can hold; needed by `exp`, refused by the others.
-      dtype: of the cached keys and values; a finite state and the log weights are float32, or wider if `dtype` is.
+      decay: whether a key/value cache keeps log decays; one without takes tokens without a decay only. A finite state
+        does not ask.
+      dtype: of the cached keys and values; a finite state and the log decays are float32, or wider if `dtype` is.
 
     Raises:
       ValueError: an unknown score; `capacity` missing, below 1, or given for a finite score.
@@ -88,11 +93,14 @@ def init_state(
         return FiniteState(jnp.zeros((*shape, value_dim), wide), jnp.zeros(shape, wide))
     if capacity is None or capacity < 1:
         raise ValueError(f"score={score!r} keeps a key/value cache: capacity must be at least 1, got {capacity}")
+    slots = batch, num_kv_heads, capacity
+    start, length = jnp.zeros((2, batch), jnp.int32)
     return KeyValueCache(
-        keys=jnp.zeros((batch, capacity, num_kv_heads, head_dim), dtype),
-        values=jnp.zeros((batch, capacity, num_kv_heads, value_dim), dtype),
-        log_weights=jnp.full((batch, capacity, num_kv_heads), -jnp.inf, wide),
-        length=jnp.zeros((batch,), jnp.int32),
+        keys=jnp.zeros((*slots, head_dim), dtype),
+        values=jnp.zeros((*slots, value_dim), dtype),
+        log_decay=jnp.zeros(slots, wide) if decay else None,
+        start=start,
+        length=length,
     )
 
 

@@ -63,5 +63,5 @@ def program(name: str, score: str, head_dim: int, tiles: Tiles, decay: bool, seg
         "constexprs": {x: value for x, value in constants.items() if x in kernel.arg_names}
         | {x: None for x in pointers if not present.get(x, True)},
         "num_warps": tiles.warps,
-        "num_stages": tiles.stages,
+        "num_stages": tiles.num_stages,
     }

@@ -6,8 +6,8 @@ Each compiles without spills for every GPU that takes it (`pallas_kernels.triton
 SCORES = ("linear", "squared", "exp")
 
 
-def _tiles(own: int, streamed: int, warps: int, stages: int) -> dict[str, int]:
-    return {"own": own, "streamed": streamed, "warps": warps, "stages": stages}
+def _tiles(own: int, streamed: int, warps: int, num_stages: int) -> dict[str, int]:
+    return {"own": own, "streamed": streamed, "warps": warps, "num_stages": num_stages}
 
 
 _ANY_SCORE = {

@@ -17,21 +17,21 @@ class Tiles:
       own: rows of the tile that a program owns (queries; in the keys' kernel, keys).
       streamed: rows of the tiles that pass by (keys; in the keys' kernel, queries); divides `own`.
       warps: of a program.
-      stages: streamed tiles that are in flight or in use at a time.
+      num_stages: streamed tiles that are in flight or in use at a time.
     """
 
     own: int
     streamed: int
     warps: int
-    stages: int
+    num_stages: int
 
     def __post_init__(self):
         if self.streamed < 16 or self.own % self.streamed or any(x & (x - 1) for x in (self.own, self.streamed)):
             raise ValueError(f"{self.own=} and {self.streamed=} must be powers of two from 16, the latter no larger")
         if self.warps not in (4, 8):
             raise ValueError(f"{self.warps=} must be 4 or 8")
-        if self.stages < 1:
-            raise ValueError(f"{self.stages=} must be at least 1")
+        if self.num_stages < 1:
+            raise ValueError(f"{self.num_stages=} must be at least 1")
 
     def constants(self, problem: Problem) -> dict[str, Any]:
         """What is compiled into a kernel, as its keywords; and the launch options."""
@@ -48,7 +48,7 @@ class Tiles:
             "OWN": self.own,
             "STREAMED": self.streamed,
             "num_warps": self.warps,
-            "num_stages": self.stages,
+            "num_stages": self.num_stages,
         }
 
 

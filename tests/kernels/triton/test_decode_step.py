@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support.exhaustive import EXHAUSTIVE
 from support.step_cases import CASES, check, normal
 from support.triton import COMPILED  # before triton
 
@@ -22,7 +23,7 @@ def large_tiles(monkeypatch):
 
 
 @pytest.mark.usefixtures("large_tiles")
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", CASES if EXHAUSTIVE else [CASES[1], CASES[3], CASES[4]], ids=str)
 def test_equals_the_definition(case):
     check(kernel.decode_step, *case)
 

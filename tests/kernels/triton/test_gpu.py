@@ -155,7 +155,7 @@ def test_inside_of_transformations(code):
     mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,))
     with jax.set_mesh(mesh):
         spec = PartitionSpec("data")
-        spread = jax.shard_map(attend, in_specs=(spec,) * 5, out_specs=spec)
+        sharded = jax.shard_map(attend, in_specs=(spec,) * 5, out_specs=spec)
         np.testing.assert_array_equal(
-            jax.jit(spread)(q, k, v, log_decay, ids), jax.jit(attend)(q, k, v, log_decay, ids)
+            jax.jit(sharded)(q, k, v, log_decay, ids), jax.jit(attend)(q, k, v, log_decay, ids)
         )

@@ -145,7 +145,7 @@ def test_forks_of_a_prompt_go_on_alone(loaded):
     assert unlike(logits[:, 0], np.asarray(jax.jit(model.apply)({"params": params}, whole))[:, -1]) < 1e-5
 
 
-@exhaustive("test_importing.py, which generates from the authors' checkpoint")
+@exhaustive("the logits above, and tests/train/test_generate.py, which continues a run like this")
 def test_generate_continues_it(imported, loaded, capsys):
     """Greedily, each token is the likeliest; the prompt follows config.json's bos."""
     capsys.readouterr()

@@ -13,22 +13,21 @@ from twomamba_jax.ops import dispatch
 from twomamba_jax.ops.checks import Call, check_call
 from twomamba_jax.ops.decay import clamp_log_decay
 from twomamba_jax.ops.decay_attention import attend
-from twomamba_jax.ops.decoding import attention_cache, recurrent_cache
-from twomamba_jax.ops.decoding.attention_cache import AttentionCache
+from twomamba_jax.ops.decoding import key_value_cache, recurrent_cache
 from twomamba_jax.ops.decoding.new_tokens import NewTokens
-from twomamba_jax.ops.decoding.recurrent_cache import SEGMENT_EDGE, LayerCache, RecurrentCache
+from twomamba_jax.ops.decoding.recurrent_cache import SEGMENT_EDGE, RecurrentCache, take_layer
 from twomamba_jax.ops.dispatch import Form, Implementation
-from twomamba_jax.ops.forms.key_values import poison_overflow
+from twomamba_jax.ops.forms.key_values import poison_overflow, segment_start
 from twomamba_jax.ops.integers import checked_integer
 from twomamba_jax.ops.layout import grouped_queries, heads_first, tokens_first
 from twomamba_jax.ops.numerics import Precision, accumulation_dtype
 from twomamba_jax.ops.operation import make_operation
 from twomamba_jax.ops.score import Score, score_spec
 from twomamba_jax.ops.segments import extend_last_segment, number_segments, valid_tokens
-from twomamba_jax.ops.state import init_state
-from twomamba_jax.shapes import Keys, Lengths, LogDecay, Outputs, Queries, SegmentIds, Values
+from twomamba_jax.ops.state import KeyValueCache, init_state
+from twomamba_jax.shapes import Array, Int, Keys, Lengths, LogDecay, Outputs, Queries, SegmentIds, Values
 
-DecodingCache = RecurrentCache | AttentionCache
+DecodingCache = RecurrentCache | KeyValueCache
 
 # Tokens folded into a finite state at a time. At 16 the state is written for a sixteenth of what it is read, and what
 # waits is 1.5 % of it (squared scores, head dim 64).
@@ -52,12 +51,12 @@ def init_decoding_cache(
     """The empty cache of a score.
 
     Args:
-      score: `linear` or `squared` give a `RecurrentCache`, `exp` an `AttentionCache`.
+      score: `linear` or `squared` give a `RecurrentCache`, `exp` a `KeyValueCache`.
       batch: B.
       num_kv_heads: G.
       head_dim: K.
       value_dim: V.
-      capacity: S, the tokens that an `AttentionCache` can hold; needed by `exp`, refused by the others.
+      capacity: S, the tokens that a `KeyValueCache` can hold; needed by `exp`, refused by the others.
       fold_size: r, the tokens that a finite state takes in at a time.
       rollback: whether `roll_back` will be called: a finite score then keeps a second state.
       decay: whether there is a decay. A finite score does not ask.
@@ -69,11 +68,11 @@ def init_decoding_cache(
     """
     fold_size = checked_integer("fold_size", fold_size)
     wide = accumulation_dtype(dtype)
-    state = init_state(score, batch, num_kv_heads, head_dim, value_dim, capacity=capacity, dtype=dtype)
-    start, length = jnp.zeros((2, batch), jnp.int32)
+    options = {"capacity": capacity, "decay": decay, "dtype": dtype}
+    state = init_state(score, batch, num_kv_heads, head_dim, value_dim, **options)
     if not score_spec(score).finite:
-        keys, values = (jnp.moveaxis(x, 1, 2) for x in (state.keys, state.values))
-        return AttentionCache(keys, values, jnp.zeros(keys.shape[:3], wide) if decay else None, start, length)
+        return state
+    folded, length = jnp.zeros((2, batch), jnp.int32)
     state = state._replace(kv=state.kv.astype(state_dtype if wide == jnp.float32 else wide))
     shape = (batch, num_kv_heads, 2 * fold_size)
     return RecurrentCache(
@@ -82,17 +81,17 @@ def init_decoding_cache(
         keys=jnp.zeros((*shape, head_dim), dtype),
         values=jnp.zeros((*shape, value_dim), dtype),
         log_decay=jnp.zeros(shape, wide),
-        folded=start,
+        folded=folded,
         length=length,
     )
 
 
-def cached_attention(
+def read(
     q: Queries,
     k: Keys,
     v: Values,
     log_decay: LogDecay | None,
-    cache: DecodingCache | LayerCache,
+    cache: DecodingCache,
     *,
     score: Score,
     normalize: bool,
@@ -100,6 +99,7 @@ def cached_attention(
     segment_ids: SegmentIds | None = None,
     lengths: Lengths | None = None,
     is_empty: bool = False,
+    layer: Int[Array, ""] | None = None,
     form: Form | None = None,
     chunk_size: int | None = None,
     implementation: Implementation | None = None,
@@ -110,30 +110,32 @@ def cached_attention(
 
     A finite score attends to up to r new tokens directly; one token does it all in a kernel, where there is one, which
     has no derivative. More than r go through the form and implementation that are named, or chosen. The cache is only
-    read: `append` makes the next one.
+    read: `write` makes the next one.
 
     Args:
       q: [B, T, H, K].
       k: [B, T, G, K].
       v: [B, T, G, V].
       log_decay: [B, T, G], or None.
-      cache: from `init_decoding_cache` or `append`; a finite score's may lie in a stack of layers.
+      cache: from `init_decoding_cache` or `write`.
       score: as the cache's.
       normalize: as in `decay_attention`, like all that is not named here.
       is_empty: promises that the cache is empty, so that forms without an initial state can be used.
+      layer: which layer's cache it is where `cache` is a stack of those of all layers. A kernel reads it where it lies;
+        a slice would be a copy.
 
     Returns:
-      y [B, T, H, V] in q's dtype, and what `append` takes.
+      y [B, T, H, V] in q's dtype, and what `write` takes.
 
     Raises:
-      ValueError: as `decay_attention` does; a cache of another score. A full `AttentionCache` raises outside `jax.jit`,
+      ValueError: as `decay_attention` does; a cache of another score. A full `KeyValueCache` raises outside `jax.jit`,
         and gives NaN inside.
     """
-    kind = RecurrentCache if score_spec(score).finite else AttentionCache
-    alone = cache.take() if isinstance(cache, LayerCache) else cache
-    if not isinstance(alone, kind):
-        raise ValueError(f"score={score!r} continues a {kind.__name__}, got {type(alone).__name__}")
-    state = attention_cache.as_state(alone) if kind is AttentionCache else None
+    kind = RecurrentCache if score_spec(score).finite else KeyValueCache
+    if not isinstance(cache, kind):
+        raise ValueError(f"score={score!r} continues a {kind.__name__}, got {type(cache).__name__}")
+    alone = cache if layer is None else take_layer(cache, layer)
+    state = alone if kind is KeyValueCache else None
     options = {"score": score, "normalize": normalize, "scale": scale, "precision": precision}
     call = check_call(q, k, v, log_decay, segment_ids=segment_ids, lengths=lengths, state=state, **options)
     batch, size = q.shape[:2]
@@ -143,7 +145,7 @@ def cached_attention(
     options = {"form": form, "chunk_size": chunk_size, "implementation": implementation, "partition": partition}
     whole = functools.partial(attend, **options)
     if kind is RecurrentCache:
-        few = functools.partial(recurrent_cache.attend, call.op, cache=alone)
+        few = functools.partial(recurrent_cache.read, call.op, cache=alone)
         if size <= alone.fold_size:
 
             def ask(kernels):
@@ -151,17 +153,17 @@ def cached_attention(
 
             chosen = dispatch.choose_implementation(implementation, "cached", ask)
             if chosen != "xla":
-                in_kernel = dispatch.load(chosen).attend_in_cache
-                few = functools.partial(in_kernel, call.op, cache=cache, partition=partition)
+                in_kernel = dispatch.load(chosen).read_cache
+                few = functools.partial(in_kernel, call.op, cache=cache, layer=layer, partition=partition)
         y, new = _attend_finite(call, whole, few, segment, counts, alone, is_empty)
     else:
-        y, new = _attend_exponential(call, whole, segment, counts, alone, is_empty)
+        y, new = _attend_exponential(call, whole, segment, counts, is_empty)
     if lengths is not None:
         y = jnp.where(valid_tokens(counts, size)[..., None, None], y, 0)
     return y, new
 
 
-def append(
+def write(
     cache: DecodingCache,
     new: NewTokens,
     *,
@@ -170,13 +172,13 @@ def append(
     precision: Precision = None,
     partition: PartitionSpec | None = None,
 ) -> DecodingCache:
-    """The cache with what `cached_attention` returned; in a finite score's, r tokens that have waited are folded.
+    """The cache with what `read` returned; in a finite score's, r tokens that have waited are folded.
 
     An axis may lead, as of layers in a stack. No reverse derivative, since how often it folds depends on the lengths;
     of the kernel none at all.
 
     Args:
-      cache: what `cached_attention` read.
+      cache: what `read` read.
       new: what it returned.
       score: as the cache's.
       implementation: `xla` folds with XLA, any other with a kernel where there is one for it, in float32 whatever the
@@ -188,8 +190,8 @@ def append(
       ValueError: an unknown implementation.
     """
     dispatch.check_name(implementation)
-    if isinstance(cache, AttentionCache):
-        return attention_cache.append(new, cache, partition)
+    if isinstance(cache, KeyValueCache):
+        return key_value_cache.write(new, cache, partition)
     op = make_operation(cache.keys.shape[-1], score, True, None, precision)
     arrays = cache.state.kv, cache.keys, cache.values
     kernels, fold = implementation or dispatch.kernels_of_device(), None
@@ -200,18 +202,18 @@ def append(
 
         if dispatch.refusal(kernels, ask) is None:
             fold = functools.partial(dispatch.load(kernels).fold, op)
-    return recurrent_cache.append(op, new, cache, partition, fold)
+    return recurrent_cache.write(op, new, cache, partition, fold)
 
 
 def roll_back(cache: DecodingCache, counts, partition: PartitionSpec | None = None) -> DecodingCache:
     """The cache without its last `counts [B]` tokens: a finite score's last r at most, and only with `rollback`.
 
     What follows has the bits that it would have had if those tokens had never been there, whatever they held. An axis
-    may lead, as of layers in a stack; `partition` is as in `append`. Numbers are not checked; the start of a packed
+    may lead, as of layers in a stack; `partition` is as in `write`. Numbers are not checked; the start of a packed
     prompt's last document is as far back as this can go.
     """
-    if isinstance(cache, AttentionCache):
-        return attention_cache.roll_back(counts, cache, partition)
+    if isinstance(cache, KeyValueCache):
+        return key_value_cache.roll_back(counts, cache, partition)
     if cache.previous is None:
         raise ValueError("this cache keeps one state only and cannot be rolled back: make it with rollback=True")
     return recurrent_cache.roll_back(counts, cache)
@@ -240,20 +242,14 @@ def _attend_finite(call: Call, whole, few, segment, counts, cache: RecurrentCach
             y, state = whole(part, return_final_state=True)
             return grouped_queries(y, k.shape[2]), state
 
-        y, new = recurrent_cache.prefill(op, attend_all, *arrays, counts, cache)
+        y, new = recurrent_cache.read_many(op, attend_all, *arrays, counts, cache)
     return tokens_first(y).astype(q.dtype), new
 
 
-def _attend_exponential(call: Call, whole, segment, counts, cache: AttentionCache, is_empty: bool):
-    """y and the new tokens; `whole(call)` attends to them and to a state."""
-    _, q, k, v, log_decay, *_ = call
-    if (cache.log_decay is None) != (log_decay is None):
-        raise ValueError(
-            f"the cache is of a mixer {'without' if cache.log_decay is None else 'with'} a decay, and log_decay is "
-            f"{'None' if log_decay is None else 'given'}"
-        )
-    part = call._replace(lengths=counts, state=None if is_empty else call.state)
-    y = poison_overflow(whole(part, return_final_state=False)[0], call.state, counts)
+def _attend_exponential(call: Call, whole, segment, counts, is_empty: bool):
+    """y and the new tokens; `whole(call)` attends to them and to the cache."""
+    _, q, k, v, log_decay, *_, cache = call
+    part = call._replace(lengths=counts, state=None if is_empty else cache)
+    y = poison_overflow(whole(part, return_final_state=False)[0], cache, counts)
     _, *arrays = heads_first(q, k, v, clamp_log_decay(log_decay, q.dtype))
-    start = attention_cache.segment_start(segment, cache)
-    return y, NewTokens(*arrays, jnp.zeros_like(counts), counts, start=start)
+    return y, NewTokens(*arrays, jnp.zeros_like(counts), counts, start=segment_start(segment, cache))

@@ -6,8 +6,6 @@ what goes in and out of such a loop is copied at every step.
 
 from typing import NamedTuple
 
-import jax.numpy as jnp
-
 from twomamba_jax.ops.state import FiniteState
 from twomamba_jax.shapes import Array, Float, Int
 
@@ -15,8 +13,8 @@ from twomamba_jax.shapes import Array, Float, Int
 class NewTokens(NamedTuple):
     """Tokens `skipped`, ..., `skipped` + `counts` - 1 of a call; what comes after them in the arrays is padding.
 
-    `state` and `folded` replace those of a `RecurrentCache` (None: they stay); `start` replaces that of an
-    `AttentionCache`.
+    `state` and `folded` replace those of a `RecurrentCache` (None: they stay); `start` replaces that of a
+    `KeyValueCache`.
     """
 
     keys: Float[Array, "B G N K"]
@@ -27,13 +25,3 @@ class NewTokens(NamedTuple):
     state: FiniteState | None = None
     folded: Int[Array, "B"] | None = None
     start: Int[Array, "B"] | None = None
-
-
-def write(stack, tokens, slots):
-    """`stack [L, B, G, S, ...]` with `tokens [L, B, G, N, ...]` in its `slots [L, B, N]`, in place.
-
-    What has no slot, which is slot S, is dropped.
-    """
-    # All axes before the slots' are indexed too: XLA would otherwise put the slots' first, in a copy.
-    *leading, _ = jnp.indices((*tokens.shape[:3], 1), sparse=True)
-    return stack.at[*leading, slots[:, :, None]].set(tokens.astype(stack.dtype), mode="drop")

@@ -14,11 +14,12 @@ from jax.sharding import PartitionSpec
 
 from twomamba_jax.ops import recurrence
 from twomamba_jax.ops.decay import suffix_log_decay
-from twomamba_jax.ops.decoding.new_tokens import NewTokens, write
+from twomamba_jax.ops.decoding.new_tokens import NewTokens
 from twomamba_jax.ops.forms import stages
 from twomamba_jax.ops.forms.parallel import parallel
 from twomamba_jax.ops.operation import Operation
 from twomamba_jax.ops.sharding import shard_stack
+from twomamba_jax.ops.slots import put_tokens
 from twomamba_jax.ops.state import FiniteState
 from twomamba_jax.shapes import Array, Float, Int
 
@@ -47,18 +48,12 @@ class RecurrentCache(NamedTuple):
         return self.keys.shape[-2] // 2
 
 
-class LayerCache(NamedTuple):
-    """The cache of one layer, in a stack of all layers that is read where it lies: a slice would be a copy."""
-
-    stack: RecurrentCache  # leading axis L
-    layer: Int[Array, ""]
-
-    def take(self) -> RecurrentCache:
-        """The layer's cache alone."""
-        return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, self.layer, keepdims=False), self.stack)
+def take_layer(stack: RecurrentCache, layer) -> RecurrentCache:
+    """The cache of one layer in a stack of those of all layers, which lead."""
+    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, layer, keepdims=False), stack)
 
 
-def attend(op: Operation, q, k, v, log_decay, cache: RecurrentCache):
+def read(op: Operation, q, k, v, log_decay, cache: RecurrentCache):
     """T <= r new tokens: to the state, to the ring, and to each other; heads-first arrays as in `stages`.
 
     Returns:
@@ -87,7 +82,7 @@ def waiting_decays(log_decay, cache: RecurrentCache, size: int):
     return jnp.where(waits[:, None], jnp.where((position == newest)[:, None], log_decay, ring), 0)
 
 
-def prefill(op: Operation, attend_all, q, k, v, log_decay, counts, cache: RecurrentCache):
+def read_many(op: Operation, attend_all, q, k, v, log_decay, counts, cache: RecurrentCache):
     """More than r new tokens, of which `counts [B]` count in each row; heads-first arrays as in `stages`.
 
     All but the last r to 2r - 1 tokens go through `attend_all(lengths, state) -> (y, state)`, the whole-sequence form;
@@ -118,7 +113,7 @@ def prefill(op: Operation, attend_all, q, k, v, log_decay, counts, cache: Recurr
     return y, NewTokens(keys, values, decays, lengths, counted.sum(1), state, target)
 
 
-def append(
+def write(
     op: Operation, new: NewTokens, cache: RecurrentCache, partition: PartitionSpec | None, fold: Callable | None = None
 ) -> RecurrentCache:
     """The cache with the new tokens in its ring, and the oldest r folded in the rows in which that many wait.
@@ -126,7 +121,7 @@ def append(
     An axis may lead, as of layers in a stack. `partition` is as in `decay_attention`, `fold` as in `_fold`.
     """
     if cache.length.ndim == 1:
-        stack = append(op, *jax.tree.map(lambda x: x[None], (new, cache)), partition, fold)
+        stack = write(op, *jax.tree.map(lambda x: x[None], (new, cache)), partition, fold)
         return jax.tree.map(lambda x: x[0], stack)
     # XLA, left to itself, gives every device the new tokens of all.
     return shard_stack(lambda new, cache: _fold(op, fold, _extend(new, cache)), partition, new, cache)
@@ -138,9 +133,9 @@ def _extend(new: NewTokens, stack: RecurrentCache) -> RecurrentCache:
     slots = jnp.where(index < new.counts[..., None], (first[..., None] + index) % capacity, capacity)
     return stack._replace(
         state=stack.state if new.state is None else new.state,
-        keys=write(stack.keys, new.keys, slots),
-        values=write(stack.values, new.values, slots),
-        log_decay=write(stack.log_decay, new.log_decay, slots),
+        keys=put_tokens(stack.keys, new.keys, slots),
+        values=put_tokens(stack.values, new.values, slots),
+        log_decay=put_tokens(stack.log_decay, new.log_decay, slots),
         folded=stack.folded if new.folded is None else new.folded,
         length=first + new.counts,
     )

@@ -99,7 +99,7 @@ def blockwise(
         if state is not None:
             visible = None if segment is None else own.segment == 0
             logits = key_values.logits(op, q, prefix + passed[..., None], visible, state)
-            partial = _absorb(op, partial, logits, key_values.values(state))
+            partial = _absorb(op, partial, logits, state.values)
         return partial.sums.outputs(op)
 
     y = jax.lax.map(output, (queries, indices))

@@ -1,11 +1,21 @@
-"""The key/value cache of the exponential score: attending to it and appending to it."""
+"""The key/value cache of the exponential score: attending to it and writing to it."""
 
 import jax.numpy as jnp
 
 from twomamba_jax.ops.decay import suffix_log_decay
-from twomamba_jax.ops.numerics import contract
+from twomamba_jax.ops.numerics import accumulation_dtype, contract
 from twomamba_jax.ops.operation import Operation
+from twomamba_jax.ops.slots import put_tokens, slot_index
 from twomamba_jax.ops.state import KeyValueCache
+
+
+def log_weights(cache: KeyValueCache):
+    """How far each token has decayed by now, [B, G or 1, S]; -inf for slots that are empty or of an earlier segment."""
+    slots = jnp.arange(cache.keys.shape[2])[None]
+    seen = ((slots >= cache.start[:, None]) & (slots < cache.length[:, None]))[:, None]
+    if cache.log_decay is None:
+        return jnp.where(seen, jnp.zeros((), accumulation_dtype(cache.keys.dtype)), -jnp.inf)
+    return jnp.where(seen, suffix_log_decay(jnp.where(seen, cache.log_decay, 0)), -jnp.inf)
 
 
 def logits(op: Operation, q, log_decay, visible, cache: KeyValueCache):
@@ -14,58 +24,46 @@ def logits(op: Operation, q, log_decay, visible, cache: KeyValueCache):
     `log_decay [B, G, T]` is the decay from the cache's end up to each new token (None: none), `visible [B, T]` whether
     that token is in the cache's segment (None: all are). Slots out of sight get -inf.
     """
-    x = contract("bgrik,bsgk->bgris", q, cache.keys, op.precision) * op.query_scale
-    x = x + jnp.moveaxis(cache.log_weights, 1, 2)[:, :, None, None]
+    x = contract("bgrik,bgsk->bgris", q, cache.keys, op.precision) * op.query_scale
+    x = x + log_weights(cache)[:, :, None, None]
     if log_decay is not None:
         x = x + log_decay[:, :, None, :, None]
     return x if visible is None else jnp.where(visible[:, None, None, :, None], x, -jnp.inf)
 
 
-def values(cache: KeyValueCache):
-    """The cached values heads-first, [B, G, S, V]."""
-    return jnp.moveaxis(cache.values, 1, 2)
+def write(k, v, log_decay, start, counts, cache: KeyValueCache) -> KeyValueCache:
+    """The cache after the first `counts [B]` of T new tokens, in place; an axis may lead, as of layers in a stack.
 
-
-def append(k, v, log_decay, segment, lengths, cache: KeyValueCache) -> KeyValueCache:
-    """The cache after T new tokens; k, v [B, G, T, .], log_decay [B, G, T], lengths [B] the tokens that count.
-
-    Tokens of earlier segments keep their slots with weight 0, so that slots count tokens.
+    k, v [B, G, T, .] and log_decay [B, G, T], or None; `start [B]` as `segment_start` gives it. What finds no slot is
+    dropped.
     """
-    batch, heads, size = k.shape[:3]
-    wide = cache.log_weights.dtype
-    if log_decay is None:
-        log_decay = jnp.zeros((batch, heads, size), wide)
-    new, old = suffix_log_decay(log_decay).astype(wide), cache.log_weights + log_decay.sum(-1)[:, None]
-    if segment is not None:
-        new = jnp.where((segment == segment[:, -1:])[:, None], new, -jnp.inf)
-        old = jnp.where((segment[:, -1] == 0)[:, None, None], old, -jnp.inf)
+    slots = slot_index(cache.length, counts, k.shape[-2], cache.keys.shape[-2])
+    decays = cache.log_decay
+    if decays is not None:
+        decays = put_tokens(decays, jnp.zeros(k.shape[:-1], decays.dtype) if log_decay is None else log_decay, slots)
     return KeyValueCache(
-        keys=write(cache.keys, k, cache.length, lengths),
-        values=write(cache.values, v, cache.length, lengths),
-        log_weights=write(old, new, cache.length, lengths),
-        length=cache.length + lengths.astype(cache.length.dtype),
+        keys=put_tokens(cache.keys, k, slots),
+        values=put_tokens(cache.values, v, slots),
+        log_decay=decays,
+        start=start,
+        length=cache.length + counts.astype(cache.length.dtype),
     )
 
 
-def write(slots, new, length, counts):
-    """`slots [B, S, G, ...]` with the first `counts [B]` of `new [B, G, T, ...]` from slot `length [B]` on.
+def segment_start(segment, cache: KeyValueCache):
+    """The slot of the first token of the segment that goes on after new tokens; `segment [B, T]` as in `stages`.
 
-    What finds no slot is dropped.
+    Tokens of earlier segments keep their slots, so that slots count tokens.
     """
-    index = slot_index(length, counts, new.shape[2], slots.shape[1])
-    rows = jnp.arange(slots.shape[0])[:, None]
-    return slots.at[rows, index].set(jnp.moveaxis(new, 1, 2).astype(slots.dtype), mode="drop")
-
-
-def slot_index(length, counts, size: int, capacity: int):
-    """The slots [..., B, size] of new tokens; `capacity`, where there is none, for tokens that do not count."""
-    offsets = jnp.expand_dims(jnp.arange(size), range(counts.ndim))
-    return jnp.where(offsets < counts[..., None], length[..., None] + offsets, capacity)
+    if segment is None:
+        return cache.start
+    first = jnp.argmax(segment == segment[:, -1:], axis=1).astype(cache.start.dtype)
+    return jnp.where(segment[:, -1] == 0, cache.start, cache.length + first)
 
 
 def overflows(cache: KeyValueCache, lengths):
     """[B]: True for rows whose new tokens do not fit."""
-    return cache.length + lengths > cache.keys.shape[1]
+    return cache.length + lengths > cache.keys.shape[2]
 
 
 def poison_overflow(y, cache: KeyValueCache, lengths):

@@ -28,7 +28,7 @@ def parallel(op: Operation, q, k, v, log_decay, segment, state: State | None):
     parts = [(stages.exponential_logits(op, q, k, log_decay, segment), v)]
     if state is not None:
         passed = None if log_decay is None else prefix_log_decay(log_decay)
-        parts.append((key_values.logits(op, q, passed, seen, state), key_values.values(state)))
+        parts.append((key_values.logits(op, q, passed, seen, state), state.values))
     return softmax(op, *parts)
 
 

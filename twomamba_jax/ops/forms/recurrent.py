@@ -19,10 +19,9 @@ def step(op: Operation, q, k, v, log_decay, state: State):
     """One token, T = 1; heads-first arrays as in `stages`. Returns y [B, G, R, 1, V] and the next state."""
     if op.finite:
         return parallel(op, q, k, v, log_decay, None, state), final_state(op, k, v, log_decay, None, state)
-    lengths = jnp.ones((k.shape[0],), jnp.int32)
-    state = key_values.append(k, v, log_decay, None, lengths, state)
+    state = key_values.write(k, v, log_decay, state.start, jnp.ones_like(state.length), state)
     # The new token is in the cache by now, with weight 1: nothing more decays.
-    return softmax(op, (key_values.logits(op, q, None, None, state), key_values.values(state))), state
+    return softmax(op, (key_values.logits(op, q, None, None, state), state.values)), state
 
 
 def recurrent(op: Operation, q, k, v, log_decay, segment, state: FiniteState | None, axis: SequenceAxis | None = None):
