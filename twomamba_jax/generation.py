@@ -39,7 +39,7 @@ class Decoding(NamedTuple):
     `done` the rows that have met a stop token.
 
     Examples:
-      >>> start = prefill(model, params, tokens, init_cache(config, batch=1, max_length=32))
+      >>> start = prefill(model, params, tokens, init_cache(config, batch=1, max_length=9))
       >>> start.logits.shape, start.count.item(), start.done.tolist()
       ((1, 16), 0, [False])
     """
@@ -127,7 +127,7 @@ def seed(decoding: Decoding, rng: AnyArray) -> Decoding:
     Raises ValueError for what are no keys, or not as many.
 
     Examples:
-      >>> start = prefill(model, params, tokens, init_cache(config, batch=1, max_length=32))
+      >>> start = prefill(model, params, tokens, init_cache(config, batch=1, max_length=9))
       >>> start = seed(start, jax.random.key(1))  # what a temperature above 0 then draws from
     """
     return decoding._replace(keys=_keys_beside(check_keys(rng, decoding.done.shape[0]), decoding.done))
@@ -188,7 +188,7 @@ def prefill(
       `Decoding` with keys of seed 0.
 
     Examples:
-      >>> start = prefill(model, params, tokens, init_cache(config, batch=1, max_length=32))
+      >>> start = prefill(model, params, tokens, init_cache(config, batch=1, max_length=9))
       >>> start.cache.position.tolist()
       [4]
     """
@@ -232,7 +232,7 @@ def fork(decoding: Decoding, copies: Integer) -> Decoding:
     """Every row `copies` times, one after the other; random keys are repeated too.
 
     Examples:
-      >>> start = prefill(model, params, tokens, init_cache(config, batch=1, max_length=32))
+      >>> start = prefill(model, params, tokens, init_cache(config, batch=1, max_length=9))
       >>> fork(start, 3).cache.position.tolist()
       [4, 4, 4]
     """
@@ -265,7 +265,7 @@ def decode(
     so that a generation in pieces is the generation in one. It ends early when all rows are done.
 
     Examples:
-      >>> start = prefill(model, params, tokens, init_cache(config, batch=1, max_length=32))
+      >>> start = prefill(model, params, tokens, init_cache(config, batch=1, max_length=9))
       >>> generation, decoding = decode(model, params, start, 5)
       >>> generation.tokens.shape, decoding.count.item()
       ((1, 5), 5)

@@ -21,7 +21,7 @@ class Sampling(NamedTuple):
 
     Examples:
       >>> sampling = Sampling(temperature=0.8)
-      >>> start = prefill(model, params, tokens, init_cache(config, batch=1, max_length=32))
+      >>> start = prefill(model, params, tokens, init_cache(config, batch=1, max_length=9))
       >>> generation, _ = decode(model, params, start, 5, sampling=sampling)
     """
 

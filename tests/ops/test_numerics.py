@@ -69,8 +69,8 @@ def test_outputs_have_the_dtype_of_q_and_states_are_float32_or_wider(score, dtyp
 @pytest.mark.parametrize("form", FORMS)
 def test_squared_float16_scores_past_256_do_not_overflow(form):
     """x = 400, so that x^2 = 160,000 is past float16's 65,504."""
-    q = k = jnp.full((1, 20, 1, 4), 20.0, jnp.float16)
-    v = jnp.asarray(np.random.default_rng(0).normal(size=(1, 20, 1, 3)), jnp.float16)
+    q = k = np.full((1, 20, 1, 4), 20.0, np.float16)
+    v = np.random.default_rng(0).normal(size=(1, 20, 1, 3)).astype(np.float16)
     y = attend(form, q, k, v, scale=0.25)
     want, _ = oracle.forward(q, k, v, score="squared", normalize=True, scale=0.25)
     np.testing.assert_allclose(np.asarray(y, np.float64), want, atol=2 * np.finfo(np.float16).eps)
@@ -95,7 +95,7 @@ def test_decays_stay_exact_over_131072_tokens():
     assert 5 * EPS * kappa < 1e-5  # so the bound tells a right sum from a running one
 
 
-@pytest.mark.parametrize("size", [1, 31, 32, 33, 200, 1100] if EXHAUSTIVE else [1, 32, 33, 1100])
+@pytest.mark.parametrize("size", [1, 31, 32, 33, 200, 1100] if EXHAUSTIVE else [33, 1100])
 def test_pairwise_decays_equal_their_sums(size):
     """To a few eps of themselves even after decays of -128, where a difference of prefix sums loses 1e-5 and more."""
     rng = np.random.default_rng(0)
@@ -117,7 +117,7 @@ def test_strong_decays_act_as_128_and_spoil_nothing_after_them(form):
     arrays = Case(**SHARED, segments=True).arrays(np.float32)
     strong = np.random.default_rng(1).random(arrays["log_decay"].shape) < 0.1
     inputs = [arrays[name] for name in ("q", "k", "v")]
-    segment_ids = jnp.asarray(arrays["segment_ids"])
+    segment_ids = arrays["segment_ids"]
     limit = np.where(strong, np.float32(-128), arrays["log_decay"])
     ones = np.ones((*inputs[0].shape[:3], inputs[2].shape[-1]), np.float32)
 
@@ -138,10 +138,10 @@ def test_strong_decays_act_as_128_and_spoil_nothing_after_them(form):
     assert (error <= 5 * EPS * kappa * np.abs(inputs[2]).max()).all()
 
 
-# Squared scores in every form, the others in the one that is most their own; in an exhaustive run all in all.
-SCORES_AND_FORMS = [("squared", form) for form in FORMS] + [("linear", "recurrent"), ("exp", "chunked")]
+# Squared scores in every form, and exp in chunks; in an exhaustive run all in all.
+SCORES_AND_FORMS = [("squared", form) for form in FORMS] + [("exp", "chunked")]
 if EXHAUSTIVE:
-    SCORES_AND_FORMS += [("linear", "parallel"), ("linear", "chunked"), ("exp", "parallel")]
+    SCORES_AND_FORMS += [("linear", form) for form in FORMS] + [("exp", "parallel")]
 
 
 @pytest.mark.parametrize(("score", "form"), SCORES_AND_FORMS)
@@ -149,7 +149,7 @@ def test_nothing_crosses_a_boundary(score, form):
     """No output and no gradient, exactly: tokens of one segment see bitwise nothing of the others."""
     arrays = Case(score=score, **SHARED).arrays(np.float32)
     inputs = tuple(arrays[name] for name in ("q", "k", "v", "log_decay"))
-    segment_ids = jnp.asarray(np.repeat([[4, 9, 4]], 3, 0)[:, np.repeat([0, 1, 2], [13, 20, 7])])
+    segment_ids = np.repeat([[4, 9, 4]], 3, 0)[:, np.repeat([0, 1, 2], [13, 20, 7])]
     middle = slice(13, 33)
     dy = np.zeros((*inputs[0].shape[:3], inputs[2].shape[-1]), np.float32)
     dy[:, middle] = np.random.default_rng(0).normal(size=dy[:, middle].shape)
@@ -157,12 +157,12 @@ def test_nothing_crosses_a_boundary(score, form):
     for gradient in gradients:
         outside = np.delete(np.asarray(gradient), np.arange(13, 33), axis=1)
         assert (outside == 0).all()
-        assert np.abs(gradient[:, middle]).max() > 0
+        assert np.abs(np.asarray(gradient)[:, middle]).max() > 0
     poisoned = tuple(np.array(x) for x in inputs)
     for x in poisoned:
         x[:, :13] = -3e3 if x.ndim == 3 else 3e3
     dirty, _ = attend_and_pull(form, dy, poisoned, segment_ids, score=score)
-    np.testing.assert_array_equal(dirty[:, 13:], clean[:, 13:])
+    np.testing.assert_array_equal(np.asarray(dirty)[:, 13:], np.asarray(clean)[:, 13:])
 
 
 # Point 3: zero denominators, and the range of scores.
@@ -176,7 +176,7 @@ def test_rows_without_weight_are_zero_with_zero_gradients(score, form):
     q[:, rows] = 0
     dy = np.zeros((*q.shape[:3], v.shape[-1]), np.float32)
     dy[:, rows] = 3
-    one_segment = jnp.zeros(q.shape[:2], int)
+    one_segment = np.zeros(q.shape[:2], int)
     y, gradients = attend_and_pull(form, dy, (q, k, v, log_decay), one_segment, score=score)
     assert (np.asarray(y)[:, rows] == 0).all()
     assert (np.abs(np.delete(y, rows, axis=1)).max(-1) > 0).all()
@@ -185,19 +185,14 @@ def test_rows_without_weight_are_zero_with_zero_gradients(score, form):
 
 @pytest.mark.parametrize("exponent", [-101, -99])
 def test_denominators_below_two_to_the_minus_100_count_as_zero(exponent):
-    q, k, v = jnp.ones((1, 1, 1, 1)), jnp.ones((1, 1, 1, 1)), jnp.full((1, 1, 1, 1), 3.0)
+    q, k, v = (np.full((1, 1, 1, 1), x, np.float32) for x in (1, 1, 3))
     for score, scale in (("squared", 2.0 ** (exponent / 2)), ("linear", 2.0**exponent)):
         y = attend("parallel", q, k, v, score=score, scale=scale)
         np.testing.assert_allclose(y, 0 if exponent < -100 else 3, rtol=1e-6)
 
 
-# Every form, score and dtype; and squared scores in chunks, which sum up the largest numbers, in both dtypes.
-RANGES = [
-    ("linear", "parallel", jnp.bfloat16),
-    ("squared", "chunked", jnp.float32),
-    ("squared", "chunked", jnp.bfloat16),
-    ("squared", "recurrent", jnp.float32),
-]
+# Both scores, and squared ones in chunks, which sum up the largest numbers.
+RANGES = [("linear", "parallel", jnp.float32), ("squared", "chunked", jnp.bfloat16)]
 if EXHAUSTIVE:
     RANGES = list(itertools.product(["linear", "squared"], FORMS, [jnp.float32, jnp.bfloat16]))
 
@@ -209,12 +204,12 @@ def test_scores_from_two_to_minus_40_to_60_stay_finite(score, exponent, dtype, f
     tokens = 600 if form != "recurrent" else 60
     rng = np.random.default_rng(0)
     half = 2.0 ** (exponent / 2)
-    q, k = (jnp.full((1, tokens, 1, 1), half, dtype) for _ in range(2))
-    q = q.at[:, ::7].set(0)
-    v = jnp.asarray(rng.normal(size=(1, tokens, 1, 2)), dtype)
-    log_decay = jnp.asarray(-rng.random((1, tokens, 1)) * 0.01, jnp.float32)
+    q, k = (np.full((1, tokens, 1, 1), half).astype(dtype) for _ in range(2))
+    q[:, ::7] = 0
+    v = rng.normal(size=(1, tokens, 1, 2)).astype(dtype)
+    log_decay = (-rng.random((1, tokens, 1)) * 0.01).astype(np.float32)
 
-    ones = jnp.ones((1, tokens, 1, 2), dtype)
+    ones = np.ones((1, tokens, 1, 2), dtype)
     y, gradients = attend_and_pull(form, ones, (q, k, v, log_decay), score=score, scale=1.0)
     assert all(np.isfinite(np.asarray(x, np.float32)).all() for x in (y, *gradients))
     want, _ = oracle.forward(q, k, v, log_decay, score=score, normalize=True, scale=1.0)
@@ -225,7 +220,7 @@ def test_scores_from_two_to_minus_40_to_60_stay_finite(score, exponent, dtype, f
 def test_division_keeps_its_derivative_where_the_square_of_a_denominator_leaves_float32():
     gradients = jax.jit(jax.grad(lambda n, d: divide(n, d, 2.0**-100).sum(), argnums=(0, 1)))
     for exponent in (-90, 100):
-        numerator, denominator = jnp.full((1, 2), 3.0 * 2.0**exponent), jnp.full((1,), 2.0**exponent)
+        numerator, denominator = (np.full(n, x * 2.0**exponent, np.float32) for n, x in (((1, 2), 3), ((1,), 1)))
         dn, dd = gradients(numerator, denominator)
         np.testing.assert_allclose(dn, 2.0**-exponent)
         np.testing.assert_allclose(dd, -6 * 2.0**-exponent)
@@ -241,20 +236,25 @@ def test_what_the_state_adds_to_a_denominator_is_never_negative():
 # Point 4: conditioning.
 
 
-@pytest.mark.parametrize(("share", "allowed"), LADDER)
+RUNGS = LADDER if EXHAUSTIVE else LADDER[:: len(LADDER) - 1]  # or the first and the last
+
+
+@pytest.mark.parametrize(("share", "allowed"), RUNGS)
 def test_conditioning_ladder_in_bfloat16(share, allowed):
     """The default loses digits as q leaves the keys' subspace; precision='highest' loses none."""
     q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in ladder_inputs(share))
     want, _ = oracle.forward(q, k, v, score="squared", normalize=True)
     # Only the second half of the rows leans on the state.
-    default = relative_rms(attend("chunked", q, k, v, chunk_size=64)[:, 256:], want[:, 256:])
-    highest = relative_rms(attend("chunked", q, k, v, chunk_size=64, precision="highest")[:, 256:], want[:, 256:])
+    by_default, at_highest = (
+        np.asarray(attend("chunked", q, k, v, chunk_size=64, precision=precision)) for precision in (None, "highest")
+    )
+    default, highest = (relative_rms(y[:, 256:], want[:, 256:]) for y in (by_default, at_highest))
     assert default < allowed
     assert highest < 2.5e-3  # the rounding of the output to bf16: 1.7e-3 at every rung
 
 
-@pytest.mark.parametrize("form", ["chunked", "recurrent"])
-@pytest.mark.parametrize("share", [share for share, _ in LADDER])
+@pytest.mark.parametrize("form", ["chunked", "recurrent"] if EXHAUSTIVE else ["chunked"])
+@pytest.mark.parametrize("share", [share for share, _ in RUNGS])
 def test_conditioning_ladder_in_float32(share, form):
     """Each row's error is at most 5 eps kappa_i max|v|."""
     size, tokens = (8, 256) if form == "recurrent" else (64, 512)

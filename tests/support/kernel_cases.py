@@ -80,7 +80,7 @@ class Call:
 
     def run(self) -> dict[str, jax.Array]:
         """The same of the call's own arrays; calls that differ in numbers alone compile once."""
-        rows = {name: x for name, x in self.options.items() if isinstance(x, jax.Array)}
+        rows = {name: x for name, x in self.options.items() if isinstance(x, jax.Array | np.ndarray)}
         rest = tuple((name, x) for name, x in self.options.items() if name not in rows)
         return _run(self.dy, self.inputs, rows, rest, self.implementation)
 

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from support.exhaustive import exhaustive
 
 import train
 from train.configuration import load_config
@@ -214,6 +215,7 @@ def test_a_workdir_that_is_a_file(user_error, tiny, tmp_path):
     assert "is not a directory" in user_error(tiny(path))
 
 
+@exhaustive("test_processes.py, whose process exits so, and the status of main in this process above")
 def test_the_process_itself_exits_with_2(start, tiny, tmp_path):
     process = start(tiny(tmp_path, variant="2mambo"))
     output, errors = process.communicate(timeout=60)

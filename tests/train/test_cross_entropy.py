@@ -2,13 +2,12 @@
 
 import functools
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from support.exhaustive import EXHAUSTIVE
-from support.models import model_of
+from support.models import model_of, params_of
 
 from train import cross_entropy as module
 from train.cross_entropy import cross_entropy, num_chunks
@@ -147,15 +146,15 @@ def test_compiled_memory_has_no_room_for_the_logits(backward):
 
 def test_the_model_s_own_logits_have_this_loss():
     model = model_of("linear")
-    tokens = jax.random.randint(jax.random.key(0), (2, 9), 0, 23)
+    tokens, params = np.random.default_rng(0).integers(23, size=(2, 9)), params_of(model)
     batch = {"tokens": tokens, "targets": tokens[:, ::-1], "segment_ids": tokens // 20, "weights": 1.0 * tokens}
 
     @jax.jit
-    def both():
-        logits, variables = model.init_with_output(jax.random.key(1), tokens, segment_ids=batch["segment_ids"])
+    def both(params):
+        logits = model.apply({"params": params}, tokens, segment_ids=batch["segment_ids"])
         losses = -jnp.take_along_axis(jax.nn.log_softmax(logits), batch["targets"][..., None], -1)[..., 0]
-        sums = weighted_sums(model, nn.unbox(variables["params"]), batch, chunk_size=5)
+        sums = weighted_sums(model, params, batch, chunk_size=5)
         return jnp.sum(losses * batch["weights"]), sums.loss
 
-    expected, loss = both()
+    expected, loss = both(params)
     assert float(loss) == pytest.approx(float(expected), rel=1e-6)

@@ -134,7 +134,7 @@ def test_the_recall_task_runs_and_shows_prediction_and_truth(tiny, tmp_path, cap
         *("--config", str(ROOT / "configs/2mamba_recall.py"), "--workdir", str(tmp_path)),
         *("--config.steps=4", "--config.optimizer.warmup_steps=1", "--config.model.d_model=16", "--config.length=24"),
         *("--config.data.repeat=8", "--config.data.gap=2,5", "--config.eval_rows=4", "--config.batch_size=4"),
-        *("--config.model.num_layers=1", "--config.execution.remat=none", "--config.variant=linear"),
+        *("--config.model.num_layers=1", "--config.execution.remat=none", "--config.variant=softmax"),
     ]
     assert main(arguments) == 0
     sample = (tmp_path / "sample.txt").read_text().splitlines()

@@ -57,9 +57,9 @@ SOURCES = {
 }  # fmt: skip
 
 
-# Not the corpus, which all other runs are of, nor files, which test_train_faults.py resumes; and of streams the one
-# with the most to remember.
-ORDINARY = ("parquet dataset", "jsonl stream, one document a row")
+# Not the corpus, which all other runs are of, nor files, which test_faults.py resumes, nor a data set in memory, which
+# is like them once it is read (test_hugging_face.py); and of streams the one with the most to remember.
+ORDINARY = ("jsonl stream, one document a row",)
 
 
 @pytest.mark.parametrize("source", SOURCES if EXHAUSTIVE else ORDINARY)
