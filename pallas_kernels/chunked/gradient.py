@@ -1,6 +1,7 @@
 """The gradient of the tokens that read from, or were added to, a state: dx_i = 2 Mat(S w_i) x_i."""
 
 import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
@@ -12,10 +13,31 @@ from pallas_kernels.accumulator import ROW, TILE, Scratch, anew, operand, read, 
 from pallas_kernels.chunked.layout import BLOCK, HEAD_DIM, TILES
 from pallas_kernels.chunked.problem import Problem
 from pallas_kernels.chunked.rows import Rows
+from pallas_kernels.launch import Roles, launch_persistent
 from pallas_kernels.ring import Ring
 
 CONSUMERS = 2
+ROLES = Roles(CONSUMERS, consumer_registers=232, producer_registers=40)
 BLOCKS = HEAD_DIM // BLOCK
+
+
+class Inputs(NamedTuple):
+    """Arrays of the kernel; half_tiles is the state by halves of its tiles."""
+
+    x: Any
+    w: Any
+    state: Any
+    half_tiles: Any
+    added: Any
+    normalizer: Any | None
+    factor: Any | None
+
+
+class Outputs(NamedTuple):
+    """What it writes."""
+
+    y: Any
+    sums: Any | None
 
 
 @functools.partial(jax.jit, static_argnames=("problem", "want_sums"))
@@ -40,165 +62,148 @@ def gradient(problem: Problem, x, w, state, added, *, normalizer=None, factor=No
     p = problem
     halves, states, stages = p.tiles.halves, p.tiles.states, p.tiles.state_stages
     own = Rows(p)
-    producer = CONSUMERS
     normalize = normalizer is not None
     steps = HEAD_DIM // states
 
-    def body(x_ref, w_ref, state_ref, half_tiles_ref, added_ref, *refs):
-        refs = list(refs)
-        normalizer_ref, factor_ref = (refs.pop(0), refs.pop(0)) if normalize else (None, None)
-        y_ref = refs.pop(0)
-        sums_ref = refs.pop(0) if want_sums else None
-        x_s, w_s, x_rows_s, y_s, state_s, barriers, x_full, x_empty, y_full, y_empty, done, scratch_buffers = refs
-        ring = Ring(stages, *barriers)
-        program, warpgroup = lax.axis_index("program"), lax.axis_index("warpgroup")
+    def load(refs, program):
+        inputs, scratch = refs.inputs, refs.scratch
+        ring = Ring(stages, *scratch.ring)
 
-        @pl.when(warpgroup == producer)
-        def _load():
-            plgpu.set_max_registers(40, action="decrease")
-
-            def load_own(i, sources, full, empty):
-                b, _, _, h, start = own.place(program, i)
-                for w in range(CONSUMERS):
-                    pl.when(i > 0)(lambda w=w: plgpu.barrier_wait(empty.at[w]))
-                    for source_ref, to in sources:
-                        for half in range(halves):
-                            source = source_ref.at[b, own.of(start, w, half), h]
-                            plgpu.copy_gmem_to_smem(source, to.at[w, half], full.at[w])
-
-            def load(i, step):
-                b, g, c, _, _ = own.place(program, i)
-                load_own(i, ((x_ref, x_s), (w_ref, w_s)), x_full, x_empty)
-                if normalize:
-                    slot = ring.claim(step)
-                    for j in range(states):  # as many copies as in every other step: the barrier counts them
-                        for k in range(BLOCKS):
-                            part = pl.ds(k * BLOCK, BLOCK)
-                            source = normalizer_ref.at[b, g, c, j % 2, part]
-                            plgpu.copy_gmem_to_smem(source, state_s.at[slot, j, part], ring.full.at[slot])
-                    step = step + 1
-
-                for block in range(BLOCKS):
-
-                    def fill(n, _, block=block, step=step):
-                        slot = ring.claim(step + n)
-                        for j in range(states):
-                            for k in range(BLOCKS):
-                                source = _pairs(state_ref, half_tiles_ref, (b, g, c), block, n * states + j, k)
-                                to = state_s.at[slot, j, pl.ds(k * BLOCK, BLOCK)]
-                                plgpu.copy_gmem_to_smem(source, to, ring.full.at[slot])
-
-                    lax.fori_loop(0, anew(jnp.int32(BLOCK // states)), fill, None)
-                    step = step + BLOCK // states
-                load_own(i, ((added_ref, y_s),), y_full, y_empty)
-                return step
-
-            ring.drain(own.each(program, load, jnp.int32(0)))
+        def load_own(i, sources, full, empty):
+            b, _, _, h, start = own.place(program, i)
             for w in range(CONSUMERS):
-                plgpu.barrier_wait(x_empty.at[w])
-                plgpu.barrier_wait(y_empty.at[w])
+                pl.when(i > 0)(lambda w=w: plgpu.barrier_wait(empty.at[w]))
+                for source_ref, to in sources:
+                    for half in range(halves):
+                        source = source_ref.at[b, own.of(start, w, half), h]
+                        plgpu.copy_gmem_to_smem(source, to.at[w, half], full.at[w])
 
-        @pl.when(warpgroup < producer)
-        def _multiply():
-            plgpu.set_max_registers(232, action="increase")
-            scratch = Scratch.of(scratch_buffers, warpgroup)
+        def load_piece(i, step):
+            b, g, c, _, _ = own.place(program, i)
+            load_own(i, ((inputs.x, scratch.x), (inputs.w, scratch.w)), scratch.x_full, scratch.x_empty)
+            if normalize:
+                slot = ring.claim(step)
+                for j in range(states):  # as many copies as in every other step: the barrier counts them
+                    for k in range(BLOCKS):
+                        part = pl.ds(k * BLOCK, BLOCK)
+                        source = inputs.normalizer.at[b, g, c, j % 2, part]
+                        plgpu.copy_gmem_to_smem(source, scratch.state.at[slot, j, part], ring.full.at[slot])
+                step = step + 1
 
-            def multiply(i, step):
-                b, _, _, h, start = own.place(program, i)
-                plgpu.barrier_wait(x_full.at[warpgroup])
-                own_w, scaled = [], []
-                for half in range(halves):
-                    x = plgpu.load(x_s.at[warpgroup, half], layout=TILE)
-                    store(x_rows_s.at[warpgroup, half].T, x)
-                    own_w.append(plgpu.load(w_s.at[warpgroup, half], layout=TILE))
-                    if normalize:
-                        at = own.of(start, warpgroup, half)
-                        factors = plgpu.load(factor_ref.at[b, h, at], layout=ROW, optimized=False)
-                        scaled.append((x.astype(jnp.float32) * rows(factors, x.shape)).astype(jnp.bfloat16))
-                plgpu.commit_smem()
-                plgpu.barrier_arrive(x_empty.at[warpgroup])
+            for block in range(BLOCKS):
 
-                def accumulate(*accumulators):
-                    at = step
-                    if normalize:
-                        slot = ring.receive(at)
-                        for x, acc in zip(scaled, accumulators, strict=True):
-                            scratch.add(acc, x, state_s.at[slot, 0])
-                            scratch.add(acc, x, state_s.at[slot, 1])
-                        if not p.interpret:
-                            plgpu.wgmma_wait(0)
-                        ring.release(at)
-                        at = at + 1
+                def fill(n, _, block=block, step=step):
+                    slot = ring.claim(step + n)
+                    for j in range(states):
+                        for k in range(BLOCKS):
+                            source = _pairs(inputs.state, inputs.half_tiles, (b, g, c), block, n * states + j, k)
+                            to = scratch.state.at[slot, j, pl.ds(k * BLOCK, BLOCK)]
+                            plgpu.copy_gmem_to_smem(source, to, ring.full.at[slot])
 
-                    def add(n, _):
-                        slot = ring.receive(at + n)
-                        for j in range(states):
-                            for half, acc in enumerate(accumulators):
-                                feature = x_rows_s.at[warpgroup, half, n * states + j]
-                                feature = plgpu.load(feature, layout=ROW, optimized=False)
-                                left = own_w[half] * rows(feature, (HEAD_DIM, HEAD_DIM))
-                                scratch.add(acc, left, state_s.at[slot, j].T)
-                                if not p.interpret:
-                                    plgpu.wgmma_wait(1)
-                        if not p.interpret:
-                            plgpu.wgmma_wait(0)
-                        ring.release(at + n)
+                lax.fori_loop(0, anew(jnp.int32(BLOCK // states)), fill, None)
+                step = step + BLOCK // states
+            load_own(i, ((inputs.added, scratch.y),), scratch.y_full, scratch.y_empty)
+            return step
 
-                    lax.fori_loop(0, steps, add, None)
-                    return at + steps, [read(acc) for acc in accumulators]
+        ring.drain(own.each(program, load_piece, jnp.int32(0)))
+        for w in range(CONSUMERS):
+            plgpu.barrier_wait(scratch.x_empty.at[w])
+            plgpu.barrier_wait(scratch.y_empty.at[w])
 
-                step, gradients = scratch.accumulate(accumulate, *[(HEAD_DIM, HEAD_DIM)] * halves)
-                plgpu.barrier_wait(y_full.at[warpgroup])
-                for half, dx in enumerate(gradients):
-                    if want_sums:
-                        x = plgpu.load(x_rows_s.at[warpgroup, half].T, layout=TILE, optimized=False)
-                        sums_ref[b, h, own.of(start, warpgroup, half)] = (x.astype(jnp.float32) * dx).sum(axis=1)
-                    y = plgpu.load(y_s.at[warpgroup, half], layout=TILE).astype(jnp.float32)
-                    y_s[warpgroup, half] = (y + dx * 2).astype(jnp.bfloat16)
-                plgpu.commit_smem()
-                for half in range(halves):
-                    to = y_ref.at[b, own.of(start, warpgroup, half), h]
-                    plgpu.copy_smem_to_gmem(y_s.at[warpgroup, half], to)
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                plgpu.barrier_arrive(y_empty.at[warpgroup])
-                return step
+    def compute(refs, program, warpgroup, memory):
+        inputs, outputs, scratch = refs
+        ring = Ring(stages, *scratch.ring)
 
-            own.each(program, multiply, jnp.int32(0))
-            plgpu.wait_smem_to_gmem(0)
+        def multiply(i, step):
+            b, _, _, h, start = own.place(program, i)
+            plgpu.barrier_wait(scratch.x_full.at[warpgroup])
+            own_w, scaled = [], []
+            for half in range(halves):
+                x = plgpu.load(scratch.x.at[warpgroup, half], layout=TILE)
+                store(scratch.x_rows.at[warpgroup, half].T, x)
+                own_w.append(plgpu.load(scratch.w.at[warpgroup, half], layout=TILE))
+                if normalize:
+                    at = own.of(start, warpgroup, half)
+                    factors = plgpu.load(inputs.factor.at[b, h, at], layout=ROW, optimized=False)
+                    scaled.append((x.astype(jnp.float32) * rows(factors, x.shape)).astype(jnp.bfloat16))
+            plgpu.commit_smem()
+            plgpu.barrier_arrive(scratch.x_empty.at[warpgroup])
 
-        # A warpgroup that leaves while another one multiplies can fault.
-        plgpu.barrier_arrive(done)
-        plgpu.barrier_wait(done)
+            def accumulate(*accumulators):
+                at = step
+                if normalize:
+                    slot = ring.receive(at)
+                    for x, acc in zip(scaled, accumulators, strict=True):
+                        memory.add(acc, x, scratch.state.at[slot, 0])
+                        memory.add(acc, x, scratch.state.at[slot, 1])
+                    if not p.interpret:
+                        plgpu.wgmma_wait(0)
+                    ring.release(at)
+                    at = at + 1
+
+                def add(n, _):
+                    slot = ring.receive(at + n)
+                    for j in range(states):
+                        for half, acc in enumerate(accumulators):
+                            feature = scratch.x_rows.at[warpgroup, half, n * states + j]
+                            feature = plgpu.load(feature, layout=ROW, optimized=False)
+                            left = own_w[half] * rows(feature, (HEAD_DIM, HEAD_DIM))
+                            memory.add(acc, left, scratch.state.at[slot, j].T)
+                            if not p.interpret:
+                                plgpu.wgmma_wait(1)
+                    if not p.interpret:
+                        plgpu.wgmma_wait(0)
+                    ring.release(at + n)
+
+                lax.fori_loop(0, steps, add, None)
+                return at + steps, [read(acc) for acc in accumulators]
+
+            step, gradients = memory.accumulate(accumulate, *[(HEAD_DIM, HEAD_DIM)] * halves)
+            plgpu.barrier_wait(scratch.y_full.at[warpgroup])
+            for half, dx in enumerate(gradients):
+                if want_sums:
+                    x = plgpu.load(scratch.x_rows.at[warpgroup, half].T, layout=TILE, optimized=False)
+                    outputs.sums[b, h, own.of(start, warpgroup, half)] = (x.astype(jnp.float32) * dx).sum(axis=1)
+                y = plgpu.load(scratch.y.at[warpgroup, half], layout=TILE).astype(jnp.float32)
+                scratch.y[warpgroup, half] = (y + dx * 2).astype(jnp.bfloat16)
+            plgpu.commit_smem()
+            for half in range(halves):
+                to = outputs.y.at[b, own.of(start, warpgroup, half), h]
+                plgpu.copy_smem_to_gmem(scratch.y.at[warpgroup, half], to)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            plgpu.barrier_arrive(scratch.y_empty.at[warpgroup])
+            return step
+
+        own.each(program, multiply, jnp.int32(0))
+        plgpu.wait_smem_to_gmem(0)
 
     tile = operand((CONSUMERS, halves, HEAD_DIM, HEAD_DIM))
-    outputs = [jax.ShapeDtypeStruct(added.shape, added.dtype)]
-    if want_sums:
-        outputs.append(jax.ShapeDtypeStruct((p.batch, p.heads, p.tokens), jnp.float32))
-    kernel = plgpu.kernel(
-        body,
-        out_type=tuple(outputs),
-        scratch_types=[
-            tile,
-            tile,
-            plgpu.SMEM((CONSUMERS, halves, HEAD_DIM, HEAD_DIM), jnp.bfloat16),
-            tile,
-            operand((stages, states, HEAD_DIM, HEAD_DIM)),
-            Ring.barriers(stages, arrivals=states * BLOCKS, users=CONSUMERS),
-            *[plgpu.Barrier(num_barriers=CONSUMERS, num_arrivals=n) for n in (2 * halves, 1, halves, 1)],
-            plgpu.Barrier(num_arrivals=CONSUMERS + 1),
-            Scratch.types(p.interpret, CONSUMERS, ((HEAD_DIM, HEAD_DIM),) * (halves + 1), HEAD_DIM),
-        ],
-        grid=(own.programs,),
-        grid_names=("program",),
-        num_threads=CONSUMERS + 1,
-        thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
-        kernel_name="squared_gradient",
-    )
     half_tiles = state.reshape(*state.shape[:3], 2 * TILES, HEAD_DIM // 2, HEAD_DIM)
-    optional = (normalizer, factor) if normalize else ()
-    result = kernel(x, w, state, half_tiles, added, *optional)
-    return result
+    optional = (normalizer, factor) if normalize else (None, None)
+    sums = jax.ShapeDtypeStruct((p.batch, p.heads, p.tokens), jnp.float32) if want_sums else None
+    y, sums = launch_persistent(
+        load,
+        compute,
+        Inputs(x, w, state, half_tiles, added, *optional),
+        Outputs(jax.ShapeDtypeStruct(added.shape, added.dtype), sums),
+        {
+            "x": tile,
+            "w": tile,
+            "x_rows": plgpu.SMEM((CONSUMERS, halves, HEAD_DIM, HEAD_DIM), jnp.bfloat16),
+            "y": tile,
+            "state": operand((stages, states, HEAD_DIM, HEAD_DIM)),
+            "ring": Ring.barriers(stages, arrivals=states * BLOCKS, users=CONSUMERS),
+            "x_full": plgpu.Barrier(num_barriers=CONSUMERS, num_arrivals=2 * halves),
+            "x_empty": plgpu.Barrier(num_barriers=CONSUMERS),
+            "y_full": plgpu.Barrier(num_barriers=CONSUMERS, num_arrivals=halves),
+            "y_empty": plgpu.Barrier(num_barriers=CONSUMERS),
+        },
+        roles=ROLES,
+        programs=own.programs,
+        accumulators=Scratch.types(p.interpret, CONSUMERS, ((HEAD_DIM, HEAD_DIM),) * (halves + 1), HEAD_DIM),
+        name="squared_gradient",
+    )
+    return (y, sums) if want_sums else (y,)
 
 
 def _pairs(tiles, half_tiles, at, block, i, k):

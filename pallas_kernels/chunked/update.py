@@ -1,6 +1,7 @@
 """What each chunk adds to the state: S = sum_t phi(x_t) w_t^T, as tiles of `layout`."""
 
 import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
@@ -11,13 +12,28 @@ from jax import lax
 from pallas_kernels.accumulator import COLUMN, TILE, Scratch, columns, operand, read, rows
 from pallas_kernels.chunked.layout import BLOCK, HEAD_DIM, KINDS, TILES
 from pallas_kernels.chunked.problem import Problem, split_index
+from pallas_kernels.launch import Roles, launch_persistent
 from pallas_kernels.ring import Ring
 from pallas_kernels.schedule import each_piece
 
 CONSUMERS = 2
+ROLES = Roles(CONSUMERS, consumer_registers=232, producer_registers=40)
 HELD = 4  # tiles of a warpgroup
 PIECE = CONSUMERS * HELD  # tiles of a program at a time: all of one kind
 PIECES = TILES // PIECE
+
+
+class Inputs(NamedTuple):
+    """Arrays of the kernel; x has the features of a head before its tokens."""
+
+    x: Any
+    w: Any
+
+
+class Outputs(NamedTuple):
+    """What it writes."""
+
+    s: Any
 
 
 @functools.partial(jax.jit, static_argnames="problem")
@@ -34,113 +50,100 @@ def update(problem: Problem, x, w):
     """
     p = problem
     block, stages = p.tiles.tokens, p.tiles.update_stages
-    producer = CONSUMERS
     work = p.batch * p.groups * p.chunks * PIECES
     programs = min(p.tiles.programs, work)
     blocks, parts = p.chunk // block, block // HEAD_DIM
     steps = p.repeats * blocks
 
-    def body(x_ref, w_ref, s_ref, x_s, features_s, w_s, barriers, done, scratch_buffers):
-        ring = Ring(stages, *barriers)
-        program, warpgroup = lax.axis_index("program"), lax.axis_index("warpgroup")
+    def place(program, i):
+        """Batch entry, group of heads, chunk and first tile of the program's i-th piece of work."""
+        at, piece = split_index(program + i * programs, PIECES)
+        at, c = split_index(at, p.chunks)
+        return *split_index(at, p.groups), c, piece * PIECE
 
-        def place(i):
-            """Batch entry, group of heads, chunk and first tile of the program's i-th piece of work."""
-            at, piece = split_index(program + i * programs, PIECES)
-            at, c = split_index(at, p.chunks)
-            return *split_index(at, p.groups), c, piece * PIECE
+    def load(refs, program):
+        inputs, scratch = refs.inputs, refs.scratch
+        ring = Ring(stages, *scratch.ring)
 
-        @pl.when(warpgroup == producer)
-        def _load():
-            plgpu.set_max_registers(40, action="decrease")
+        def load_piece(i, step):
+            b, g, c, first = place(program, i)
+            sources = [_of_kind(first, lambda kind, j=j: _source(kind, j)) for j in range(HEAD_DIM // BLOCK)]
+            starts = [_of_kind(first, lambda kind, j=j: _features(kind, first)[j]) for j in range(2)]
 
-            def load(i, step):
-                b, g, c, first = place(i)
-                sources = [_of_kind(first, lambda kind, j=j: _source(kind, j)) for j in range(HEAD_DIM // BLOCK)]
-                starts = [_of_kind(first, lambda kind, j=j: _features(kind, first)[j]) for j in range(2)]
+            def fill(n, _):
+                h, at = split_index(n, blocks)
+                h, tokens = g * p.repeats + h, pl.ds(c * p.chunk + at * block, block)
+                slot = ring.claim(step + n)
+                full = ring.full.at[slot]
+                plgpu.copy_gmem_to_smem(inputs.w.at[b, tokens, h], scratch.w.at[slot], full)
+                for part in range(parts):
+                    place = pl.ds(c * p.chunk + at * block + part * HEAD_DIM, HEAD_DIM)
+                    for j, source in enumerate(sources):
+                        to = scratch.x.at[slot, part, pl.ds(j * BLOCK, BLOCK)]
+                        plgpu.copy_gmem_to_smem(inputs.x.at[b, h, pl.ds(source, BLOCK), place], to, full)
+                for j, start in enumerate(starts):
+                    to = scratch.features.at[slot, j]
+                    plgpu.copy_gmem_to_smem(inputs.x.at[b, h, pl.ds(start, PIECE), tokens], to, full)
 
-                def fill(n, _):
-                    h, at = split_index(n, blocks)
-                    h, tokens = g * p.repeats + h, pl.ds(c * p.chunk + at * block, block)
-                    slot = ring.claim(step + n)
-                    full = ring.full.at[slot]
-                    plgpu.copy_gmem_to_smem(w_ref.at[b, tokens, h], w_s.at[slot], full)
-                    for part in range(parts):
-                        place = pl.ds(c * p.chunk + at * block + part * HEAD_DIM, HEAD_DIM)
-                        for j, source in enumerate(sources):
-                            to = x_s.at[slot, part, pl.ds(j * BLOCK, BLOCK)]
-                            plgpu.copy_gmem_to_smem(x_ref.at[b, h, pl.ds(source, BLOCK), place], to, full)
-                    for j, start in enumerate(starts):
-                        to = features_s.at[slot, j]
-                        plgpu.copy_gmem_to_smem(x_ref.at[b, h, pl.ds(start, PIECE), tokens], to, full)
+            lax.fori_loop(0, steps, fill, None)
+            return step + steps
 
-                lax.fori_loop(0, steps, fill, None)
-                return step + steps
+        ring.drain(each_piece(work, programs, program, load_piece, jnp.int32(0)))
 
-            ring.drain(each_piece(work, programs, program, load, jnp.int32(0)))
+    def compute(refs, program, warpgroup, memory):
+        scratch, ring = refs.scratch, Ring(stages, *refs.scratch.ring)
 
-        @pl.when(warpgroup < producer)
-        def _multiply():
-            plgpu.set_max_registers(232, action="increase")
-            scratch = Scratch.of(scratch_buffers, warpgroup)
+        def multiply(i, step):
+            b, g, c, first = place(program, i)
+            own = warpgroup * HELD
 
-            def multiply(i, step):
-                b, g, c, first = place(i)
-                own = warpgroup * HELD
+            def tiles_of(kind):
+                def accumulate(*accumulators):
+                    def add(n, _):
+                        slot = ring.receive(step + n)
+                        for part in range(parts):
+                            tokens = pl.ds(part * HEAD_DIM, HEAD_DIM)
+                            matrix = plgpu.load(scratch.x.at[slot, part], layout=TILE)
+                            for m, acc in enumerate(accumulators):
+                                a = _factors(kind, scratch.features.at[slot], own + m, tokens)
+                                memory.add(acc, matrix * a, scratch.w.at[slot, tokens])
+                                if not p.interpret:
+                                    plgpu.wgmma_wait(1)
+                        if not p.interpret:
+                            plgpu.wgmma_wait(0)
+                        ring.release(step + n)
 
-                def tiles_of(kind):
-                    def accumulate(*accumulators):
-                        def add(n, _):
-                            slot = ring.receive(step + n)
-                            for part in range(parts):
-                                tokens = pl.ds(part * HEAD_DIM, HEAD_DIM)
-                                matrix = plgpu.load(x_s.at[slot, part], layout=TILE)
-                                for m, acc in enumerate(accumulators):
-                                    a = _factors(kind, features_s.at[slot], own + m, tokens)
-                                    scratch.add(acc, matrix * a, w_s.at[slot, tokens])
-                                    if not p.interpret:
-                                        plgpu.wgmma_wait(1)
-                            if not p.interpret:
-                                plgpu.wgmma_wait(0)
-                            ring.release(step + n)
+                    lax.fori_loop(0, steps, add, None)
+                    for m, acc in enumerate(accumulators):
+                        refs.outputs.s[b, g, c, first + own + m] = read(acc)
 
-                        lax.fori_loop(0, steps, add, None)
-                        for m, acc in enumerate(accumulators):
-                            s_ref[b, g, c, first + own + m] = read(acc)
+                memory.accumulate(accumulate, *[(HEAD_DIM, HEAD_DIM)] * HELD)
 
-                    scratch.accumulate(accumulate, *[(HEAD_DIM, HEAD_DIM)] * HELD)
+            for kind in KINDS:
+                inside = (first >= kind.start) & (first < kind.start + kind.count)
+                pl.when(inside)(functools.partial(tiles_of, kind))
+            return step + steps
 
-                for kind in KINDS:
-                    inside = (first >= kind.start) & (first < kind.start + kind.count)
-                    pl.when(inside)(functools.partial(tiles_of, kind))
-                return step + steps
+        each_piece(work, programs, program, multiply, jnp.int32(0))
 
-            each_piece(work, programs, program, multiply, jnp.int32(0))
-
-        # A warpgroup that leaves while another one multiplies can fault.
-        plgpu.barrier_arrive(done)
-        plgpu.barrier_wait(done)
-
-    kernel = plgpu.kernel(
-        body,
-        out_type=jax.ShapeDtypeStruct((p.batch, p.groups, p.chunks, TILES, HEAD_DIM, HEAD_DIM), jnp.float32),
-        scratch_types=[
-            operand((stages, parts, HEAD_DIM, HEAD_DIM)),
-            plgpu.SMEM((stages, 2, PIECE, block), jnp.bfloat16),
-            operand((stages, block, HEAD_DIM)),
-            Ring.barriers(stages, arrivals=1 + parts * HEAD_DIM // BLOCK + 2, users=CONSUMERS),
-            plgpu.Barrier(num_arrivals=CONSUMERS + 1),
-            Scratch.types(p.interpret, CONSUMERS, ((HEAD_DIM, HEAD_DIM),) * (HELD + 1), HEAD_DIM),
-        ],
-        grid=(programs,),
-        grid_names=("program",),
-        num_threads=CONSUMERS + 1,
-        thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
-        kernel_name="squared_update",
-    )
     # Behind a barrier a transposition moves memory and no more: fused with what makes x, it would read that by columns.
-    return kernel(jnp.moveaxis(lax.optimization_barrier(x), 1, 3), w)
+    columns_of_x = jnp.moveaxis(lax.optimization_barrier(x), 1, 3)
+    return launch_persistent(
+        load,
+        compute,
+        Inputs(columns_of_x, w),
+        Outputs(jax.ShapeDtypeStruct((p.batch, p.groups, p.chunks, TILES, HEAD_DIM, HEAD_DIM), jnp.float32)),
+        {
+            "x": operand((stages, parts, HEAD_DIM, HEAD_DIM)),
+            "features": plgpu.SMEM((stages, 2, PIECE, block), jnp.bfloat16),
+            "w": operand((stages, block, HEAD_DIM)),
+            "ring": Ring.barriers(stages, arrivals=1 + parts * HEAD_DIM // BLOCK + 2, users=CONSUMERS),
+        },
+        roles=ROLES,
+        programs=programs,
+        accumulators=Scratch.types(p.interpret, CONSUMERS, ((HEAD_DIM, HEAD_DIM),) * (HELD + 1), HEAD_DIM),
+        name="squared_update",
+    ).s
 
 
 def _of_kind(first, value):

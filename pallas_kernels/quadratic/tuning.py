@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from pallas_kernels.launch import Roles
 from pallas_kernels.quadratic.table import TABLE
 
 ROWS = 64  # of one warpgroup
@@ -48,6 +49,11 @@ class Tiles:
     def consumers(self) -> int:
         """Warpgroups that compute."""
         return self.own // ROWS
+
+    @property
+    def roles(self) -> Roles:
+        """Of the warpgroups of a program."""
+        return Roles(self.consumers, self.consumer_registers, self.producer_registers)
 
     @property
     def columns(self) -> int:
