@@ -41,6 +41,11 @@ def device_kind() -> str:
     return jax.devices()[0].device_kind
 
 
+def multiprocessors() -> int:
+    """Those of the default device, or of an H100 or H200 where it has none: it only compiles or interprets kernels."""
+    return getattr(jax.devices()[0], "core_count", None) or 132
+
+
 def in_32_bits(function):
     """The function with JAX's 64-bit types off: the kernels count in 32 bits."""
 

@@ -1,6 +1,7 @@
 """What the tokens of each chunk read from the state of the linear score before it: N_i = S^T x_i."""
 
 import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
@@ -10,6 +11,25 @@ from jax import lax
 from pallas_kernels.accumulator import TILE, Scratch, columns, operand, read, rows
 from pallas_kernels.chunked.linear_rows import ROWS, Place, programs_of
 from pallas_kernels.chunked.problem import Problem
+from pallas_kernels.launch import launch
+
+
+class Inputs(NamedTuple):
+    """Arrays of the kernel."""
+
+    x: Any
+    state: Any
+    added: Any
+    weight: Any | None
+    normalizer: Any | None
+    own_norm: Any | None
+
+
+class Outputs(NamedTuple):
+    """What it writes."""
+
+    y: Any
+    norm: Any | None
 
 
 @functools.partial(jax.jit, static_argnames=("problem", "power", "floor"))
@@ -37,59 +57,52 @@ def query(problem: Problem, x, state, weight, added, *, power: float = 1.0, norm
     p, dim = problem, x.shape[-1]
     normalize = normalizer is not None
 
-    def body(x_ref, state_ref, added_ref, *refs):
-        refs = list(refs)
-        weight_ref = refs.pop(0) if weight is not None else None
-        normalizer_ref, own_norm_ref = (refs.pop(0), refs.pop(0)) if normalize else (None, None)
-        y_ref = refs.pop(0)
-        norm_ref = refs.pop(0) if normalize else None
-        x_s, state_s, y_s, full, scratch_buffers = refs
-        at, scratch = Place.of(p, lax.axis_index("program")), Scratch.of(scratch_buffers, 0)
-        at.load(((x_ref, x_s), (added_ref, y_s)), state_ref, state_s, full)
+    def body(refs):
+        inputs, outputs, scratch = refs
+        at, memory = Place.of(p, lax.axis_index("program")), Scratch.of(scratch.accumulators, 0)
+        at.load(((inputs.x, scratch.x), (inputs.added, scratch.y)), inputs.state, scratch.state, scratch.full)
 
-        left = plgpu.load(x_s, layout=TILE) * power
+        left = plgpu.load(scratch.x, layout=TILE) * power
 
         def multiply(acc):
-            scratch.add(acc, left, state_s)
+            memory.add(acc, left, scratch.state)
             return read(acc)
 
-        y = scratch.accumulate(multiply, (ROWS, dim))
+        y = memory.accumulate(multiply, (ROWS, dim))
         through = None
         if weight is not None:
-            through = at.vector(weight_ref, at.g)
+            through = at.vector(inputs.weight, at.g)
             y = y * rows(through, y.shape)
-        inside = plgpu.load(y_s, layout=TILE).astype(jnp.float32)
+        inside = plgpu.load(scratch.y, layout=TILE).astype(jnp.float32)
         if normalize:
-            read_norm = (left.astype(jnp.float32) * columns(at.of_chunk(normalizer_ref), left.shape)).sum(axis=1)
+            read_norm = (left.astype(jnp.float32) * columns(at.of_chunk(inputs.normalizer), left.shape)).sum(axis=1)
             read_norm = jnp.maximum(read_norm, 0.0)
             read_norm = read_norm if through is None else read_norm * through
-            norm = at.vector(own_norm_ref, at.h)
+            norm = at.vector(inputs.own_norm, at.h)
             norm = jnp.exp2(jnp.where(norm == jnp.inf, -jnp.inf, norm))
             total = norm + read_norm
             dead = total < floor
             y = (inside * rows(norm, y.shape) + y) * rows(jnp.where(dead, 0.0, 1.0 / total), y.shape)
-            norm_ref[at.b, at.h, at.rows] = jnp.where(dead, jnp.inf, jnp.log2(total))
+            outputs.norm[at.b, at.h, at.rows] = jnp.where(dead, jnp.inf, jnp.log2(total))
         else:
             y = inside + y
-        at.store(y, y_s, y_ref)
+        at.store(y, scratch.y, outputs.y)
 
-    outputs = [jax.ShapeDtypeStruct(added.shape, added.dtype)]
-    if normalize:
-        outputs.append(jax.ShapeDtypeStruct(own_norm.shape, jnp.float32))
-    kernel = plgpu.kernel(
+    norm = jax.ShapeDtypeStruct(own_norm.shape, jnp.float32) if normalize else None
+    y, norm = launch(
         body,
-        out_type=tuple(outputs),
-        scratch_types=[
-            operand((ROWS, dim)),
-            operand((dim, dim)),
-            operand((ROWS, dim)),
-            plgpu.Barrier(num_arrivals=3),
-            Scratch.types(p.interpret, 1, ((ROWS, dim),) * 2, dim),
-        ],
+        Inputs(x, state, added, weight, normalizer, own_norm),
+        Outputs(jax.ShapeDtypeStruct(added.shape, added.dtype), norm),
+        {
+            "x": operand((ROWS, dim)),
+            "state": operand((dim, dim)),
+            "y": operand((ROWS, dim)),
+            "full": plgpu.Barrier(num_arrivals=3),
+            "accumulators": Scratch.types(p.interpret, 1, ((ROWS, dim),) * 2, dim),
+        },
         grid=(programs_of(p),),
         grid_names=("program",),
         compiler_params=plgpu.CompilerParams(approx_math=True),
         kernel_name="linear_query",
     )
-    result = kernel(x, state, added, *(array for array in (weight, normalizer, own_norm) if array is not None))
-    return result if normalize else result[0]
+    return (y, norm) if normalize else y

@@ -1,6 +1,7 @@
 """What each chunk adds to a state of the linear score: S = sum_t weight_t x_t w_t^T and z = sum_t factor_t x_t."""
 
 import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
@@ -10,9 +11,25 @@ from jax import lax
 
 from pallas_kernels.accumulator import COLUMN, ROW, TILE, Scratch, columns, operand, read
 from pallas_kernels.chunked.problem import Problem, split_index
+from pallas_kernels.launch import launch
 
 SIZE = 64  # features of a program, and tokens at a time
 STAGES = 4
+
+
+class Inputs(NamedTuple):
+    """Arrays of the kernel; vectors: the weight and the factor, where there are any."""
+
+    x: Any
+    w: Any
+    vectors: list[Any]
+
+
+class Outputs(NamedTuple):
+    """What it writes."""
+
+    s: Any
+    z: Any
 
 
 @functools.partial(jax.jit, static_argnames="problem")
@@ -36,37 +53,37 @@ def update(problem: Problem, x, w, weight, *, factor=None):
     stages = min(STAGES, steps)
     vectors = [vector for vector in (weight, factor) if vector is not None]
 
-    def body(x_ref, w_ref, *refs):
-        *vector_refs, s_ref, z_ref, x_s, w_s, vectors_s, full, scratch_buffers = refs
+    def body(refs):
+        inputs, outputs, scratch = refs
+        full, memory = scratch.full, Scratch.of(scratch.accumulators, 0)
         # Groups of a chunk, which are beside each other in memory, follow each other.
         at, part = split_index(lax.axis_index("program"), parts)
         at, g = split_index(at, p.groups)
         b, c = split_index(at, p.chunks)
         features = pl.ds(part * SIZE, SIZE)
-        scratch = Scratch.of(scratch_buffers, 0)
 
         def fill(n):
             slot = lax.rem(n, stages)
             r, block = split_index(n, blocks)
             h, tokens = g * p.repeats + r, pl.ds(c * p.chunk + block * SIZE, SIZE)
-            plgpu.copy_gmem_to_smem(x_ref.at[b, tokens, h, features], x_s.at[slot], full.at[slot])
-            plgpu.copy_gmem_to_smem(w_ref.at[b, tokens, h], w_s.at[slot], full.at[slot])
-            for i, vector_ref in enumerate(vector_refs):
-                plgpu.copy_gmem_to_smem(vector_ref.at[b, h, tokens], vectors_s.at[i, slot], full.at[slot])
+            plgpu.copy_gmem_to_smem(inputs.x.at[b, tokens, h, features], scratch.x.at[slot], full.at[slot])
+            plgpu.copy_gmem_to_smem(inputs.w.at[b, tokens, h], scratch.w.at[slot], full.at[slot])
+            for i, vector in enumerate(inputs.vectors):
+                plgpu.copy_gmem_to_smem(vector.at[b, h, tokens], scratch.vectors.at[i, slot], full.at[slot])
 
         def accumulate(acc):
             def add(n, z):
                 slot = lax.rem(n, stages)
                 plgpu.barrier_wait(full.at[slot])
-                left = plgpu.load(x_s.at[slot].T, layout=TILE)
+                left = plgpu.load(scratch.x.at[slot].T, layout=TILE)
                 number = left.astype(jnp.float32)
                 weighted = []
                 for i in range(len(vectors)):
-                    of_token = plgpu.load(vectors_s.at[i, slot], layout=COLUMN, optimized=False)
+                    of_token = plgpu.load(scratch.vectors.at[i, slot], layout=COLUMN, optimized=False)
                     weighted.append(number * columns(of_token, left.shape))
                 if weight is not None:
                     left = weighted[0].astype(jnp.bfloat16)
-                scratch.add(acc, left, w_s.at[slot])
+                memory.add(acc, left, scratch.w.at[slot])
                 z = z + (weighted[-1] if weighted else number).sum(axis=1)
                 if not p.interpret:
                     plgpu.wgmma_wait(0)
@@ -75,27 +92,27 @@ def update(problem: Problem, x, w, weight, *, factor=None):
                 return z
 
             z = lax.fori_loop(0, steps, add, plgpu.layout_cast(jnp.zeros((SIZE,), jnp.float32), ROW))
-            s_ref[b, g, c, features] = read(acc)
-            z_ref[b, g, c, features] = z
+            outputs.s[b, g, c, features] = read(acc)
+            outputs.z[b, g, c, features] = z
 
         for n in range(stages):
             fill(n)
-        scratch.accumulate(accumulate, (SIZE, width))
+        memory.accumulate(accumulate, (SIZE, width))
 
     shape = (p.batch, p.groups, p.chunks, dim)
-    kernel = plgpu.kernel(
+    return launch(
         body,
-        out_type=(jax.ShapeDtypeStruct((*shape, width), jnp.float32), jax.ShapeDtypeStruct(shape, jnp.float32)),
-        scratch_types=[
-            operand((stages, SIZE, SIZE)),
-            operand((stages, SIZE, width)),
-            plgpu.SMEM((2, stages, SIZE), jnp.float32),
-            plgpu.Barrier(num_barriers=stages, num_arrivals=2 + len(vectors)),
-            Scratch.types(p.interpret, 1, ((SIZE, width),) * 2, SIZE),
-        ],
+        Inputs(x, w, vectors),
+        Outputs(jax.ShapeDtypeStruct((*shape, width), jnp.float32), jax.ShapeDtypeStruct(shape, jnp.float32)),
+        {
+            "x": operand((stages, SIZE, SIZE)),
+            "w": operand((stages, SIZE, width)),
+            "vectors": plgpu.SMEM((2, stages, SIZE), jnp.float32),
+            "full": plgpu.Barrier(num_barriers=stages, num_arrivals=2 + len(vectors)),
+            "accumulators": Scratch.types(p.interpret, 1, ((SIZE, width),) * 2, SIZE),
+        },
         grid=(p.batch * p.chunks * p.groups * parts,),
         grid_names=("program",),
         compiler_params=plgpu.CompilerParams(approx_math=True),
         kernel_name="linear_update",
     )
-    return kernel(x, w, *vectors)

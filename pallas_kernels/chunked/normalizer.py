@@ -1,6 +1,7 @@
 """What each chunk adds to the normaliser: Z = sum_t factor_t x_t x_t^T."""
 
 import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
@@ -11,9 +12,17 @@ from jax import lax
 from pallas_kernels.accumulator import COLUMN, TILE, Scratch, columns, operand, read
 from pallas_kernels.chunked.layout import HEAD_DIM
 from pallas_kernels.chunked.problem import Problem, split_index
+from pallas_kernels.launch import launch
 
 TOKENS = 64  # at a time
 STAGES = 4
+
+
+class Inputs(NamedTuple):
+    """Arrays of the kernel."""
+
+    x: Any
+    factor: Any | None
 
 
 @functools.partial(jax.jit, static_argnames="problem")
@@ -33,55 +42,55 @@ def normalizer(problem: Problem, x, factor):
     steps = p.repeats * blocks
     stages = min(STAGES, steps)
 
-    def body(x_ref, *refs):
-        *factor_ref, z_ref, x_s, factor_s, full, scratch_buffers = refs
+    def body(refs):
+        inputs, outputs, scratch = refs
+        full, memory = scratch.full, Scratch.of(scratch.accumulators, 0)
         b, g, c = lax.axis_index("b"), lax.axis_index("g"), lax.axis_index("c")
-        scratch = Scratch.of(scratch_buffers, 0)
 
         def fill(n):
             slot = lax.rem(n, stages)
             r, block = split_index(n, blocks)
             h, tokens = g * p.repeats + r, pl.ds(c * p.chunk + block * TOKENS, TOKENS)
-            plgpu.copy_gmem_to_smem(x_ref.at[b, tokens, h], x_s.at[slot], full.at[slot])
-            if factor_ref:
-                plgpu.copy_gmem_to_smem(factor_ref[0].at[b, h, tokens], factor_s.at[slot], full.at[slot])
+            plgpu.copy_gmem_to_smem(inputs.x.at[b, tokens, h], scratch.x.at[slot], full.at[slot])
+            if factor is not None:
+                plgpu.copy_gmem_to_smem(inputs.factor.at[b, h, tokens], scratch.factor.at[slot], full.at[slot])
 
         def accumulate(acc):
             def add(n, _):
                 slot = lax.rem(n, stages)
                 plgpu.barrier_wait(full.at[slot])
-                left = plgpu.load(x_s.at[slot].T, layout=TILE)
-                if factor_ref:
-                    factors = plgpu.load(factor_s.at[slot], layout=COLUMN, optimized=False)
+                left = plgpu.load(scratch.x.at[slot].T, layout=TILE)
+                if factor is not None:
+                    factors = plgpu.load(scratch.factor.at[slot], layout=COLUMN, optimized=False)
                     scaled = left.astype(jnp.float32) * columns(factors, left.shape)
                     # The barrier keeps the compiler from taking the rounded number for the number itself.
                     left = lax.optimization_barrier(scaled.astype(jnp.bfloat16))
-                    scratch.add(acc, (scaled - left.astype(jnp.float32)).astype(jnp.bfloat16), x_s.at[slot])
-                scratch.add(acc, left, x_s.at[slot])
+                    memory.add(acc, (scaled - left.astype(jnp.float32)).astype(jnp.bfloat16), scratch.x.at[slot])
+                memory.add(acc, left, scratch.x.at[slot])
                 if not p.interpret:
                     plgpu.wgmma_wait(0)
                 plgpu.commit_smem()
                 pl.when(n + stages < steps)(lambda: fill(n + stages))
 
             lax.fori_loop(0, steps, add, None)
-            z_ref[b, g, c] = read(acc)
+            outputs[b, g, c] = read(acc)
 
         for n in range(stages):
             fill(n)
-        scratch.accumulate(accumulate, (HEAD_DIM, HEAD_DIM))
+        memory.accumulate(accumulate, (HEAD_DIM, HEAD_DIM))
 
-    kernel = plgpu.kernel(
+    return launch(
         body,
-        out_type=jax.ShapeDtypeStruct((p.batch, p.groups, p.chunks, HEAD_DIM, HEAD_DIM), jnp.float32),
-        scratch_types=[
-            operand((stages, TOKENS, HEAD_DIM)),
-            plgpu.SMEM((stages, TOKENS), jnp.float32),
-            plgpu.Barrier(num_barriers=stages, num_arrivals=1 if factor is None else 2),
-            Scratch.types(p.interpret, 1, ((HEAD_DIM, HEAD_DIM),) * 2, TOKENS),
-        ],
+        Inputs(x, factor),
+        jax.ShapeDtypeStruct((p.batch, p.groups, p.chunks, HEAD_DIM, HEAD_DIM), jnp.float32),
+        {
+            "x": operand((stages, TOKENS, HEAD_DIM)),
+            "factor": plgpu.SMEM((stages, TOKENS), jnp.float32),
+            "full": plgpu.Barrier(num_barriers=stages, num_arrivals=1 if factor is None else 2),
+            "accumulators": Scratch.types(p.interpret, 1, ((HEAD_DIM, HEAD_DIM),) * 2, TOKENS),
+        },
         grid=(p.batch, p.groups, p.chunks),
         grid_names=("b", "g", "c"),
         compiler_params=plgpu.CompilerParams(approx_math=True),
         kernel_name="squared_normalizer",
     )
-    return kernel(x, *(() if factor is None else (factor,)))

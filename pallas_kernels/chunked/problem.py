@@ -4,10 +4,12 @@ import dataclasses
 
 from jax import lax
 
+from pallas_kernels.device import multiprocessors
+
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
-    """How the kernels cut a chunk, and how many programs share the work: the GPU's multiprocessors.
+    """How the kernels cut a chunk, and how many programs share the work.
 
     Attributes:
       tokens: that the update takes at a time; divides a chunk.
@@ -15,7 +17,7 @@ class Tiles:
       states: tiles of the state that the other kernels take at a time, 2, 4 or 8.
       state_stages: of their ring.
       halves: 64 rows each, that a warpgroup of these kernels owns.
-      programs: how many programs share the work.
+      programs: how many programs share the work; None: one for each multiprocessor.
     """
 
     tokens: int = 128
@@ -23,12 +25,16 @@ class Tiles:
     states: int = 4
     state_stages: int = 3
     halves: int = 2
-    programs: int = 132
+    programs: int | None = None
 
     @property
     def rows(self) -> int:
         """Rows of a program of those kernels: a chunk has a multiple of them, and of 128."""
         return 2 * 64 * self.halves
+
+    def programs_of(self, work: int) -> int:
+        """How many programs share so many pieces of work."""
+        return min(self.programs or multiprocessors(), work)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -28,7 +28,7 @@ class Rows:
     @property
     def programs(self) -> int:
         """How many programs share them."""
-        return min(self.problem.tiles.programs, self.work)
+        return self.problem.tiles.programs_of(self.work)
 
     def each(self, program, body, carry):
         """`carry = body(i, carry)` for each piece of the program; the last carry."""

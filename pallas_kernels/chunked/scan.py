@@ -2,6 +2,7 @@
 
 import functools
 import math
+from typing import Any, NamedTuple
 
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
@@ -9,8 +10,24 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.accumulator import ROW
+from pallas_kernels.launch import launch
 
 AHEAD_SIZE, MOST_AHEAD = 4096, 8  # entries of tiles that are loaded at a time, 32 registers; and tiles
+
+
+class Inputs(NamedTuple):
+    """Arrays of the kernel."""
+
+    added: Any
+    weight: Any
+    initial: Any | None
+
+
+class Outputs(NamedTuple):
+    """What it writes."""
+
+    before: Any
+    final: Any
 
 
 @functools.partial(jax.jit, static_argnames=("reverse", "dtype"))
@@ -34,8 +51,8 @@ def scan(added, weight, initial, *, reverse: bool = False, dtype=jnp.bfloat16):
     layout = ROW if len(tile_shape) == 1 else plgpu.Layout.WG_STRIDED(tuple(tile_shape), vec_size=4)
     ahead = min(max(1, AHEAD_SIZE // math.prod(tile_shape)), MOST_AHEAD)
 
-    def body(added_ref, weight_ref, *refs):
-        *initial_ref, before_ref, final_ref = refs
+    def body(refs):
+        inputs, outputs, _ = refs
         b, g, tile = lax.axis_index("b"), lax.axis_index("g"), lax.axis_index("tile")
 
         def chunk(n):
@@ -48,10 +65,10 @@ def scan(added, weight, initial, *, reverse: bool = False, dtype=jnp.bfloat16):
 
         def load_steps(n):
             steps = [chunk(n + i) for i in range(ahead)]
-            return [(load(added_ref.at[b, g, c, tile]), weight_ref[b, g, c]) for c in steps]
+            return [(load(inputs.added.at[b, g, c, tile]), inputs.weight[b, g, c]) for c in steps]
 
         def advance(n, state, added_and_weight):
-            before_ref[b, g, chunk(n), tile] = state.astype(dtype)
+            outputs.before[b, g, chunk(n), tile] = state.astype(dtype)
             upcoming, factor = added_and_weight
             return state * factor + upcoming
 
@@ -62,25 +79,24 @@ def scan(added, weight, initial, *, reverse: bool = False, dtype=jnp.bfloat16):
                 state = advance(i * ahead + j, state, step)
             return state, upcoming
 
-        if initial_ref:
-            state = load(initial_ref[0].at[b, g, tile])
+        if initial is not None:
+            state = load(inputs.initial.at[b, g, tile])
         else:
             state = plgpu.layout_cast(jnp.zeros(tile_shape, jnp.float32), layout)
         turns, rest = divmod(chunks, ahead)
         state, loaded = lax.fori_loop(0, turns, turn, (state, load_steps(0)))
         for j in range(rest):
             state = advance(turns * ahead + j, state, loaded[j])
-        final_ref[b, g, tile] = state
+        outputs.final[b, g, tile] = state
 
-    kernel = plgpu.kernel(
+    final = jax.ShapeDtypeStruct((batch, groups, tiles, *tile_shape), jnp.float32)
+    return launch(
         body,
-        out_type=(
-            jax.ShapeDtypeStruct(added.shape, dtype),
-            jax.ShapeDtypeStruct((batch, groups, tiles, *tile_shape), jnp.float32),
-        ),
+        Inputs(added, weight, initial),
+        Outputs(jax.ShapeDtypeStruct(added.shape, dtype), final),
+        {},
         grid=(batch, groups, tiles),
         grid_names=("b", "g", "tile"),
         compiler_params=plgpu.CompilerParams(approx_math=True),
         kernel_name="scan_backward" if reverse else "scan",
     )
-    return kernel(added, weight, *(() if initial is None else (initial,)))

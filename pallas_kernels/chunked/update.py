@@ -51,7 +51,7 @@ def update(problem: Problem, x, w):
     p = problem
     block, stages = p.tiles.tokens, p.tiles.update_stages
     work = p.batch * p.groups * p.chunks * PIECES
-    programs = min(p.tiles.programs, work)
+    programs = p.tiles.programs_of(work)
     blocks, parts = p.chunk // block, block // HEAD_DIM
     steps = p.repeats * blocks
 

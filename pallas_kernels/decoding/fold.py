@@ -16,13 +16,12 @@ from jax import lax
 
 from pallas_kernels.accumulator import COLUMN, ROW, TILE, columns, rows
 from pallas_kernels.decoding.contract import DEGREE, SIZE, merged, plan, unsupported_fold
-from pallas_kernels.device import in_32_bits
+from pallas_kernels.device import in_32_bits, multiprocessors
 
 HEIGHT = 64  # rows of a tile in registers: the features of one cyclic offset
 WIDTH = SIZE  # values, and numbers of a key
 LONGEST = 128  # tokens, whose keys and values lie in shared memory
 BUFFERS = 3  # tiles in shared memory: one in registers, two on their way
-MULTIPROCESSORS = 132  # of an H200
 SHARED_MEMORY = 228 * 1024  # bytes of a multiprocessor, of which a program takes 1 KiB more than it asks for
 AT_ONCE = 8  # tokens whose keys and values are on their way together
 
@@ -66,7 +65,7 @@ def fold(score: Literal["linear", "squared"], state, previous, keys, values, sta
     degree = DEGREE[score]
     dtype = arrays[0].dtype
     of_program = BUFFERS * height * (WIDTH * dtype.itemsize + 4) + 3 * WIDTH * 4 * size + 1200
-    programs = min(MULTIPROCESSORS * (SHARED_MEMORY // of_program), layers * batch * groups * tiles)
+    programs = min(multiprocessors() * (SHARED_MEMORY // of_program), layers * batch * groups * tiles)
 
     def body(plan_ref, key_ref, value_ref, root_ref, carry_ref, *refs):
         (*state_refs, kv_s, sum_s, key_s, value_s, arrived) = refs

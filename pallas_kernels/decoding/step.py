@@ -25,10 +25,10 @@ from jax import lax
 
 from pallas_kernels.accumulator import COLUMN, ROW, TILE, columns, rows
 from pallas_kernels.decoding.contract import SIZE, DecodeStep, padded, unsupported_step
-from pallas_kernels.device import in_32_bits
+from pallas_kernels.device import in_32_bits, multiprocessors
 
 TILE_SHAPE = (SIZE, SIZE)  # features of the state, or slots of the ring, by values
-PROGRAMS = 1056  # that share the work, at least: eight for each multiprocessor of an H200
+PROGRAMS = 8  # that share the work, at least, for each multiprocessor
 STAGES = 3  # tiles of the state in flight for each program
 
 
@@ -60,7 +60,7 @@ def decode_step(spec: DecodeStep, layer, kv, key_sum, keys, values, folded, leng
     _, batch, groups, features, _ = kv.shape
     slots, repeats = keys.shape[3], q.shape[2]
     count, ring_count, box = -(-features // SIZE), padded(slots) // SIZE, min(slots, SIZE)
-    splits = max(1, min(count // 2, -(-PROGRAMS // (batch * groups))))
+    splits = max(1, min(count // 2, -(-PROGRAMS * multiprocessors() // (batch * groups))))
     per_split = -(-count // splits)
     splits = -(-count // per_split)
 

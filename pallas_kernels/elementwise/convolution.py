@@ -10,12 +10,11 @@ from jax import lax
 
 from pallas_kernels.chunked.problem import split_index
 from pallas_kernels.device import in_32_bits
-from pallas_kernels.elementwise.vectors import MULTIPROCESSORS, load, piece_of, wide, zeros
+from pallas_kernels.elementwise.vectors import load, piece_of, programs_at_once, wide, zeros
 from pallas_kernels.schedule import each_piece
 
 WIDEST = 4  # taps, whose gradients are in registers
 BLOCK = 16  # tokens that a program takes at a time
-PROGRAMS = 4 * MULTIPROCESSORS
 
 
 def unsupported(x: jax.Array, kernel: jax.Array) -> str | None:
@@ -55,7 +54,7 @@ def convolution_backward(x, kernel, continues, *dy):
     width, size = len(kernel), piece_of(channels)
     blocks = -(-tokens // BLOCK)
     columns = parts * (channels // size)
-    programs = min(-(-PROGRAMS // columns), batch * blocks)
+    programs = min(-(-programs_at_once() // columns), batch * blocks)
 
     def body(x_ref, kernel_ref, continues_ref, *refs):
         *dy_refs, dx_ref, sums_ref = refs

@@ -8,11 +8,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.device import in_32_bits
-from pallas_kernels.elementwise.vectors import MULTIPROCESSORS, load, piece_of, pieces, wide, zeros
+from pallas_kernels.elementwise.vectors import load, piece_of, pieces, programs_at_once, wide, zeros
 from pallas_kernels.schedule import each_piece
 
 WIDEST = 2048  # channels, of which a thread holds 16
-PROGRAMS = 4 * MULTIPROCESSORS
 
 
 def unsupported(x: jax.Array) -> str | None:
@@ -44,7 +43,7 @@ def norm_backward(x, scale, dys, dresidual, eps: float):
       dx [N, E] bfloat16, and the parts of dscale [programs, E] float32.
     """
     tokens, width = x.shape
-    programs, parts = min(PROGRAMS, tokens), pieces(width)
+    programs, parts = min(programs_at_once(), tokens), pieces(width)
     read = [x, *dys] if dresidual is None else [x, *dys, dresidual]
 
     def body(scale_ref, *refs):

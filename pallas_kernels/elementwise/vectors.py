@@ -5,9 +5,16 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
+from pallas_kernels.device import multiprocessors
+
 THREADS = 128
+PROGRAMS = 4  # of a kernel, on a multiprocessor at a time
 PIECES = 1024, 512  # channels at a time: 8 or 4 a thread, 16 or 8 bytes of bfloat16
-MULTIPROCESSORS = 132  # of an H100 or H200
+
+
+def programs_at_once() -> int:
+    """How many programs share the work of a kernel."""
+    return PROGRAMS * multiprocessors()
 
 
 def piece_of(channels: int) -> int | None:

@@ -68,12 +68,12 @@ class Tiles:
 
 @dataclasses.dataclass(frozen=True)
 class Tuning:
-    """The tiles of the three kernels, and how many programs share the work: the GPU's multiprocessors."""
+    """The tiles of the three kernels, and how many programs share the work; None: one for each multiprocessor."""
 
     forward: Tiles
     queries: Tiles
     keys: Tiles
-    programs: int = 132
+    programs: int | None = None
 
 
 def tuning(device_kind: str, score: str, head_dim: int, tokens: int) -> Tuning:

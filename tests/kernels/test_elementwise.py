@@ -34,7 +34,7 @@ U, FINE = 2.0**-8, 2.0**-18  # a rounding to bfloat16; a sum in float32 of numbe
 def few_programs(monkeypatch):
     """So that each has several pieces of work."""
     for module in (norm, convolution):
-        monkeypatch.setattr(module, "PROGRAMS", 2)
+        monkeypatch.setattr(module, "programs_at_once", lambda: 2)
 
 
 def normal(seed, *shape, dtype=jnp.bfloat16):

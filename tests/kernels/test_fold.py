@@ -25,7 +25,7 @@ from twomamba_jax.ops.state import FiniteState
 @pytest.fixture
 def few_programs(monkeypatch):
     """Two programs or three in all, each with tiles of several states and several tiles of one."""
-    monkeypatch.setattr(kernel, "MULTIPROCESSORS", 1)
+    monkeypatch.setattr(kernel, "multiprocessors", lambda: 1)
 
 
 @pytest.mark.usefixtures("few_programs")
