@@ -16,34 +16,43 @@ REFERENCE = "softmax"
 CHOSEN, REPORTED = 0, 1  # the half of the held-out documents that rates are chosen on, and the one that is reported
 
 
+def mixer_name(variant: str, settings: Sequence[str]) -> str:
+    """What a table calls the rows of a variant with these settings."""
+    return f"{variant} ({', '.join(settings)})" if settings else variant
+
+
 def read_rows(out: Path, corpus: str, size: str, steps: int) -> list[dict[str, Any]]:
-    """What the trained rows of one table left, in the order of their names."""
+    """What the trained rows of one table left, in the order of their names, each with its `mixer_name` as `mixer`."""
     table = {"corpus": corpus, "size": size, "steps": steps}
-    return [result for result in kept_rows(out) if all(result[key] == value for key, value in table.items())]
+    return [
+        result | {"mixer": mixer_name(result["variant"], result.get("settings", ()))}  # rows of before had none
+        for result in kept_rows(out)
+        if all(result[key] == value for key, value in table.items())
+    ]
 
 
-def best_rate(results: Results, variant: str, seed: int) -> float | None:
+def best_rate(results: Results, mixer: str, seed: int) -> float | None:
     """The learning rate with the lowest loss on the half that rates are chosen on; None where nothing is trained."""
     losses = {
         result["learning_rate"]: result["losses"][CHOSEN]
         for result in results
-        if result["variant"] == variant and result["seed"] == seed
+        if result["mixer"] == mixer and result["seed"] == seed
     }
     return min(losses, key=losses.get) if losses else None
 
 
-def rates_tried(results: Results, variant: str) -> int:
+def rates_tried(results: Results, mixer: str) -> int:
     """How many learning rates the best one was chosen from."""
-    return len({result["learning_rate"] for result in results if result["variant"] == variant})
+    return len({result["learning_rate"] for result in results if result["mixer"] == mixer})
 
 
 def at_best(results: Results) -> dict[str, list[dict[str, Any]]]:
-    """By variant the rows at its best rate, one a seed, the lowest mean first; the lowest seed decides on the rate."""
+    """By mixer the rows at its best rate, one a seed, the lowest mean first; the lowest seed decides on the rate."""
     chosen = {}
-    for variant in {result["variant"] for result in results}:
-        rows = [result for result in results if result["variant"] == variant]
-        rate = best_rate(rows, variant, min(row["seed"] for row in rows))
-        chosen[variant] = [row for row in rows if row["learning_rate"] == rate]
+    for mixer in {result["mixer"] for result in results}:
+        rows = [result for result in results if result["mixer"] == mixer]
+        rate = best_rate(rows, mixer, min(row["seed"] for row in rows))
+        chosen[mixer] = [row for row in rows if row["learning_rate"] == rate]
     return dict(sorted(chosen.items(), key=lambda item: mean_loss(item[1])))
 
 
@@ -72,19 +81,19 @@ def report(out: Path, corpus: str, size: str, steps: int) -> str:
 
 
 def summary(best: dict[str, list[dict[str, Any]]], results: Results) -> str:
-    """A row a variant, at its best rate."""
+    """A row a mixer, at its best rate."""
     lines = [
         "| mixer | rate | of rates | seeds | held-out loss | deviation | over softmax | parameters | bytes of state "
         "| tokens/s | peak GiB |",
         "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     reference = mean_loss(best[REFERENCE]) if REFERENCE in best else None
-    for variant, rows in best.items():
+    for mixer, rows in best.items():
         loss, spread, peak = mean_loss(rows), deviation(rows), rows[0]["memory_peak_bytes"]
         cells = (
-            variant,
+            mixer,
             f"{rows[0]['learning_rate']:g}",
-            rates_tried(results, variant),
+            rates_tried(results, mixer),
             len(rows),
             f"{loss:.4f}",
             "" if spread is None else f"{spread:.4f}",
@@ -101,11 +110,9 @@ def summary(best: dict[str, list[dict[str, Any]]], results: Results) -> str:
 def every_row(results: Results) -> str:
     """The losses at all rates: on the half that rates are chosen on, the half that is reported, and in training."""
     lines = ["| mixer | rate | seed | chosen on | reported | training | commit |", "|---|---:|---:|---:|---:|---:|---|"]
-    for row in sorted(results, key=lambda row: (row["variant"], row["learning_rate"], row["seed"])):
+    for row in sorted(results, key=lambda row: (row["mixer"], row["learning_rate"], row["seed"])):
         losses = f"{row['losses'][CHOSEN]:.4f} | {row['losses'][REPORTED]:.4f} | {row['train_loss']:.4f}"
-        lines.append(
-            f"| {row['variant']} | {row['learning_rate']:g} | {row['seed']} | {losses} | {row['commit'][:12]} |"
-        )
+        lines.append(f"| {row['mixer']} | {row['learning_rate']:g} | {row['seed']} | {losses} | {row['commit'][:12]} |")
     return "\n".join(lines)
 
 
@@ -121,16 +128,16 @@ def draw_curves(best: dict[str, list[dict[str, Any]]], path: Path) -> None:
     """Held-out loss against tokens, of the first seed."""
     figure, axes = _canvas("tokens", "held-out loss, nats a token")
     # There are ten colours: the eleventh curve has the first one's, dashed.
-    for number, (variant, rows) in enumerate(best.items()):
+    for number, (mixer, rows) in enumerate(best.items()):
         look = {"color": f"C{number % 10}", "linestyle": ("-", "--", ":")[number // 10 % 3], "marker": "o"}
-        label = f"{variant} ({rows[0]['learning_rate']:g})"
+        label = f"{mixer} ({rows[0]['learning_rate']:g})"
         axes.plot(*zip(*rows[0]["curve"]), markersize=3, label=label, **look)
     axes.legend(fontsize=8)
     figure.savefig(path, dpi=120)
 
 
 def draw_losses(best: dict[str, list[dict[str, Any]]], path: Path) -> None:
-    """The last loss of each variant, with its deviation over seeds."""
+    """The last loss of each mixer, with its deviation over seeds."""
     figure, axes = _canvas("held-out loss at the end, nats a token", "")
     names = list(best)[::-1]
     spreads = [deviation(best[name]) or 0.0 for name in names]
