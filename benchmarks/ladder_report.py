@@ -9,7 +9,9 @@ from kept_rows import kept_rows
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from configs import base
 from train.workdir import replace
+from twomamba_jax import parse_pattern
 
 Results = Sequence[dict[str, Any]]
 REFERENCE = "softmax"
@@ -68,7 +70,7 @@ def deviation(rows: Results) -> float | None:
 
 
 def report(out: Path, corpus: str, size: str, steps: int) -> str:
-    """Writes OUT/CORPUS-SIZE-STEPS.md and its plots, -tokens.png and -losses.png; returns the table."""
+    """Writes OUT/CORPUS-SIZE-STEPS.md and its plots, -tokens.png, -losses.png and -states.png; returns the table."""
     results = read_rows(out, corpus, size, steps)
     if not results:
         return f"no row of {corpus}, {size}, {steps} steps is trained in {out}"
@@ -77,6 +79,7 @@ def report(out: Path, corpus: str, size: str, steps: int) -> str:
     replace(out / f"{stem}.md", text)
     draw_curves(best, out / f"{stem}-tokens.png")
     draw_losses(best, out / f"{stem}-losses.png")
+    draw_states(best, size, out / f"{stem}-states.png")
     return text
 
 
@@ -142,6 +145,27 @@ def draw_losses(best: dict[str, list[dict[str, Any]]], path: Path) -> None:
     names = list(best)[::-1]
     spreads = [deviation(best[name]) or 0.0 for name in names]
     axes.errorbar([mean_loss(best[name]) for name in names], names, xerr=spreads, fmt="o", capsize=3)
+    figure.savefig(path, dpi=120)
+
+
+def draw_states(best: dict[str, list[dict[str, Any]]], size: str, path: Path) -> None:
+    """The last loss against the bytes of state, of mixers below twice the lowest loss.
+
+    A state that is all a growing cache has a line up to its size at the end of a row, from that at the first token.
+    """
+    figure, axes = _canvas("bytes of state", "held-out loss at the end, nats a token")
+    axes.set_xscale("log")
+    model = base.get_config("ladder", REFERENCE, size)
+    lowest = min(map(mean_loss, best.values()))
+    for number, (mixer, rows) in enumerate(best.items()):
+        loss, state = mean_loss(rows), rows[0]["state_bytes"]
+        if loss > 2 * lowest:
+            continue
+        look = {"color": f"C{number % 10}", "marker": "osD"[number // 10 % 3], "linestyle": "none"}
+        if all(layer.score == "exp" for layer in parse_pattern(rows[0]["variant"], model.model.num_layers)):
+            axes.hlines(loss, state / model.length, state, colors=look["color"], linestyles=":")
+        axes.plot(state, loss, label=mixer, **look)
+    axes.legend(fontsize=8)
     figure.savefig(path, dpi=120)
 
 

@@ -98,7 +98,7 @@ def test_killed_ladder_goes_on_and_chooses_by_one_half(ladder, pretended, tmp_pa
     assert "| softmax | 0.002 | 0 | 2.1000 | 2.2000 | 1.0000 | c0ffee |" in text
     assert "SHA-256 d1. On abacus" in text
     names = {path.name for path in tmp_path.glob("*.*")}
-    assert names == {f"stdlib-nano-400{end}" for end in (".md", "-tokens.png", "-losses.png")}
+    assert names == {f"stdlib-nano-400{end}" for end in (".md", "-tokens.png", "-losses.png", "-states.png")}
 
 
 def test_settings_make_rows_of_their_own(ladder, pretended, tmp_path, capsys):
