@@ -111,11 +111,21 @@ def summary(best: dict[str, list[dict[str, Any]]], results: Results) -> str:
 
 
 def every_row(results: Results) -> str:
-    """The losses at all rates: on the half that rates are chosen on, the half that is reported, and in training."""
-    lines = ["| mixer | rate | seed | chosen on | reported | training | commit |", "|---|---:|---:|---:|---:|---:|---|"]
+    """The losses at all rates: on the half that rates are chosen on, the half that is reported, and in training.
+
+    Gradient norms are the median and the largest of the logged ones after a tenth of the steps.
+    """
+    lines = [
+        "| mixer | rate | seed | chosen on | reported | training | gradient norm | largest | commit |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---|",
+    ]
     for row in sorted(results, key=lambda row: (row["mixer"], row["learning_rate"], row["seed"])):
         losses = f"{row['losses'][CHOSEN]:.4f} | {row['losses'][REPORTED]:.4f} | {row['train_loss']:.4f}"
-        lines.append(f"| {row['mixer']} | {row['learning_rate']:g} | {row['seed']} | {losses} | {row['commit'][:12]} |")
+        norms = [norm for step, norm in row.get("gradient_norms", ()) if step > row["steps"] / 10]
+        norms = f"{statistics.median(norms):.2f} | {max(norms):.2f}" if norms else " | "  # rows of before have none
+        lines.append(
+            f"| {row['mixer']} | {row['learning_rate']:g} | {row['seed']} | {losses} | {norms} | {row['commit'][:12]} |"
+        )
     return "\n".join(lines)
 
 

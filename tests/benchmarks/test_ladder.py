@@ -30,6 +30,7 @@ def pretended(ladder, monkeypatch):
         chosen, reported = losses[row.variant, row.learning_rate]
         found = dataclasses.asdict(row) | {
             "losses": [chosen, reported + 0.01 * row.seed], "curve": [[8, 3.0], [16, reported]], "train_loss": 1.0,
+            "gradient_norms": [[40, 9.0], [50, 0.25], [60, 1.5], [70, 0.5]],
             "parameters": 1234, "state_bytes": 5678, "tokens_per_second": 1e5, "memory_peak_bytes": 2**30,
             "workers": 0, "identity": {"digest": "d1"}, "commit": place.commit, "device": "abacus", "versions": {},
         }  # fmt: skip
@@ -95,7 +96,7 @@ def test_killed_ladder_goes_on_and_chooses_by_one_half(ladder, pretended, tmp_pa
     text = capsys.readouterr().out
     assert "| softmax | 0.001 | 2 | 2 | 2.5050 | 0.0071 | +0.0000 | 1,234 | 5,678 | 100,000 | 1.00 |" in text
     assert "| 2mamba | 0.002 | 2 | 2 | 2.6050 | 0.0071 | +0.1000 |" in text
-    assert "| softmax | 0.002 | 0 | 2.1000 | 2.2000 | 1.0000 | c0ffee |" in text
+    assert "| softmax | 0.002 | 0 | 2.1000 | 2.2000 | 1.0000 | 0.50 | 1.50 | c0ffee |" in text
     assert "SHA-256 d1. On abacus" in text
     names = {path.name for path in tmp_path.glob("*.*")}
     assert names == {f"stdlib-nano-400{end}" for end in (".md", "-tokens.png", "-losses.png", "-states.png")}
