@@ -18,8 +18,8 @@ from pathlib import Path
 
 import clone  # noqa: F401
 from kept_rows import current_commit
-from ladder_report import best_rate, read_rows, report
-from ladder_row import CORPORA, Place, Row, train_row
+from ladder_report import best_rate, mixer_name, read_rows, report
+from ladder_row import CORPORA, Place, Row, make_config, train_row
 
 from train.errors import UserError
 from twomamba_jax import parse_pattern
@@ -73,6 +73,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     add("--learning_rates", nargs="+", type=float, metavar="RATE")
     add("--seeds", nargs="+", type=int, default=[0], metavar="SEED", help="the first is trained at every rate")
     add("--steps", type=int, help="that the learning rate falls over")
+    add("--set", nargs="+", default=[], metavar="KEY=VALUE", help="of the configuration: optimizer.b2=0.95; other rows")
     add("--workers", type=int, default=1, help="processes at a time, each with a row; 0: this one alone")
     add("--commit", help="of the code, where git does not tell")
     options = parser.parse_args(arguments)
@@ -87,7 +88,13 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
             parse_pattern(variant, 8)
         except ValueError as error:
             raise UserError(f"--variants: {error}") from error
+    make_config(make_row(options, options.variants[0], options.learning_rates[0], 0), options.root)
     return options
+
+
+def make_row(options: argparse.Namespace, variant: str, rate: float, seed: int) -> Row:
+    """A row of the command line."""
+    return Row(options.corpus, options.size, variant, rate, seed, options.steps, tuple(options.set))
 
 
 def train_rows(rows: Iterable[Row], place: Place) -> list[str]:
@@ -120,17 +127,21 @@ def main(arguments: Sequence[str]) -> int:
         return 2
     place = Place(options.out, options.root, options.commit or current_commit(), options.workers)
 
-    def row(variant: str, rate: float, seed: int) -> Row:
-        return Row(options.corpus, options.size, variant, rate, seed, options.steps)
-
     first, *others = options.seeds
     failures = train_rows(
-        (row(variant, rate, first) for rate in options.learning_rates for variant in options.variants), place
+        (make_row(options, variant, rate, first) for rate in options.learning_rates for variant in options.variants),
+        place,
     )
     trained = read_rows(options.out, options.corpus, options.size, options.steps)
-    rates = {variant: best_rate(trained, variant, first) for variant in options.variants}
+    rates = {variant: best_rate(trained, mixer_name(variant, options.set), first) for variant in options.variants}
     failures += train_rows(
-        (row(variant, rate, seed) for seed in others for variant, rate in rates.items() if rate is not None), place
+        (
+            make_row(options, variant, rate, seed)
+            for seed in others
+            for variant, rate in rates.items()
+            if rate is not None
+        ),
+        place,
     )
     print(report(options.out, options.corpus, options.size, options.steps))
     for failure in failures:

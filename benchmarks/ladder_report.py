@@ -9,41 +9,52 @@ from kept_rows import kept_rows
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from configs import base
 from train.workdir import replace
+from twomamba_jax import parse_pattern
 
 Results = Sequence[dict[str, Any]]
 REFERENCE = "softmax"
 CHOSEN, REPORTED = 0, 1  # the half of the held-out documents that rates are chosen on, and the one that is reported
 
 
+def mixer_name(variant: str, settings: Sequence[str]) -> str:
+    """What a table calls the rows of a variant with these settings."""
+    return f"{variant} ({', '.join(settings)})" if settings else variant
+
+
 def read_rows(out: Path, corpus: str, size: str, steps: int) -> list[dict[str, Any]]:
-    """What the trained rows of one table left, in the order of their names."""
+    """What the trained rows of one table left, in the order of their names, each with its `mixer_name` as `mixer`."""
     table = {"corpus": corpus, "size": size, "steps": steps}
-    return [result for result in kept_rows(out) if all(result[key] == value for key, value in table.items())]
+    return [
+        result | {"mixer": mixer_name(result["variant"], result.get("settings", ()))}  # rows of before had none
+        for result in kept_rows(out)
+        if all(result[key] == value for key, value in table.items())
+    ]
 
 
-def best_rate(results: Results, variant: str, seed: int) -> float | None:
+def best_rate(results: Results, mixer: str, seed: int) -> float | None:
     """The learning rate with the lowest loss on the half that rates are chosen on; None where nothing is trained."""
     losses = {
         result["learning_rate"]: result["losses"][CHOSEN]
         for result in results
-        if result["variant"] == variant and result["seed"] == seed
+        if result["mixer"] == mixer and result["seed"] == seed
     }
     return min(losses, key=losses.get) if losses else None
 
 
-def rates_tried(results: Results, variant: str) -> int:
+def rates_tried(results: Results, mixer: str) -> int:
     """How many learning rates the best one was chosen from."""
-    return len({result["learning_rate"] for result in results if result["variant"] == variant})
+    return len({result["learning_rate"] for result in results if result["mixer"] == mixer})
 
 
 def at_best(results: Results) -> dict[str, list[dict[str, Any]]]:
-    """By variant the rows at its best rate, one a seed, the lowest mean first; the lowest seed decides on the rate."""
+    """By mixer the rows at its best rate, one a seed, the lowest mean first; the lowest seed decides on the rate."""
     chosen = {}
-    for variant in {result["variant"] for result in results}:
-        rows = [result for result in results if result["variant"] == variant]
-        rate = best_rate(rows, variant, min(row["seed"] for row in rows))
-        chosen[variant] = [row for row in rows if row["learning_rate"] == rate]
+    for mixer in {result["mixer"] for result in results}:
+        rows = [result for result in results if result["mixer"] == mixer]
+        rate = best_rate(rows, mixer, min(row["seed"] for row in rows))
+        chosen[mixer] = [row for row in rows if row["learning_rate"] == rate]
     return dict(sorted(chosen.items(), key=lambda item: mean_loss(item[1])))
 
 
@@ -59,7 +70,7 @@ def deviation(rows: Results) -> float | None:
 
 
 def report(out: Path, corpus: str, size: str, steps: int) -> str:
-    """Writes OUT/CORPUS-SIZE-STEPS.md and its plots, -tokens.png and -losses.png; returns the table."""
+    """Writes OUT/CORPUS-SIZE-STEPS.md and its plots, -tokens.png, -losses.png and -states.png; returns the table."""
     results = read_rows(out, corpus, size, steps)
     if not results:
         return f"no row of {corpus}, {size}, {steps} steps is trained in {out}"
@@ -68,23 +79,24 @@ def report(out: Path, corpus: str, size: str, steps: int) -> str:
     replace(out / f"{stem}.md", text)
     draw_curves(best, out / f"{stem}-tokens.png")
     draw_losses(best, out / f"{stem}-losses.png")
+    draw_states(best, size, out / f"{stem}-states.png")
     return text
 
 
 def summary(best: dict[str, list[dict[str, Any]]], results: Results) -> str:
-    """A row a variant, at its best rate."""
+    """A row a mixer, at its best rate."""
     lines = [
         "| mixer | rate | of rates | seeds | held-out loss | deviation | over softmax | parameters | bytes of state "
         "| tokens/s | peak GiB |",
         "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     reference = mean_loss(best[REFERENCE]) if REFERENCE in best else None
-    for variant, rows in best.items():
+    for mixer, rows in best.items():
         loss, spread, peak = mean_loss(rows), deviation(rows), rows[0]["memory_peak_bytes"]
         cells = (
-            variant,
+            mixer,
             f"{rows[0]['learning_rate']:g}",
-            rates_tried(results, variant),
+            rates_tried(results, mixer),
             len(rows),
             f"{loss:.4f}",
             "" if spread is None else f"{spread:.4f}",
@@ -99,12 +111,20 @@ def summary(best: dict[str, list[dict[str, Any]]], results: Results) -> str:
 
 
 def every_row(results: Results) -> str:
-    """The losses at all rates: on the half that rates are chosen on, the half that is reported, and in training."""
-    lines = ["| mixer | rate | seed | chosen on | reported | training | commit |", "|---|---:|---:|---:|---:|---:|---|"]
-    for row in sorted(results, key=lambda row: (row["variant"], row["learning_rate"], row["seed"])):
+    """The losses at all rates: on the half that rates are chosen on, the half that is reported, and in training.
+
+    Gradient norms are the median and the largest of the logged ones after a tenth of the steps.
+    """
+    lines = [
+        "| mixer | rate | seed | chosen on | reported | training | gradient norm | largest | commit |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---|",
+    ]
+    for row in sorted(results, key=lambda row: (row["mixer"], row["learning_rate"], row["seed"])):
         losses = f"{row['losses'][CHOSEN]:.4f} | {row['losses'][REPORTED]:.4f} | {row['train_loss']:.4f}"
+        norms = [norm for step, norm in row.get("gradient_norms", ()) if step > row["steps"] / 10]
+        norms = f"{statistics.median(norms):.2f} | {max(norms):.2f}" if norms else " | "  # rows of before have none
         lines.append(
-            f"| {row['variant']} | {row['learning_rate']:g} | {row['seed']} | {losses} | {row['commit'][:12]} |"
+            f"| {row['mixer']} | {row['learning_rate']:g} | {row['seed']} | {losses} | {norms} | {row['commit'][:12]} |"
         )
     return "\n".join(lines)
 
@@ -121,20 +141,41 @@ def draw_curves(best: dict[str, list[dict[str, Any]]], path: Path) -> None:
     """Held-out loss against tokens, of the first seed."""
     figure, axes = _canvas("tokens", "held-out loss, nats a token")
     # There are ten colours: the eleventh curve has the first one's, dashed.
-    for number, (variant, rows) in enumerate(best.items()):
+    for number, (mixer, rows) in enumerate(best.items()):
         look = {"color": f"C{number % 10}", "linestyle": ("-", "--", ":")[number // 10 % 3], "marker": "o"}
-        label = f"{variant} ({rows[0]['learning_rate']:g})"
+        label = f"{mixer} ({rows[0]['learning_rate']:g})"
         axes.plot(*zip(*rows[0]["curve"]), markersize=3, label=label, **look)
     axes.legend(fontsize=8)
     figure.savefig(path, dpi=120)
 
 
 def draw_losses(best: dict[str, list[dict[str, Any]]], path: Path) -> None:
-    """The last loss of each variant, with its deviation over seeds."""
+    """The last loss of each mixer, with its deviation over seeds."""
     figure, axes = _canvas("held-out loss at the end, nats a token", "")
     names = list(best)[::-1]
     spreads = [deviation(best[name]) or 0.0 for name in names]
     axes.errorbar([mean_loss(best[name]) for name in names], names, xerr=spreads, fmt="o", capsize=3)
+    figure.savefig(path, dpi=120)
+
+
+def draw_states(best: dict[str, list[dict[str, Any]]], size: str, path: Path) -> None:
+    """The last loss against the bytes of state, of mixers below twice the lowest loss.
+
+    A state that is all a growing cache has a line up to its size at the end of a row, from that at the first token.
+    """
+    figure, axes = _canvas("bytes of state", "held-out loss at the end, nats a token")
+    axes.set_xscale("log")
+    model = base.get_config("ladder", REFERENCE, size)
+    lowest = min(map(mean_loss, best.values()))
+    for number, (mixer, rows) in enumerate(best.items()):
+        loss, state = mean_loss(rows), rows[0]["state_bytes"]
+        if loss > 2 * lowest:
+            continue
+        look = {"color": f"C{number % 10}", "marker": "osD"[number // 10 % 3], "linestyle": "none"}
+        if all(layer.score == "exp" for layer in parse_pattern(rows[0]["variant"], model.model.num_layers)):
+            axes.hlines(loss, state / model.length, state, colors=look["color"], linestyles=":")
+        axes.plot(state, loss, label=mixer, **look)
+    axes.legend(fontsize=8)
     figure.savefig(path, dpi=120)
 
 

@@ -17,6 +17,7 @@ from configs import base
 from train.configuration import apply_overrides, validate
 from train.data.rows import PACKINGS, held_out_batches
 from train.data.tokenized import Split
+from train.errors import UserError
 from train.evaluation import evaluate
 from train.loop import Run, run
 from train.observe.metrics import read_metrics
@@ -40,7 +41,10 @@ CORPORA: dict[str, dict[str, str]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A model to train: everything that its loss depends on, but for the code and the corpus' version."""
+    """A model to train: everything that its loss depends on, but for the code and the corpus' version.
+
+    `settings` are what the configuration has in place of its own values, each `KEY=VALUE`.
+    """
 
     corpus: str
     size: str
@@ -48,12 +52,14 @@ class Row:
     learning_rate: float
     seed: int
     steps: int
+    settings: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
         """As a file name."""
         variant = variant_in_name(self.variant)
-        return f"{self.corpus}-{self.size}-{self.steps}-{variant}-{self.learning_rate:g}-{self.seed}"
+        row = f"{self.corpus}-{self.size}-{self.steps}-{variant}-{self.learning_rate:g}-{self.seed}"
+        return "-".join([row, *self.settings])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +81,10 @@ class Place:
 
 
 def make_config(row: Row, root: Path | None = None) -> ConfigDict:
-    """The configuration that a row is trained by; without a root the corpus is Python's own, or of `corpora.py`."""
+    """The configuration that a row is trained by; without a root the corpus is Python's own, or of `corpora.py`.
+
+    Raises UserError for settings that no configuration has, or that the row itself says.
+    """
     root = root or (None if row.corpus == "stdlib" else Path("runs/corpora") / row.corpus)
     config = base.get_config(name="ladder", variant=row.variant, size=row.size)
     overrides = {key: value.replace("ROOT", str(root)) for key, value in CORPORA[row.corpus].items()} | {
@@ -83,8 +92,13 @@ def make_config(row: Row, root: Path | None = None) -> ConfigDict:
         "steps": row.steps,
         "optimizer.learning_rate": row.learning_rate,
         "checkpoints_kept": 1,
+        "log_every": 10,
     }
-    apply_overrides(config.lock(), [(key, str(value)) for key, value in overrides.items()])
+    settings = [(key, text) for key, _, text in (setting.partition("=") for setting in row.settings)]
+    for key, _ in settings:
+        if key in overrides or key.startswith("data."):
+            raise UserError(f"--set {key}: a row says this itself: use --corpus, --root, --steps, --seeds, ...")
+    apply_overrides(config.lock(), [*((key, str(value)) for key, value in overrides.items()), *settings])
     validate(config)
     return config
 
@@ -113,6 +127,7 @@ def keep(row: Row, place: Place, current: Run, state: TrainState, console: Conso
         "losses": halves_losses(current, state.params),
         "curve": [(record["step"] * tokens, record["eval/loss"]) for record in records if "eval/loss" in record],
         "train_loss": records[-1]["train/loss"],
+        "gradient_norms": [(record["step"], record["train/grad_norm"]) for record in records if "train/loss" in record],
         "skipped": int(state.skipped),
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
         "state_bytes": cache_bytes(model, 1, config.length, dtype=current.model.execution.dtype),

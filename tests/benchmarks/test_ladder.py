@@ -26,10 +26,11 @@ def pretended(ladder, monkeypatch):
     asked, losses = [], {}
 
     def train_row(row, place):
-        asked.append((row.variant, row.learning_rate, row.seed))
+        asked.append((row.variant, row.learning_rate, row.seed, *row.settings))
         chosen, reported = losses[row.variant, row.learning_rate]
         found = dataclasses.asdict(row) | {
             "losses": [chosen, reported + 0.01 * row.seed], "curve": [[8, 3.0], [16, reported]], "train_loss": 1.0,
+            "gradient_norms": [[40, 9.0], [50, 0.25], [60, 1.5], [70, 0.5]],
             "parameters": 1234, "state_bytes": 5678, "tokens_per_second": 1e5, "memory_peak_bytes": 2**30,
             "workers": 0, "identity": {"digest": "d1"}, "commit": place.commit, "device": "abacus", "versions": {},
         }  # fmt: skip
@@ -44,11 +45,20 @@ def test_row_is_trained_and_leaves_its_figures_alone(ladder, monkeypatch, tmp_pa
     monkeypatch.setitem(base.SIZES, "nano", TINY)
     for number in range(60):
         (tmp_path / f"file{number}.py").write_text(f"def f{number}(x):\n    return x + {number}\n")
+<<<<<<< HEAD
     row = ladder.Row("stdlib", "nano", "softmax", 1e-3, seed=3, steps=2)
+=======
+    row = ladder.Row("stdlib", "nano", "2mamba-long", 1e-3, seed=3, steps=2, settings=("optimizer.clip_norm=1e-9",))
+>>>>>>> acc
     place = ladder.Place(tmp_path / "out", root=tmp_path, commit="c0ffee")
     ladder.train_row(row, place)
     found = place.read(row)
-    assert ladder.Row(**{field.name: found[field.name] for field in dataclasses.fields(row)}) == row
+    fields = {field.name: found[field.name] for field in dataclasses.fields(row)}
+    assert ladder.Row(**fields | {"settings": tuple(found["settings"])}) == row
+    assert row.name.endswith("-0.001-3-optimizer.clip_norm=1e-9")
+    ((step, norm),) = found["gradient_norms"]
+    assert step == 2
+    assert 0.1 < norm < 10  # before it is clipped
     assert found["losses"] == pytest.approx([np.log(257)] * 2, abs=0.3)
     assert found["losses"][0] != found["losses"][1]
     assert [tokens for tokens, _ in found["curve"]] == [2 * 8 * 256]
@@ -90,10 +100,25 @@ def test_killed_ladder_goes_on_and_chooses_by_one_half(ladder, pretended, tmp_pa
     text = capsys.readouterr().out
     assert "| softmax | 0.001 | 2 | 2 | 2.5050 | 0.0071 | +0.0000 | 1,234 | 5,678 | 100,000 | 1.00 |" in text
     assert "| 2mamba | 0.002 | 2 | 2 | 2.6050 | 0.0071 | +0.1000 |" in text
-    assert "| softmax | 0.002 | 0 | 2.1000 | 2.2000 | 1.0000 | c0ffee |" in text
+    assert "| softmax | 0.002 | 0 | 2.1000 | 2.2000 | 1.0000 | 0.50 | 1.50 | c0ffee |" in text
     assert "SHA-256 d1. On abacus" in text
     names = {path.name for path in tmp_path.glob("*.*")}
-    assert names == {f"stdlib-nano-400{end}" for end in (".md", "-tokens.png", "-losses.png")}
+    assert names == {f"stdlib-nano-400{end}" for end in (".md", "-tokens.png", "-losses.png", "-states.png")}
+
+
+def test_settings_make_rows_of_their_own(ladder, pretended, tmp_path, capsys):
+    asked, losses = pretended
+    losses |= {("softmax", 1e-3): (2.0, 2.5)}
+    command = ["--out", str(tmp_path), "--workers", "0", "--variants", "softmax", "--learning_rates", "1e-3"]
+    assert ladder.main(command) == 0
+    losses |= {("softmax", 1e-3): (1.9, 2.4)}
+    assert ladder.main([*command, "--seeds", "0", "1", "--set", "optimizer.b2=0.95"]) == 0
+    assert asked == [
+        ("softmax", 1e-3, 0), ("softmax", 1e-3, 0, "optimizer.b2=0.95"), ("softmax", 1e-3, 1, "optimizer.b2=0.95")
+    ]  # fmt: skip
+    text = capsys.readouterr().out
+    assert "| softmax | 0.001 | 1 | 1 | 2.5000 |" in text
+    assert "| softmax (optimizer.b2=0.95) | 0.001 | 1 | 2 | 2.4050 |" in text
 
 
 @pytest.mark.parametrize(
@@ -102,6 +127,8 @@ def test_killed_ladder_goes_on_and_chooses_by_one_half(ladder, pretended, tmp_pa
         (["--variants", "softmaxx"], "--variants: unknown variant 'softmaxx': did you mean 'softmax'?"),
         (["--learning_rates", "0"], "--steps and --learning_rates must be positive"),
         (["--seeds", "-1"], "--workers and --seeds not negative"),
+        (["--set", "optimizer.b3=1"], "unknown config key 'optimizer.b3'"),
+        (["--set", "seed=1"], "--set seed: a row says this itself"),
     ],
 )
 def test_mistakes_are_one_line(ladder, tmp_path, capsys, options, message):
