@@ -45,11 +45,7 @@ def test_row_is_trained_and_leaves_its_figures_alone(ladder, monkeypatch, tmp_pa
     monkeypatch.setitem(base.SIZES, "nano", TINY)
     for number in range(60):
         (tmp_path / f"file{number}.py").write_text(f"def f{number}(x):\n    return x + {number}\n")
-<<<<<<< HEAD
-    row = ladder.Row("stdlib", "nano", "softmax", 1e-3, seed=3, steps=2)
-=======
-    row = ladder.Row("stdlib", "nano", "2mamba-long", 1e-3, seed=3, steps=2, settings=("optimizer.clip_norm=1e-9",))
->>>>>>> acc
+    row = ladder.Row("stdlib", "nano", "softmax", 1e-3, seed=3, steps=2, settings=("optimizer.clip_norm=1e-9",))
     place = ladder.Place(tmp_path / "out", root=tmp_path, commit="c0ffee")
     ladder.train_row(row, place)
     found = place.read(row)
