@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support.exhaustive import EXHAUSTIVE
+from support.exhaustive import EXHAUSTIVE, exhaustive
 from support.models import params_of
 
 from twomamba_jax import Execution, LanguageModel, ModelConfig, generate, init_cache, parse_pattern
@@ -153,6 +153,7 @@ def test_rows_do_not_feel_each_other():
     np.testing.assert_array_equal(alone.tokens[2:], stopped.tokens[2:])
 
 
+@exhaustive("tests/layers/test_cache.py: a prompt in pieces, and single steps after it")
 def test_a_generation_in_pieces_is_the_generation_in_one():
     """With parameters that are bound to a device, as a checkpoint's are: all pieces are one compiled program."""
     model, params = model_and_params(KEEPING)
