@@ -13,6 +13,7 @@ from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 from support.kernel_cases import Case
 
 from pallas_kernels import device
+from pallas_kernels.chunked import problem
 from pallas_kernels.interpreter import interpreted
 from pallas_kernels.quadratic import tuning as tuning_module
 from pallas_kernels.quadratic.tuning import Tiles, tuning
@@ -195,7 +196,6 @@ def test_the_table_is_read_by_device_and_bucket(monkeypatch, kind, tokens, num_s
     monkeypatch.setattr(tuning_module, "TABLE", other | table)
     found = tuning(kind, "squared", 64, tokens)
     assert [x.num_stages - num_stages for x in (found.forward, found.queries, found.keys)] == [0, 10, 20]
-    assert found.programs == 132
     assert tuning(kind, "exp", 128, tokens).forward.num_stages == 9
 
 
@@ -221,3 +221,11 @@ def test_warns_of_a_jax_whose_kernels_spill(monkeypatch, caplog, first, packages
         assert dispatch.choose_implementation(None, "parallel", lambda kernels: None) == "mosaic_gpu"
     dispatch._log_choice.cache_clear()
     assert ("compiles the kernels with spilled registers" in caplog.text) == warns
+
+
+@pytest.mark.parametrize(("found", "count"), [({"core_count": 114}, 114), ({}, 132)])
+def test_a_program_for_each_multiprocessor_of_the_device(monkeypatch, found, count):
+    monkeypatch.setattr(jax, "devices", lambda: [types.SimpleNamespace(**found)])
+    assert device.multiprocessors() == count
+    tiles = problem.Tiles()
+    assert [tiles.programs_of(work) for work in (1000, 5)] == [count, 5]
