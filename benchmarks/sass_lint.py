@@ -43,7 +43,7 @@ def decode(line: int, opcode: str, operands: str, guarded: bool) -> list[Instruc
     if opcode.startswith("WARPGROUP.DEPBAR"):
         return [one(WAIT)._replace(operands=str(int(operands.split(", ")[1], 16)))]
     if opcode.startswith(("BRA", "BRX")):
-        conditional = guarded or bool(re.match(r"U?P\d", operands))
+        conditional = guarded or ".DIV" in opcode or bool(re.match(r"!?U?P\d", operands))
         return [one("bra")._replace(operands=" ".join(f"${x}" for x in TARGET.findall(operands)), guarded=conditional)]
     if opcode.startswith(("EXIT", "RET")):
         return [one("exit")]

@@ -77,10 +77,10 @@ def update(problem: Problem, x, w):
                 full = ring.full.at[slot]
                 plgpu.copy_gmem_to_smem(inputs.w.at[b, tokens, h], scratch.w.at[slot], full)
                 for part in range(parts):
-                    place = pl.ds(c * p.chunk + at * block + part * HEAD_DIM, HEAD_DIM)
+                    of_part = pl.ds(c * p.chunk + at * block + part * HEAD_DIM, HEAD_DIM)
                     for j, source in enumerate(sources):
                         to = scratch.x.at[slot, part, pl.ds(j * BLOCK, BLOCK)]
-                        plgpu.copy_gmem_to_smem(inputs.x.at[b, h, pl.ds(source, BLOCK), place], to, full)
+                        plgpu.copy_gmem_to_smem(inputs.x.at[b, h, pl.ds(source, BLOCK), of_part], to, full)
                 for j, start in enumerate(starts):
                     to = scratch.features.at[slot, j]
                     plgpu.copy_gmem_to_smem(inputs.x.at[b, h, pl.ds(start, PIECE), tokens], to, full)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 LOG2E = math.log2(math.e)
-SMALLEST_DECAY = -126.0  # log2 of what a float32 holds in full; smaller decays are 0
+SMALLEST_DECAY = -126.0  # log2 of what a float32 holds in full; in Mosaic's kernels smaller decays are 0
 HEADROOM = 32  # log2 of how much smaller the weights of normalised powers are made in the keys' kernel; even
 
 
@@ -16,9 +16,9 @@ HEADROOM = 32  # log2 of how much smaller the weights of normalised powers are m
 class Problem:
     """One call, apart from its arrays.
 
-    The query is multiplied by `query_power`, a power of two and so exact in bfloat16, before its product with the
-    keys; the rest of the scale is `logit_scale` (exp) or `output_scale` (the other scores, where they are not
-    normalised).
+    The query (in the keys' kernel the key, by `key_power`) is multiplied by `query_power`, a power of two and so exact
+    in bfloat16, before their product; the rest of the scale is `logit_scale` (exp) or `output_scale` (the other scores,
+    where they are not normalised).
     """
 
     batch: int
@@ -43,8 +43,9 @@ class Problem:
         """What keys are multiplied by in their own kernel, a power of two: `query_power`, less the headroom.
 
         A weight of a normalised row is at most 1, and up to 2^126 as it was at the end of its key's tile. Of weights
-        2^-32 times as large any number can be added up. That is taken from the score and not from what multiplies it,
-        which of scores of 2^60 is itself as small as a float32 can be.
+        2^-32 times as large any number can be added up; slopes, which are weights over scores, are small enough as it
+        is, by the floor of the rows' sums. It is taken from the score and not from what multiplies it, which of scores
+        of 2^60 is itself as small as a float32 can be; `key_scales` give it back.
         """
         return self.query_power * 2.0 ** -(self._headroom // self._degree)
 

@@ -55,6 +55,13 @@ def test_products_of_one_group_are_in_flight_together(lint):
     assert found(lint, f"{SECOND} ;", FORM[1], f"{FIRST}, gsb0 ;", WAIT) == [(FORM[1], "R57")]
 
 
+@pytest.mark.parametrize("branch", ["@P0 BRA", "@!P1 BRA", "BRA.U UP0,", "BRA.U !UP0,", "BRA !P1,", "BRA.DIV UR4,"])
+def test_a_conditional_branch_may_go_on(lint, branch):
+    lines = (f"{FIRST}, gsb0 ;", f"{branch} `(.L_x_1) ;", "MOV R60, R1 ;", ".L_x_1:", WAIT)
+    assert found(lint, *lines) == [("MOV R60, R1 ;", "R60")]
+    assert found(lint, lines[0], "BRA `(.L_x_1) ;", *lines[2:]) == []
+
+
 @pytest.mark.parametrize(
     ("line", "registers"),
     [

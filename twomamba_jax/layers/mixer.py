@@ -102,7 +102,14 @@ class Mixer(nn.Module):
 
         Returns:
           y [B, T, E], and the cache after the last token (None without `cache`).
+
+        Raises:
+          ValueError: `layer` with `writes`.
         """
+        if layer is not None and writes:
+            raise ValueError(
+                "layer= names one of a stack of all layers' caches: pass writes=False, and write to the stack"
+            )
         x, positions = as_arrays(x, positions)
         segment_ids, lengths = as_rows(x.shape, segment_ids, lengths)
         cache = jax.tree.map(jnp.asarray, cache)

@@ -101,8 +101,9 @@ def check_state(op: Operation, q, k, v, log_decay, state, lengths) -> None:
         raise ValueError(f"score={op.score!r} continues a {kind.__name__}, got {type(state).__name__}")
     if not op.finite and (state.start.ndim > 1 or state.keys.shape[1] != k.shape[2] == state.keys.shape[2]):
         raise ValueError(
-            f"the key/value cache must be heads first, [B, G, S, .], got keys of shape {state.keys.shape}: if it is of "
-            "an earlier version, tokens first and with log_weights, read its prompt again"
+            f"the key/value cache must be heads first, [B, G, S, .] with G = {k.shape[2]}, got keys of shape "
+            f"{state.keys.shape}: if it is of an earlier version, tokens first and with log_weights, read its prompt "
+            "again"
         )
     options = {} if op.finite else {"capacity": state.keys.shape[2], "decay": state.log_decay is not None}
     expected = jax.eval_shape(lambda: init_state(op.score, q.shape[0], k.shape[2], k.shape[3], v.shape[3], **options))

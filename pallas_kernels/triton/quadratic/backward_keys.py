@@ -11,7 +11,7 @@ from pallas_kernels.triton.quadratic.pieces import load_tile, piece, store_tile
 from pallas_kernels.triton.quadratic.tiles import Tiles, programs_of
 from pallas_kernels.triton.quadratic.weights import slope_of, weights_of
 
-SMALLEST_DECAY = tl.constexpr(-96.0)
+SMALLEST_TO_TILE_END = tl.constexpr(-96.0)
 
 
 def backward_keys(problem: Problem, tiles: Tiles, q, k, v, dy, logit, delta, decay: Decay | None, last_visible):
@@ -165,7 +165,7 @@ def keys_kernel(
         row = -tl.load(prefix_ptr + head * TILES * OWN + rows)
         if SCORE != "exp":
             factor = tl.exp2(suffix)
-            there = suffix >= SMALLEST_DECAY  # else the sums may be infinite, or no number
+            there = suffix >= SMALLEST_TO_TILE_END  # else the sums may be infinite, or no number
             dk = tl.where(there[:, None], dk * factor[:, None], 0.0)
             dv = tl.where(there[:, None], dv * factor[:, None], 0.0)
             sums = tl.where(there, sums * factor, 0.0)
