@@ -283,3 +283,8 @@ def test_initial_values():
         spans(params[f"conv_{name}_bias"], -0.5, 0.5)
     draws = [params[f"conv_{name}_kernel"][0, 0, 0] for name in "qkv"] + [params["q"]["kernel"][0, 0, 0]]
     assert len(set(map(float, draws))) == 4
+
+
+def test_a_layer_of_a_stack_of_caches_is_not_written_alone():
+    with pytest.raises(ValueError, match="pass writes=False"):
+        mixer_of("2mamba").init(jax.random.key(0), np.zeros((1, 2, 16)), layer=jnp.int32(0))
