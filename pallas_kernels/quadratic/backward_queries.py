@@ -63,11 +63,6 @@ def backward_queries(
     needs_scores = score != "linear" or decay is not None  # the slope of a linear score is 1
     schedule = Schedule.make(p.batch * p.heads, p.tiles(block_q), 4 * p.tokens * p.head_dim, programs, ascending=True)
 
-    def keys_of(refs):
-        inputs = refs.inputs
-        kv = inputs.k, inputs.v, inputs.decay, inputs.first_visible
-        return Keys(p, block_q, tiles.streamed, tiles.num_stages, *kv, refs.scratch.keys)
-
     def tile_of(program, i):
         """Batch entry, head, key/value head and first row of the program's i-th tile."""
         head, tile = schedule.tile(program, i)
@@ -75,7 +70,7 @@ def backward_queries(
         return b, h, lax.div(h, p.heads // p.kv_heads), tile * block_q
 
     def load(refs, program):
-        keys, scratch = keys_of(refs), refs.scratch
+        keys, scratch = Keys.of(p, tiles, refs), refs.scratch
 
         def load_tile(i, step):
             b, h, g, start = tile_of(program, i)
@@ -91,7 +86,7 @@ def backward_queries(
             plgpu.barrier_wait(scratch.q_empty.at[w])
 
     def compute(refs, program, warpgroup, accumulators):
-        keys, scratch, inputs = keys_of(refs), refs.scratch, refs.inputs
+        keys, scratch, inputs = Keys.of(p, tiles, refs), refs.scratch, refs.inputs
         buffers = keys.buffers
 
         def differentiate_tile(i, step):

@@ -51,11 +51,6 @@ def forward(
     running_max = score == "exp" and normalize
     schedule = Schedule.make(p.batch * p.heads, p.tiles(block_q), 4 * p.tokens * p.head_dim, programs, ascending=True)
 
-    def keys_of(refs):
-        inputs = refs.inputs
-        kv = inputs.k, inputs.v, inputs.decay, inputs.first_visible
-        return Keys(p, block_q, tiles.streamed, tiles.num_stages, *kv, refs.scratch.keys)
-
     def tile_of(program, i):
         """Batch entry, head, key/value head and first row of the program's i-th tile."""
         head, tile = schedule.tile(program, i)
@@ -63,7 +58,7 @@ def forward(
         return b, h, lax.div(h, p.heads // p.kv_heads), tile * block_q
 
     def load(refs, program):
-        keys, scratch = keys_of(refs), refs.scratch
+        keys, scratch = Keys.of(p, tiles, refs), refs.scratch
 
         def load_tile(i, step):
             b, h, g, start = tile_of(program, i)
@@ -78,7 +73,7 @@ def forward(
             plgpu.barrier_wait(scratch.q_empty.at[w])
 
     def compute(refs, program, warpgroup, accumulators):
-        keys, scratch = keys_of(refs), refs.scratch
+        keys, scratch = Keys.of(p, tiles, refs), refs.scratch
         buffers = keys.buffers
 
         def attend_tile(i, step):

@@ -15,7 +15,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.accumulator import COLUMN, ROW, columns, load_rows, operand, positions, rows, store_rows
+from pallas_kernels.launch import Refs
 from pallas_kernels.quadratic.operands import Decay, Problem
+from pallas_kernels.quadratic.tuning import Tiles
 from pallas_kernels.ring import Ring
 
 ROWS = 64  # query rows of one warpgroup
@@ -72,6 +74,13 @@ class Keys:
     decay: Decay | None
     first_visible: Any
     buffers: KeyBuffers
+
+    @staticmethod
+    def of(problem: Problem, tiles: Tiles, refs: Refs) -> "Keys":
+        """Those of a kernel's references, for query tiles of `tiles.own` rows."""
+        inputs = refs.inputs
+        kv = inputs.k, inputs.v, inputs.decay, inputs.first_visible
+        return Keys(problem, tiles.own, tiles.streamed, tiles.num_stages, *kv, refs.scratch.keys)
 
     @property
     def ring(self) -> Ring:
