@@ -157,7 +157,7 @@ def test_a_row_with_one_key_is_its_value(score):
 
 @pytest.mark.parametrize("score", ["squared", "exp"] if EXHAUSTIVE else ["squared"])
 def test_the_largest_and_the_smallest_scores_of_the_contract(score):
-    """From 2^-40 to 2^60, with keys before the queries' tile; those of exp differ beyond float32 from some hundreds on."""
+    """From 2^-40 to 2^60, with keys before a query's tile; those of exp are beyond float32 from some hundreds on."""
     case = dataclasses.replace(EXP, score=score, tokens=136)
     call = case.call()
     q, k = abs(np.asarray(call.q)), abs(np.asarray(call.k))
