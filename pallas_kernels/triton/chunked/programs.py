@@ -32,6 +32,7 @@ def _squared_update(tiles, dim):
 
 def _squared_query(tiles, dim):
     constexprs = {"ROWS": tiles.block, "DIM": dim, "TILES": TILES, "SQUARED_POWER": 0.25, "FLOOR": 2.0**-100}
+    constexprs["AWAIT"] = tiles.awaits
     for has in _flags("weight", "normalizer"):
         arguments = {f"{name}_ptr": BF16 for name in ("x", "xt", "s", "added", "y")}
         arguments["weight_ptr"] = F32 if has["weight"] else None

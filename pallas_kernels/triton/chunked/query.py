@@ -32,8 +32,27 @@ def _add(sums, x, a, s_ptr, START: tl.constexpr):
 
 
 @triton.jit
+def _awaited(sums, tile, AWAIT: tl.constexpr):
+    """The sums, all of whose products are done if AWAIT: Triton waits where they are used, here to no other end.
+
+    It would wait in the next turn of the loop else, while the left operands of that are formed where those of this turn
+    are still being read.
+    """
+    if AWAIT:
+        sums = tl.where(tile < 40, sums, 0.0)
+    return sums
+
+
+@triton.jit
 def _read_state(
-    x_ptr, xt_ptr, s_ptr, TOKENS: tl.constexpr, STRIDE: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr
+    x_ptr,
+    xt_ptr,
+    s_ptr,
+    TOKENS: tl.constexpr,
+    STRIDE: tl.constexpr,
+    ROWS: tl.constexpr,
+    DIM: tl.constexpr,
+    AWAIT: tl.constexpr,
 ):
     """S^T phi(x) of the rows.
 
@@ -50,6 +69,7 @@ def _read_state(
         sums = _add(sums, x, a, s_ptr + tile * TILE, 0)
         sums = _add(sums, y, a, s_ptr + tile * TILE, 16)
         sums = _add(sums, z, a, s_ptr + tile * TILE, 32)
+        sums = _awaited(sums, tile, AWAIT)
     x = _features(x_ptr, 48, 16, STRIDE, ROWS)
     y = _features(x_ptr, 16, 16, STRIDE, ROWS)
     for tile in range(16, 32):
@@ -57,6 +77,7 @@ def _read_state(
         sums = _add(sums, x, a, s_ptr + tile * TILE, 0)
         sums = _add(sums, y, b, s_ptr + tile * TILE, 16)
         sums = _add(sums, z, b, s_ptr + tile * TILE, 32)
+        sums = _awaited(sums, tile, AWAIT)
     y = _features(x_ptr, 32, 16, STRIDE, ROWS)
     z = x * 2
     for tile in range(32, 40):
@@ -65,6 +86,7 @@ def _read_state(
         sums = _add(sums, z, a, s_ptr + tile * TILE, 16)
         sums = _add(sums, y, b, s_ptr + tile * TILE, 32)
         sums = _add(sums, z, b, s_ptr + tile * TILE, 48)
+        sums = _awaited(sums, tile, AWAIT)
     return sums
 
 
@@ -88,6 +110,7 @@ def query_kernel(
     TILES: tl.constexpr,
     SQUARED_POWER: tl.constexpr,
     FLOOR: tl.constexpr,
+    AWAIT: tl.constexpr,
 ):
     """A program takes ROWS rows past all tiles of the state.
 
@@ -111,7 +134,7 @@ def query_kernel(
             zx = tl.dot(x, tl.load(matrix + part * DIM * DIM), zx)
         through = tl.maximum(tl.sum(zx * x.to(tl.float32), 1) * SQUARED_POWER, 0.0)
 
-    sums = _read_state(x_ptr, xt_ptr, s_ptr, TOKENS, HEADS * DIM, ROWS, DIM) * SQUARED_POWER
+    sums = _read_state(x_ptr, xt_ptr, s_ptr, TOKENS, HEADS * DIM, ROWS, DIM, AWAIT) * SQUARED_POWER
     y = tl.load(added_ptr + at).to(tl.float32)
     if weight_ptr is not None:
         weight = tl.load(weight_ptr + (b * GROUPS + g) * TOKENS + start + row)
@@ -172,6 +195,7 @@ def query(problem: Problem, x, state, weight, added, *, power: float = 1.0, norm
             TILES=TILES,
             SQUARED_POWER=power**2,
             FLOOR=floor,
+            AWAIT=tiles.awaits,
             **sizes(p),
         )[::-1]
 

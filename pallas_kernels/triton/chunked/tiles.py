@@ -17,6 +17,7 @@ class Tiles:
       num_stages: of its loop's pipeline.
       held: tiles of a state that a program sums at a time.
       parts: programs that share the rows of a state.
+      awaits: whether a turn of its loop ends with a use of its sums, for which Triton waits.
     """
 
     block: int
@@ -24,15 +25,16 @@ class Tiles:
     num_stages: int
     held: int = 1
     parts: int = 1
+    awaits: bool = False
 
 
 READING = "query", "gradient"
 
 BEFORE_HOPPER = 80, 86
 
-# (kernel, capability, head dim). On Hopper most kernels that weigh their left operand in registers have one stage: with
-# more, a turn of the loop would overwrite it while the product of the turn before reads it, in PTX or in the machine
-# code that some ptxas makes of it (`benchmarks/ptx_lint.py`, `benchmarks/sass_lint.py`).
+# (kernel, capability, head dim). On Hopper most kernels that weigh their left operand in registers have one stage, or
+# wait for their products: else a turn of the loop would overwrite it while the product of the turn before reads it, in
+# PTX or in the machine code that some ptxas makes of it (`benchmarks/ptx_lint.py`, `benchmarks/sass_lint.py`).
 TABLE = {
     **{("squared_update", capability, 64): Tiles(64, 4, 3, held=2) for capability in BEFORE_HOPPER},
     **{("squared_query", capability, 64): Tiles(64, 4, 3) for capability in BEFORE_HOPPER},
@@ -41,7 +43,7 @@ TABLE = {
     **{(f"linear_{kernel}", capability, 64): Tiles(128, 8, 1) for kernel in READING for capability in BEFORE_HOPPER},
     **{(f"linear_{kernel}", capability, 128): Tiles(64, 8, 1) for kernel in READING for capability in BEFORE_HOPPER},
     ("squared_update", 90, 64): Tiles(64, 4, 3, held=4),
-    ("squared_query", 90, 64): Tiles(64, 4, 1),
+    ("squared_query", 90, 64): Tiles(64, 4, 2, awaits=True),
     ("squared_gradient", 90, 64): Tiles(128, 4, 3),
     ("squared_normalizer", 90, 64): Tiles(64, 4, 1),
     ("linear_update", 90, 64): Tiles(64, 4, 1),
