@@ -138,7 +138,8 @@ def test_none_takes_the_kernels(caplog):
     call = Case(tokens=4097).call()
     with caplog.at_level(logging.INFO, logger="twomamba_jax"):
         chosen = decay_attention(*call.inputs)
-    assert [record.message for record in caplog.records] == [
+    # Beside it some JAX warns of the kernels' speed.
+    assert [record.message for record in caplog.records if record.levelno == logging.INFO] == [
         "decay_attention: form=parallel, implementation=mosaic_gpu"
     ]
     np.testing.assert_array_equal(chosen, call.operation(*call.inputs))
