@@ -6,6 +6,7 @@ it, nearest first, whose decay is a factor per row times a factor per column; th
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -14,17 +15,26 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.accumulator import COLUMN, ROW, columns, load_rows, operand, positions, rows, store_rows
+from pallas_kernels.accumulator import (
+    COLUMN,
+    ROW,
+    columns,
+    load_rows,
+    load_vector,
+    operand,
+    positions,
+    rows,
+    store_rows,
+)
 from pallas_kernels.launch import Refs
 from pallas_kernels.quadratic.operands import Decay, Problem
-from pallas_kernels.quadratic.tuning import Tiles
+from pallas_kernels.quadratic.own import OwnTiles, Rows
+from pallas_kernels.quadratic.tuning import ROWS
 from pallas_kernels.ring import Ring
 
-ROWS = 64  # query rows of one warpgroup
 
-
-class KeyTiles(NamedTuple):
-    """Numbers of key tiles that a query tile sees.
+class Counts(NamedTuple):
+    """How many key tiles a query tile sees.
 
     whole: before the query tile, and seen by all of its rows; before: before it, seen by some row; beside: at its own
     positions.
@@ -76,27 +86,27 @@ class Keys:
     buffers: KeyBuffers
 
     @staticmethod
-    def of(problem: Problem, tiles: Tiles, refs: Refs) -> "Keys":
-        """Those of a kernel's references, for query tiles of `tiles.own` rows."""
-        inputs = refs.inputs
+    def of(own: OwnTiles, refs: Refs) -> "Keys":
+        """Those of a kernel's references, as seen by the tiles that its programs own."""
+        tiles, inputs = own.tiles, refs.inputs
         kv = inputs.k, inputs.v, inputs.decay, inputs.first_visible
-        return Keys(problem, tiles.own, tiles.streamed, tiles.num_stages, *kv, refs.scratch.keys)
+        return Keys(own.problem, tiles.own, tiles.streamed, tiles.num_stages, *kv, refs.scratch.keys)
 
     @property
     def ring(self) -> Ring:
         """The ring of buffers."""
         return Ring(self.num_stages, *self.buffers.barriers)
 
-    def seen(self, b, start) -> KeyTiles:
+    def seen(self, b, start) -> Counts:
         """How many key tiles the query tile from row `start` of batch entry b sees."""
         before = lax.div(start, self.block_kv)
         to_the_end = lax.div(self.problem.tokens - start + self.block_kv - 1, self.block_kv)
         beside = lax.min(jnp.int32(self.block_q // self.block_kv), to_the_end)
         if self.first_visible is None:
-            return KeyTiles(before, before, beside)
+            return Counts(before, before, beside)
         first, last = self.first_visible[b, start], self.first_visible[b, start + self.block_q - 1]
         whole = lax.max(before - lax.div(last + self.block_kv - 1, self.block_kv), 0)
-        return KeyTiles(whole, before - lax.div(first, self.block_kv), beside)
+        return Counts(whole, before - lax.div(first, self.block_kv), beside)
 
     def load(self, step, b, g, start):
         """Fills the ring with everything the query tile sees; the next step."""
@@ -157,64 +167,95 @@ class Keys:
             plgpu.commit_smem()
             plgpu.barrier_arrive(full)
 
-    def walk(self, step, b, start, first_row, tile, turn, carry):
-        """Takes 64 rows from `first_row` past the keys that their query tile sees.
+    def walk(self, step, at: Rows, tile: Callable, turn: Callable, carry: Any):
+        """Takes the rows of a warpgroup past the keys that their query tile sees.
 
         Args:
           step: of the ring.
-          b: batch entry.
-          start: first row of the query tile.
-          first_row: of this warpgroup.
-          tile: `tile(slot, release, decays_of, mask_of, beside, carry) -> carry` for each key tile, of whose keys
-            `decays_of(part, size)` and `mask_of(part, size)` give a slice, spread over 64 rows. A decay is a factor
-            before the query tile (exp: its logarithm), and minus its prefix beside it; None without. mask_of is None
-            where the rows see all. `release()` is called once every product of the tile before has been awaited.
-          turn: `turn(carry) -> carry`, between the keys before and those beside.
-          carry: a tuple.
+          at: where the rows are.
+          tile: `carry = tile(keys, carry)` for each `KeyTile`.
+          turn: `carry = turn(carry)`, between the keys before and those beside.
+          carry: a pytree.
 
         Returns:
           The next step, and the carry. The last buffer is released in the next walk; the very last is for the caller.
         """
-        seen = self.seen(b, start)
+        seen, segments = self.seen(at.b, at.start), self.first_visible is not None
 
-        def visit(n, carry, beside, segments):
-            this, inner = carry
-            slot = self.ring.receive(this)
-            at = start + n * self.block_kv if beside else start - (n + 1) * self.block_kv
+        def visit(n, state, beside, segments):
+            step, carry = state
+            slot = self.ring.receive(step)
+            start = at.start + n * self.block_kv if beside else at.start - (n + 1) * self.block_kv
+            return step + 1, tile(KeyTile(self, at, step, slot, start, beside, segments), carry)
 
-            def release():
-                @pl.when(this > 0)
-                def _():
-                    self.ring.release(this - 1)
+        def loop(begin, end, state, **kind):
+            return lax.fori_loop(begin, end, lambda n, state: visit(n, state, **kind), state)
 
-            def decays_of(part, size):
-                if self.decay is None:
-                    return None
-                decay = plgpu.load(self.buffers.decay.at[slot, part], layout=COLUMN, optimized=False)
-                return columns(decay, (ROWS, size))
-
-            def mask_of(part, size):
-                return self._mask(b, at + part.start, size, first_row, segments)
-
-            masked = beside or segments
-            return this + 1, tile(slot, release, decays_of, mask_of if masked else None, beside, inner)
-
-        def loop(begin, end, carry, **kind):
-            return lax.fori_loop(begin, end, lambda n, carry: visit(n, carry, **kind), carry)
-
-        segments = self.first_visible is not None
-        carry = loop(0, seen.whole, (step, carry), beside=False, segments=False)
+        state = loop(0, seen.whole, (step, carry), beside=False, segments=False)
         if segments:
-            carry = loop(seen.whole, seen.before, carry, beside=False, segments=True)
-        carry = (carry[0], turn(carry[1]))
-        return loop(0, seen.beside, carry, beside=True, segments=segments)
+            state = loop(seen.whole, seen.before, state, beside=False, segments=True)
+        state = state[0], turn(state[1])
+        return loop(0, seen.beside, state, beside=True, segments=segments)
 
-    def _mask(self, b, at, size, first_row, segments):
-        """Which keys from `at` on the rows see: 0 <= row - key, and with segments <= row - first_visible."""
-        row = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=ROW) + first_row
-        row_at, key = positions(row - at, size)
-        if not segments:
+
+@dataclasses.dataclass(frozen=True)
+class KeyTile:
+    """A tile of keys in the ring, as 64 rows of queries see it.
+
+    Attributes:
+      call: the keys of the call.
+      rows: where the queries are.
+      step: of the ring.
+      slot: its buffer.
+      start: its first key.
+      beside: whether it is at the query tile's own positions.
+      segments: whether some row may not see some key because of its segment.
+    """
+
+    call: Keys
+    rows: Rows
+    step: jax.Array
+    slot: jax.Array
+    start: jax.Array
+    beside: bool
+    segments: bool
+
+    def k(self, part: pl.Slice):
+        """The keys of a slice of the tile, [size, K]."""
+        return self.call.buffers.k.at[self.slot, part]
+
+    def v(self, part: pl.Slice):
+        """The values of a slice, [size, V]."""
+        return self.call.buffers.v.at[self.slot, part]
+
+    def release(self) -> None:
+        """Frees the buffer of the tile before: to be called once, when all of its products have been awaited."""
+
+        @pl.when(self.step > 0)
+        def _():
+            self.call.ring.release(self.step - 1)
+
+    def decays(self, part: pl.Slice):
+        """The decays of a slice's keys for every row, [64, size]; None without.
+
+        They are factors before the query tile (exp: logarithms of them), and minus the keys' prefixes beside it.
+        """
+        if self.call.decay is None:
+            return None
+        return columns(load_vector(self.call.buffers.decay.at[self.slot, part], COLUMN), (ROWS, part.size))
+
+    @property
+    def masked(self) -> bool:
+        """Whether some row may not see some key."""
+        return self.beside or self.segments
+
+    def mask(self, part: pl.Slice):
+        """Which keys of a slice each row sees: 0 <= row - key, and with segments <= row - first_visible."""
+        start = self.start + part.start
+        row = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=ROW) + self.rows.first
+        row_at, key = positions(row - start, part.size)
+        if not self.segments:
             return row_at >= key
-        first = plgpu.load(self.first_visible.at[b, pl.ds(first_row, ROWS)], layout=ROW, optimized=False)
+        first = load_vector(self.call.first_visible.at[self.rows.b, self.rows.slice])
         # As unsigned numbers, negative distances are the largest.
-        return (row_at - key).astype(jnp.uint32) <= rows((row - first).astype(jnp.uint32), (ROWS, size))
+        return (row_at - key).astype(jnp.uint32) <= rows((row - first).astype(jnp.uint32), (ROWS, part.size))
