@@ -6,6 +6,7 @@ grouped heads the queries of all R heads pass, one head after the other.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -14,29 +15,26 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.accumulator import COLUMN, ROW, columns, load_rows, operand, positions, rows, store_rows
+from pallas_kernels.accumulator import (
+    COLUMN,
+    ROW,
+    columns,
+    load_rows,
+    load_vector,
+    operand,
+    positions,
+    rows,
+    store_rows,
+)
+from pallas_kernels.launch import Refs
 from pallas_kernels.quadratic.operands import Problem
+from pallas_kernels.quadratic.own import OwnTiles, Rows
+from pallas_kernels.quadratic.tuning import ROWS
 from pallas_kernels.ring import Ring
 
-ROWS = 64  # keys of one warpgroup
 
-
-class Place(NamedTuple):
-    """Which keys a warpgroup has.
-
-    b: batch entry; g: key/value head; start: first key of the key tile; first_row: of the warpgroup's part of it;
-    warpgroup: its number.
-    """
-
-    b: jax.Array
-    g: jax.Array
-    start: jax.Array
-    first_row: jax.Array
-    warpgroup: jax.Array
-
-
-class QueryTiles(NamedTuple):
-    """Numbers of query tiles that see a key tile.
+class Counts(NamedTuple):
+    """How many query tiles see a key tile.
 
     after: after the key tile; beside: at its own positions.
     """
@@ -94,6 +92,14 @@ class Queries:
     last_visible: Any
     buffers: QueryBuffers
 
+    @staticmethod
+    def of(own: OwnTiles, refs: Refs) -> "Queries":
+        """Those of a kernel's references, as seen from the tiles that its programs own."""
+        tiles, inputs = own.tiles, refs.inputs
+        total = None if inputs.decay is None else inputs.decay.total
+        of_queries = inputs.q, inputs.dy, inputs.logit, inputs.delta, total, inputs.last_visible
+        return Queries(own.problem, tiles.streamed, tiles.own, tiles.num_stages, *of_queries, refs.scratch.queries)
+
     @property
     def ring(self) -> Ring:
         """The ring of buffers."""
@@ -104,15 +110,15 @@ class Queries:
         """Query heads per key/value head."""
         return self.problem.heads // self.problem.kv_heads
 
-    def seeing(self, b, start) -> QueryTiles:
+    def seeing(self, b, start) -> Counts:
         """How many query tiles of one head see the key tile from `start` of batch entry b."""
         tokens, after = self.problem.tokens, start + self.block_kv
         beside = self._tiles(lax.min(after, tokens) - start)
         if self.last_visible is None:
             count = self._tiles(lax.max(tokens - after, 0))
-            return QueryTiles(count, beside)
+            return Counts(count, beside)
         last = self.last_visible[b, after - 1]
-        return QueryTiles(self._tiles(lax.max(last + 1 - after, 0)), beside)
+        return Counts(self._tiles(lax.max(last + 1 - after, 0)), beside)
 
     def _tiles(self, tokens):
         return lax.div(tokens + self.block_q - 1, self.block_q)
@@ -178,68 +184,97 @@ class Queries:
             plgpu.commit_smem()
             plgpu.barrier_arrive(full)
 
-    def walk(self, step, place, tile, turn, carry):
-        """Takes the 64 keys of a warpgroup past the queries that see their key tile.
+    def walk(self, step, place: Callable[[], Rows], tile: Callable, turn: Callable, carry: Any):
+        """Takes the keys of a warpgroup past the queries that see their key tile.
 
         Args:
           step: of the ring.
           place: `place()` is where the keys are, computed anew at each call: registers are scarce in the loops.
-          tile: `tile(at, slot, release, columns_of, beside, carry) -> carry` for each query tile, `at` a Place.
-            `columns_of(part, size)` are the logits, the deltas and the mask of a slice of its queries, spread over 64
-            rows, or None: a logit is a factor after the key tile (exp: its logarithm), and its logarithm beside it if
-            there is a decay. `release()` is called once every product of the tile before has been awaited.
-          turn: `turn(carry) -> carry`, between the queries after and those beside.
-          carry: a tuple.
+          tile: `carry = tile(queries, carry)` for each `QueryTile`.
+          turn: `carry = turn(carry)`, between the queries after and those beside.
+          carry: a pytree.
 
         Returns:
           The next step, and the carry. The last buffer is released in the next walk; the very last is for the caller.
         """
-        segments = self.last_visible is not None
 
-        def visit(n, carry, at, beside):
-            this, inner = carry
-            slot = self.ring.receive(this)
-            begin = at.start + n * self.block_q + (0 if beside else self.block_kv)
+        def visit(n, state, at, beside):
+            step, carry = state
+            slot = self.ring.receive(step)
+            start = at.start + n * self.block_q + (0 if beside else self.block_kv)
+            return step + 1, tile(QueryTile(self, at, step, slot, start, beside), carry)
 
-            def release():
-                @pl.when(this > 0)
-                def _():
-                    self.ring.release(this - 1)
-
-            def columns_of(part, size):
-                def vector(ref):
-                    return columns(plgpu.load(ref.at[slot, part], layout=COLUMN, optimized=False), (ROWS, size))
-
-                logit = None if self.logit is None else vector(self.buffers.logit)
-                delta = None if self.delta is None else vector(self.buffers.delta)
-                masked = beside or segments
-                mask = self._mask(at, begin + part.start, size, segments) if masked else None
-                return logit, delta, mask
-
-            return this + 1, tile(at, slot, release, columns_of, beside, inner)
-
-        def loop(carry, beside):
+        def loop(state, beside):
             at = place()
             seeing = self.seeing(at.b, at.start)
             count = seeing.beside if beside else seeing.after
 
-            def head(_, carry):
-                return lax.fori_loop(0, count, lambda n, carry: visit(n, carry, at, beside), carry)
+            def head(_, state):
+                return lax.fori_loop(0, count, lambda n, state: visit(n, state, at, beside), state)
 
-            return self._each_head(head, carry)
+            return head(0, state) if self.repeats == 1 else lax.fori_loop(0, self.repeats, head, state)
 
         step, carry = loop((step, carry), beside=False)
         return loop((step, turn(carry)), beside=True)
 
-    def _each_head(self, body, carry):
-        return body(0, carry) if self.repeats == 1 else lax.fori_loop(0, self.repeats, body, carry)
 
-    def _mask(self, at, begin, size, segments):
-        """Which queries from `begin` on see the keys: 0 <= query - key, and with segments <= last_visible - key."""
-        row = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=ROW) + at.first_row
-        row_at, query = positions(row - begin, size)
-        if not segments:
+@dataclasses.dataclass(frozen=True)
+class QueryTile:
+    """A tile of queries in the ring, as 64 rows of keys are seen by it.
+
+    Attributes:
+      call: the queries of the call.
+      rows: where the keys are.
+      step: of the ring.
+      slot: its buffer.
+      start: its first query.
+      beside: whether it is at the key tile's own positions.
+    """
+
+    call: Queries
+    rows: Rows
+    step: jax.Array
+    slot: jax.Array
+    start: jax.Array
+    beside: bool
+
+    def q(self, part: pl.Slice):
+        """The queries of a slice of the tile, [size, K]."""
+        return self.call.buffers.q.at[self.slot, part]
+
+    def dy(self, part: pl.Slice):
+        """The gradients of a slice's outputs, [size, V]."""
+        return self.call.buffers.dy.at[self.slot, part]
+
+    def release(self) -> None:
+        """Frees the buffer of the tile before: to be called once, when all of its products have been awaited."""
+
+        @pl.when(self.step > 0)
+        def _():
+            self.call.ring.release(self.step - 1)
+
+    def columns(self, part: pl.Slice):
+        """The logits, the deltas and the mask of a slice's queries for every key, [64, size] each, or None.
+
+        A logit is a factor after the key tile (exp: its logarithm), and its logarithm beside it if there is a decay.
+        """
+        call = self.call
+
+        def spread(ref):
+            return columns(load_vector(ref.at[self.slot, part], COLUMN), (ROWS, part.size))
+
+        logit = None if call.logit is None else spread(call.buffers.logit)
+        delta = None if call.delta is None else spread(call.buffers.delta)
+        masked = self.beside or call.last_visible is not None
+        return logit, delta, self._mask(part) if masked else None
+
+    def _mask(self, part: pl.Slice):
+        """Which queries of a slice see the keys: 0 <= query - key, and with segments <= last_visible - key."""
+        start = self.start + part.start
+        row = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=ROW) + self.rows.first
+        row_at, query = positions(row - start, part.size)
+        if self.call.last_visible is None:
             return query >= row_at
-        last = plgpu.load(self.last_visible.at[at.b, pl.ds(at.first_row, ROWS)], layout=ROW, optimized=False)
+        last = load_vector(self.call.last_visible.at[self.rows.b, self.rows.slice])
         # As unsigned numbers, negative distances are the largest.
-        return (query - row_at).astype(jnp.uint32) <= rows((last - row).astype(jnp.uint32), (ROWS, size))
+        return (query - row_at).astype(jnp.uint32) <= rows((last - row).astype(jnp.uint32), (ROWS, part.size))
