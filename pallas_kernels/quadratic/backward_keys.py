@@ -53,7 +53,6 @@ def backward_keys(
     sums = None if decay is None else jax.ShapeDtypeStruct((p.batch, p.kv_heads, padded), jnp.float32)
     depth = min(64, tiles.columns)
     tile = operand((consumers, ROWS, dim), depth)
-    has_logit = logit is not None
     dk, dv, sums = launch_persistent(
         functools.partial(_load, own),
         functools.partial(_compute, own),
@@ -64,8 +63,8 @@ def backward_keys(
             "v": tile,
             "dk": tile,
             "dv": tile,
-            "queries": QueryBuffers.types(p, tiles.streamed, tiles.num_stages, has_logit, consumers, depth),
-            "own": own.barriers(2),
+            "queries": QueryBuffers.types(own, logit is not None, depth),
+            "own": own.handover(2),
         },
         roles=tiles.roles,
         programs=own.schedule.programs,
@@ -77,17 +76,18 @@ def backward_keys(
 
 def _load(own: OwnTiles, refs: Refs, program) -> None:
     inputs, scratch = refs.inputs, refs.scratch
-    own.load(program, [(inputs.k, scratch.k), (inputs.v, scratch.v)], scratch.own, Queries.of(own, refs))
+    queries = Queries(own, inputs, scratch.queries)
+    own.load(program, [(inputs.k, scratch.k), (inputs.v, scratch.v)], scratch.own, queries)
 
 
 def _compute(own: OwnTiles, refs: Refs, program, warpgroup, memory: Scratch) -> None:
     def differentiate(i, step):
         def place():
-            return Rows.of(own.place(program, anew(i)), anew(warpgroup))
+            return Rows.of(own.tile(program, anew(i)), anew(warpgroup))
 
         return _differentiate(own, refs, memory, place, warpgroup, step)
 
-    own.each(program, differentiate, Queries.of(own, refs))
+    own.each(program, differentiate, Queries(own, refs.inputs, refs.scratch.queries))
 
 
 class _Walk(NamedTuple):
@@ -115,7 +115,7 @@ def _differentiate(own: OwnTiles, refs: Refs, memory: Scratch, place: Callable[[
     `place()` is where they are, computed anew at each call: registers are scarce in the walk.
     """
     p, decay, scratch = own.problem, refs.inputs.decay, refs.scratch
-    at = place()
+    at, queries = place(), Queries(own, refs.inputs, scratch.queries)
     taken = own.take([scratch.k, scratch.v], scratch.own, at.warpgroup, p.key_power)
     suffix = None
     if decay is not None and p.score == "exp":
@@ -130,8 +130,8 @@ def _differentiate(own: OwnTiles, refs: Refs, memory: Scratch, place: Callable[[
     def past_queries(dk, dv):
         walk = _Walk(p, own.tiles, memory, decay, place, operands, suffix, dk, dv)
         zero = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), ROW)
-        queries, tile, turn = Queries.of(own, refs), functools.partial(_tile, walk), functools.partial(_turn, walk)
-        return queries.walk(step, place, tile, turn, zero), read(dk), read(dv)
+        state = queries.walk(step, place, functools.partial(_tile, walk), functools.partial(_turn, walk), zero)
+        return state, read(dk), read(dv)
 
     (step, sums), dk, dv = memory.accumulate(past_queries, (ROWS, p.head_dim), (ROWS, p.head_dim))
     _write(own, refs, place(), dk, dv, sums)
@@ -155,9 +155,9 @@ def _slice(walk: _Walk, queries: QueryTile, part: pl.Slice, sums):
         s = products.take(0)
         if part.start == 0:
             queries.release()
-        ds = products.take(1) if lean else None
+        dw = products.take(1) if lean else None
         logit, delta, seen = early or queries.columns(part)
-        ds = ds - delta if lean and delta is not None else ds
+        dw = dw - delta if lean and delta is not None else dw
         factor, pairwise = _factor(walk, queries, s, logit, seen)
         slope = slope_of(score, s, factor)
         weights = factor if score == "exp" else s if slope is None else slope * s
@@ -165,8 +165,8 @@ def _slice(walk: _Walk, queries: QueryTile, part: pl.Slice, sums):
             weights = jnp.where(seen, weights, 0.0)
         if not lean:
             products.add(walk.dv, weights.astype(jnp.bfloat16), queries.dy(part))
-            ds = products.take(1)
-        ds = ds if slope is None else slope * ds
+            dw = products.take(1)
+        ds = dw if slope is None else slope * dw
         if seen is not None and not pairwise:
             ds = jnp.where(seen, ds, 0.0)
         if lean:

@@ -71,8 +71,8 @@ def backward_queries(
             "q": tile,
             "dy": tile,
             "dq": tile,
-            "keys": KeyBuffers.types(p, tiles.streamed, tiles.num_stages, decay is not None, consumers),
-            "own": own.barriers(2),
+            "keys": KeyBuffers.types(own, decay is not None),
+            "own": own.handover(2),
         },
         roles=tiles.roles,
         programs=own.schedule.programs,
@@ -84,15 +84,16 @@ def backward_queries(
 
 def _load(own: OwnTiles, refs: Refs, program) -> None:
     inputs, scratch = refs.inputs, refs.scratch
-    own.load(program, [(inputs.q, scratch.q), (inputs.dy, scratch.dy)], scratch.own, Keys.of(own, refs))
+    keys = Keys(own, inputs, scratch.keys)
+    own.load(program, [(inputs.q, scratch.q), (inputs.dy, scratch.dy)], scratch.own, keys)
 
 
 def _compute(own: OwnTiles, late_delta: bool, refs: Refs, program, warpgroup, memory: Scratch) -> None:
     def differentiate(i, step):
-        at = Rows.of(own.place(program, i), warpgroup)
+        at = Rows.of(own.tile(program, i), warpgroup)
         return _differentiate(own, late_delta, refs, memory, at, step)
 
-    own.each(program, differentiate, Keys.of(own, refs))
+    own.each(program, differentiate, Keys(own, refs.inputs, refs.scratch.keys))
 
 
 class _Walk(NamedTuple):
@@ -117,6 +118,7 @@ class _Walk(NamedTuple):
 def _differentiate(own: OwnTiles, late_delta: bool, refs: Refs, memory: Scratch, at: Rows, step):
     """Writes the gradient of 64 rows, whose walk begins at this step of the ring; the next step."""
     p, inputs, scratch = own.problem, refs.inputs, refs.scratch
+    keys = Keys(own, inputs, scratch.keys)
     query, dy = own.take([scratch.q, scratch.dy], scratch.own, at.warpgroup, p.query_power)
     delta = load_vector(inputs.delta.at[at.b, at.h, at.slice]) if p.normalize else None
     norm = load_vector(inputs.norm.at[at.b, at.h, at.slice]) if p.normalize else None
@@ -127,7 +129,6 @@ def _differentiate(own: OwnTiles, late_delta: bool, refs: Refs, memory: Scratch,
     def past_keys(acc):
         walk = _Walk(p, own.tiles, memory, late_delta, query, dy, delta, prefix, row_logit, acc)
         zero = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), ROW)
-        keys = Keys.of(own, refs)
         return keys.walk(step, at, functools.partial(_tile, walk), functools.partial(_turn, walk), zero), read(acc)
 
     (step, sums), dq = memory.accumulate(past_keys, (ROWS, p.head_dim))
@@ -151,11 +152,11 @@ def _tile(walk: _Walk, keys: KeyTile, sums):
         seen = keys.mask(whole) if keys.masked else None
         factor, pairwise = _factor(walk, keys, s, column, seen)
         slope = slope_of(p.score, s, factor)
-        ds = products.take(1 if needs_scores else 0)
+        dw = products.take(1 if needs_scores else 0)
         if not needs_scores:
             keys.release()
-        ds = ds - rows(walk.delta, ds.shape) if p.normalize and not early else ds
-        ds = ds if slope is None else slope * ds
+        dw = dw - rows(walk.delta, dw.shape) if p.normalize and not early else dw
+        ds = dw if slope is None else slope * dw
         if seen is not None and not pairwise:
             ds = jnp.where(seen, ds, 0.0)
         products.add(walk.acc, ds.astype(jnp.bfloat16), keys.k(whole))

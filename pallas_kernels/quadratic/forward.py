@@ -56,8 +56,8 @@ def forward(
         {
             "q": operand((consumers, ROWS, dim)),
             "y": operand((consumers, ROWS, dim)),
-            "keys": KeyBuffers.types(p, tiles.streamed, tiles.num_stages, decay is not None, consumers),
-            "own": own.barriers(1),
+            "keys": KeyBuffers.types(own, decay is not None),
+            "own": own.handover(1),
         },
         roles=tiles.roles,
         programs=own.schedule.programs,
@@ -68,14 +68,14 @@ def forward(
 
 
 def _load(own: OwnTiles, refs: Refs, program) -> None:
-    own.load(program, [(refs.inputs.q, refs.scratch.q)], refs.scratch.own, Keys.of(own, refs))
+    own.load(program, [(refs.inputs.q, refs.scratch.q)], refs.scratch.own, Keys(own, refs.inputs, refs.scratch.keys))
 
 
 def _compute(own: OwnTiles, refs: Refs, program, warpgroup, memory: Scratch) -> None:
     def attend(i, step):
-        return _attend(own, refs, memory, Rows.of(own.place(program, i), warpgroup), step)
+        return _attend(own, refs, memory, Rows.of(own.tile(program, i), warpgroup), step)
 
-    own.each(program, attend, Keys.of(own, refs))
+    own.each(program, attend, Keys(own, refs.inputs, refs.scratch.keys))
 
 
 class _Walk(NamedTuple):
@@ -102,6 +102,7 @@ class _Sums(NamedTuple):
 def _attend(own: OwnTiles, refs: Refs, memory: Scratch, at: Rows, step):
     """Writes the outputs of 64 rows, whose walk begins at this step of the ring; the next step."""
     p, decay, scratch = own.problem, refs.inputs.decay, refs.scratch
+    keys = Keys(own, refs.inputs, scratch.keys)
     (query,) = own.take([scratch.q], scratch.own, at.warpgroup, p.query_power)
     prefix = None if decay is None else load_vector(decay.prefix.at[at.b, at.g, at.slice])
     tile = _exp_tile if p.score == "exp" else _power_tile
@@ -110,7 +111,6 @@ def _attend(own: OwnTiles, refs: Refs, memory: Scratch, at: Rows, step):
         walk = _Walk(p, own.tiles, memory, query, prefix, acc)
         zero = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), ROW)
         sums = _Sums(zero, zero + LOWEST)
-        keys = Keys.of(own, refs)
         return keys.walk(step, at, functools.partial(tile, walk), functools.partial(_turn, walk), sums), read(acc)
 
     (step, sums), y = memory.accumulate(past_keys, (ROWS, p.head_dim))

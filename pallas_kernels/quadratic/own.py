@@ -17,25 +17,15 @@ from jax import lax
 from pallas_kernels.accumulator import TILE
 from pallas_kernels.quadratic.operands import Problem
 from pallas_kernels.quadratic.tuning import ROWS, Tiles
+from pallas_kernels.ring import Handover
 from pallas_kernels.schedule import Schedule
-
-
-class Place(NamedTuple):
-    """Where a tile is.
-
-    b: batch entry; h: head; g: key/value head; start: first row.
-    """
-
-    b: jax.Array
-    h: jax.Array
-    g: jax.Array
-    start: jax.Array
 
 
 class Rows(NamedTuple):
     """Where the rows of a warpgroup are.
 
-    b, h, g, start: of their tile, as in `Place`; first: their first; warpgroup: its number.
+    b: batch entry; h: head; g: key/value head; start: first row of their tile; first: of themselves; warpgroup: its
+    number.
     """
 
     b: jax.Array
@@ -46,9 +36,9 @@ class Rows(NamedTuple):
     warpgroup: jax.Array
 
     @staticmethod
-    def of(place: Place, warpgroup) -> "Rows":
-        """Those of a warpgroup in a tile."""
-        return Rows(*place, place.start + warpgroup * ROWS, warpgroup)
+    def of(tile, warpgroup) -> "Rows":
+        """Those of a warpgroup in a tile (b, h, g, start)."""
+        return Rows(*tile, tile[-1] + warpgroup * ROWS, warpgroup)
 
     @property
     def slice(self) -> pl.Slice:
@@ -80,65 +70,61 @@ class OwnTiles:
         schedule = Schedule.make(p.batch * heads, p.tiles(tiles.own), passing, programs, ascending)
         return OwnTiles(problem, tiles, heads, schedule)
 
-    def place(self, program, i) -> Place:
-        """The program's i-th tile."""
+    def tile(self, program, i):
+        """(b, h, g, start) of the program's i-th tile, as in `Rows`."""
         head, tile = self.schedule.tile(program, i)
         b, h = lax.div(head, self.heads), lax.rem(head, self.heads)
         repeats = self.heads // self.problem.kv_heads
-        return Place(b, h, h if repeats == 1 else lax.div(h, repeats), tile * self.tiles.own)
+        return b, h, h if repeats == 1 else lax.div(h, repeats), tile * self.tiles.own
 
-    def barriers(self, operands: int):
-        """The types of the barriers of `load` and `take`: of buffers that are full, and of those that are free."""
-        consumers = self.tiles.consumers
-        return plgpu.Barrier(num_barriers=consumers, num_arrivals=operands), plgpu.Barrier(num_barriers=consumers)
+    def handover(self, operands: int) -> Handover:
+        """The barriers of buffers for so many operands."""
+        return Handover.barriers(self.tiles.consumers, operands)
 
-    def load(self, program, operands: Sequence[tuple[Any, Any]], barriers, passing) -> None:
+    def load(self, program, operands: Sequence[tuple[Any, Any]], handover: Handover, passing) -> None:
         """Loads, in the producer warpgroup, the operands of all tiles of a program, and what passes them.
 
         Args:
           program: its number.
           operands: (array [B, T, heads, K], buffer [consumers, 64, K]) of each.
-          barriers: as in `barriers`.
+          handover: of the buffers.
           passing: the `Keys` or `Queries`.
         """
-        full, empty = barriers
 
         def load_tile(i, step):
-            place = self.place(program, i)
+            b, h, g, start = self.tile(program, i)
             for w in range(self.tiles.consumers):
-                pl.when(i > 0)(lambda w=w: plgpu.barrier_wait(empty.at[w]))
-                at = Rows.of(place, w)
+                handover.claim(w, i)
+                rows = pl.ds(start + w * ROWS, ROWS)
                 for array, buffer in operands:
-                    plgpu.copy_gmem_to_smem(array.at[at.b, at.slice, at.h], buffer.at[w], full.at[w])
-            return passing.load(step, place.b, place.g, place.start)
+                    plgpu.copy_gmem_to_smem(array.at[b, rows, h], buffer.at[w], handover.full.at[w])
+            return passing.load(step, b, g, start)
 
         passing.ring.drain(self.schedule.each(program, load_tile, jnp.int32(0)))
         for w in range(self.tiles.consumers):
-            plgpu.barrier_wait(empty.at[w])
+            handover.drain(w)
 
-    def take(self, buffers: Sequence[Any], barriers, warpgroup, power: float):
+    def take(self, buffers: Sequence[Any], handover: Handover, warpgroup, power: float):
         """The operands of a warpgroup's products, the first times `power`: in registers if resident, or in the buffers.
 
         What stays in the buffers is to be given up by `give_up`.
         """
-        full, empty = barriers
         own = [buffer.at[warpgroup] for buffer in buffers]
-        plgpu.barrier_wait(full.at[warpgroup])
-        first, *others = own
-        scaled = plgpu.load(first, layout=TILE) * power
+        handover.receive(warpgroup)
+        scaled = plgpu.load(own[0], layout=TILE) * power
         if not self.tiles.resident:
-            first[...] = scaled
+            own[0][...] = scaled
             plgpu.commit_smem()
             return own
-        operands = [scaled, *(plgpu.load(other, layout=TILE) for other in others)]
+        operands = [scaled, *(plgpu.load(other, layout=TILE) for other in own[1:])]
         plgpu.commit_smem()
-        plgpu.barrier_arrive(empty.at[warpgroup])
+        handover.release(warpgroup)
         return operands
 
-    def give_up(self, barriers, warpgroup) -> None:
-        """Frees the buffers of a warpgroup whose operands are not resident."""
+    def give_up(self, handover: Handover, warpgroup) -> None:
+        """Releases the buffers of operands that are not resident."""
         if not self.tiles.resident:
-            plgpu.barrier_arrive(barriers[1].at[warpgroup])
+            handover.release(warpgroup)
 
     def each(self, program, compute: Callable, passing) -> None:
         """`step = compute(i, step)`, in a consumer warpgroup, for each tile of the program; steps are the ring's."""

@@ -15,32 +15,11 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.accumulator import (
-    COLUMN,
-    ROW,
-    columns,
-    load_rows,
-    load_vector,
-    operand,
-    positions,
-    rows,
-    store_rows,
-)
-from pallas_kernels.launch import Refs
-from pallas_kernels.quadratic.operands import Problem
+from pallas_kernels import accumulator
+from pallas_kernels.accumulator import COLUMN, ROW, columns, load_rows, load_vector, rows
 from pallas_kernels.quadratic.own import OwnTiles, Rows
 from pallas_kernels.quadratic.tuning import ROWS
 from pallas_kernels.ring import Ring
-
-
-class Counts(NamedTuple):
-    """How many query tiles see a key tile.
-
-    after: after the key tile; beside: at its own positions.
-    """
-
-    after: jax.Array
-    beside: jax.Array
 
 
 class QueryBuffers(NamedTuple):
@@ -53,14 +32,13 @@ class QueryBuffers(NamedTuple):
     barriers: Any
 
     @staticmethod
-    def types(
-        problem: Problem, block_q: int, num_stages: int, has_logit: bool, users: int, depth: int
-    ) -> "QueryBuffers":
-        """What to allocate."""
-        tile = operand((num_stages, block_q, problem.head_dim), depth)
-        vector = plgpu.SMEM((num_stages, block_q), jnp.float32)
-        barriers = Ring.barriers(num_stages, arrivals=2 + problem.normalize + has_logit, users=users)
-        return QueryBuffers(tile, tile, vector, vector, barriers)
+    def types(own: OwnTiles, has_logit: bool, depth: int) -> "QueryBuffers":
+        """What to allocate; `depth` as in `accumulator.operand`."""
+        size, stages = own.tiles.streamed, own.tiles.num_stages
+        tile = accumulator.operand((stages, size, own.problem.head_dim), depth)
+        vector = plgpu.SMEM((stages, size), jnp.float32)
+        arrivals = 2 + own.problem.normalize + has_logit
+        return QueryBuffers(tile, tile, vector, vector, Ring.barriers(stages, arrivals, users=own.tiles.consumers))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,71 +46,62 @@ class Queries:
     """The queries of a call and what comes with them, as seen from key tiles of block_kv keys.
 
     Attributes:
-      problem: the call.
-      block_q: rows of a query tile; divides block_kv.
-      block_kv: keys of a key tile, and tokens of a chunk of the decays.
-      q, dy: [B, T, H, K] in device memory.
-      logit: [B, H, T padded], what the logarithm of a weight has of the query: its prefix, less log2 of its row's sum.
-        None where it has neither.
-      delta: [B, H, T padded]; None where nothing is normalised.
-      total: [B, G, chunks] decays; None without.
-      last_visible: [B, T padded] int32, the last query that sees each key; None without segments.
+      own: the key tiles; block_kv, tokens of a chunk of the decays too, is `own.tiles.own`, and block_q, the rows of a
+        query tile, is `own.tiles.streamed`.
+      inputs: in device memory, q, dy [B, T, H, K]; logit [B, H, T padded], what the logarithm of a weight has of the
+        query, its prefix less log2 of its row's sum, None where it has neither; delta [B, H, T padded], None where
+        nothing is normalised; decay, or None; and last_visible [B, T padded] int32, the last query that sees each key,
+        None without segments.
       buffers: the ring's shared memory.
     """
 
-    problem: Problem
-    block_q: int
-    block_kv: int
-    num_stages: int
-    q: Any
-    dy: Any
-    logit: Any
-    delta: Any
-    total: Any
-    last_visible: Any
+    own: OwnTiles
+    inputs: Any
     buffers: QueryBuffers
-
-    @staticmethod
-    def of(own: OwnTiles, refs: Refs) -> "Queries":
-        """Those of a kernel's references, as seen from the tiles that its programs own."""
-        tiles, inputs = own.tiles, refs.inputs
-        total = None if inputs.decay is None else inputs.decay.total
-        of_queries = inputs.q, inputs.dy, inputs.logit, inputs.delta, total, inputs.last_visible
-        return Queries(own.problem, tiles.streamed, tiles.own, tiles.num_stages, *of_queries, refs.scratch.queries)
 
     @property
     def ring(self) -> Ring:
         """The ring of buffers."""
-        return Ring(self.num_stages, *self.buffers.barriers)
+        return Ring(self.own.tiles.num_stages, *self.buffers.barriers)
+
+    @property
+    def block_q(self) -> int:
+        """Rows of a query tile."""
+        return self.own.tiles.streamed
+
+    @property
+    def block_kv(self) -> int:
+        """Keys of a key tile."""
+        return self.own.tiles.own
 
     @property
     def repeats(self) -> int:
         """Query heads per key/value head."""
-        return self.problem.heads // self.problem.kv_heads
+        return self.own.problem.heads // self.own.problem.kv_heads
 
-    def seeing(self, b, start) -> Counts:
-        """How many query tiles of one head see the key tile from `start` of batch entry b."""
-        tokens, after = self.problem.tokens, start + self.block_kv
+    def seeing(self, b, start):
+        """How many query tiles of one head, after it and beside it, see the key tile from `start` of batch entry b."""
+        tokens, after = self.own.problem.tokens, start + self.block_kv
         beside = self._tiles(lax.min(after, tokens) - start)
-        if self.last_visible is None:
+        if self.inputs.last_visible is None:
             count = self._tiles(lax.max(tokens - after, 0))
-            return Counts(count, beside)
-        last = self.last_visible[b, after - 1]
-        return Counts(self._tiles(lax.max(last + 1 - after, 0)), beside)
+            return count, beside
+        last = self.inputs.last_visible[b, after - 1]
+        return self._tiles(lax.max(last + 1 - after, 0)), beside
 
     def _tiles(self, tokens):
         return lax.div(tokens + self.block_q - 1, self.block_q)
 
     def load(self, step, b, g, start):
         """Fills the ring with all queries that see the key tile; the next step."""
-        seeing = self.seeing(b, start)
+        count_after, count_beside = self.seeing(b, start)
 
         def after(r, step):
             h = g * self.repeats + r
-            return self._load(step, b, g, h, start + self.block_kv, seeing.after, beside=False)
+            return self._load(step, b, g, h, start + self.block_kv, count_after, beside=False)
 
         def beside(r, step):
-            return self._load(step, b, g, g * self.repeats + r, start, seeing.beside, beside=True)
+            return self._load(step, b, g, g * self.repeats + r, start, count_beside, beside=True)
 
         return lax.fori_loop(0, self.repeats, beside, lax.fori_loop(0, self.repeats, after, step))
 
@@ -140,20 +109,15 @@ class Queries:
         def place(n):
             return begin + n * self.block_q
 
-        if self.logit is None:
+        if self.inputs.logit is None:
+            return lax.fori_loop(0, count, lambda n, step: self._fill(step, b, h, place(n), None), step)
 
-            def copy(n, step):
-                self._fill(step, b, h, place(n), None)
-                return step + 1
-
-            return lax.fori_loop(0, count, copy, step)
-
-        has_between = self.total is not None and not beside
+        has_between = self.inputs.decay is not None and not beside
 
         def load(n):
             """The logits of a tile's queries, of some tile at least."""
-            at = lax.min(place(n), self.logit.shape[-1] - self.block_q)
-            return load_rows(self.logit.at[b, h], at, self.block_q)
+            at = lax.min(place(n), self.inputs.logit.shape[-1] - self.block_q)
+            return load_rows(self.inputs.logit.at[b, h], at, self.block_q)
 
         def tile(n, carry):
             step, between, total, logit = carry
@@ -163,26 +127,26 @@ class Queries:
             if has_between:
                 entered_chunk = (n > 0) & (lax.rem(at, self.block_kv) == 0)
                 between = between + jnp.where(entered_chunk, total, 0.0)
-                total = self.total[b, g, lax.div(at, self.block_kv)]
+                total = self.inputs.decay.total[b, g, lax.div(at, self.block_kv)]
                 logit = tuple(x + between for x in logit)
-            if self.problem.score != "exp" and not (beside and self.total is not None):
+            if self.own.problem.score != "exp" and not (beside and self.inputs.decay is not None):
                 logit = tuple(jnp.exp2(x) for x in logit)
-            self._fill(step, b, h, at, logit)
-            return step + 1, between, total, upcoming
+            return self._fill(step, b, h, at, logit), between, total, upcoming
 
         return lax.fori_loop(0, count, tile, (step, jnp.float32(0), jnp.float32(0), load(0)))[0]
 
-    def _fill(self, step, b, h, at, logit) -> None:
+    def _fill(self, step, b, h, at, logit):
         slot, tile = self.ring.claim(step), pl.ds(at, self.block_q)
         full = self.ring.full.at[slot]
-        plgpu.copy_gmem_to_smem(self.q.at[b, tile, h], self.buffers.q.at[slot], full)
-        plgpu.copy_gmem_to_smem(self.dy.at[b, tile, h], self.buffers.dy.at[slot], full)
-        if self.delta is not None:
-            plgpu.copy_gmem_to_smem(self.delta.at[b, h, tile], self.buffers.delta.at[slot], full)
+        plgpu.copy_gmem_to_smem(self.inputs.q.at[b, tile, h], self.buffers.q.at[slot], full)
+        plgpu.copy_gmem_to_smem(self.inputs.dy.at[b, tile, h], self.buffers.dy.at[slot], full)
+        if self.inputs.delta is not None:
+            plgpu.copy_gmem_to_smem(self.inputs.delta.at[b, h, tile], self.buffers.delta.at[slot], full)
         if logit is not None:
-            store_rows(self.buffers.logit.at[slot], logit)
+            accumulator.store_rows(self.buffers.logit.at[slot], logit)
             plgpu.commit_smem()
             plgpu.barrier_arrive(full)
+        return step + 1
 
     def walk(self, step, place: Callable[[], Rows], tile: Callable, turn: Callable, carry: Any):
         """Takes the keys of a warpgroup past the queries that see their key tile.
@@ -206,8 +170,8 @@ class Queries:
 
         def loop(state, beside):
             at = place()
-            seeing = self.seeing(at.b, at.start)
-            count = seeing.beside if beside else seeing.after
+            count_after, count_beside = self.seeing(at.b, at.start)
+            count = count_beside if beside else count_after
 
             def head(_, state):
                 return lax.fori_loop(0, count, lambda n, state: visit(n, state, at, beside), state)
@@ -248,33 +212,30 @@ class QueryTile:
 
     def release(self) -> None:
         """Frees the buffer of the tile before: to be called once, when all of its products have been awaited."""
-
-        @pl.when(self.step > 0)
-        def _():
-            self.call.ring.release(self.step - 1)
+        pl.when(self.step > 0)(lambda: self.call.ring.release(self.step - 1))
 
     def columns(self, part: pl.Slice):
         """The logits, the deltas and the mask of a slice's queries for every key, [64, size] each, or None.
 
         A logit is a factor after the key tile (exp: its logarithm), and its logarithm beside it if there is a decay.
         """
-        call = self.call
+        inputs, buffers = self.call.inputs, self.call.buffers
 
         def spread(ref):
             return columns(load_vector(ref.at[self.slot, part], COLUMN), (ROWS, part.size))
 
-        logit = None if call.logit is None else spread(call.buffers.logit)
-        delta = None if call.delta is None else spread(call.buffers.delta)
-        masked = self.beside or call.last_visible is not None
+        logit = None if inputs.logit is None else spread(buffers.logit)
+        delta = None if inputs.delta is None else spread(buffers.delta)
+        masked = self.beside or inputs.last_visible is not None
         return logit, delta, self._mask(part) if masked else None
 
     def _mask(self, part: pl.Slice):
         """Which queries of a slice see the keys: 0 <= query - key, and with segments <= last_visible - key."""
         start = self.start + part.start
         row = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=ROW) + self.rows.first
-        row_at, query = positions(row - start, part.size)
-        if self.call.last_visible is None:
+        row_at, query = accumulator.positions(row - start, part.size)
+        if self.call.inputs.last_visible is None:
             return query >= row_at
-        last = load_vector(self.call.last_visible.at[self.rows.b, self.rows.slice])
+        last = load_vector(self.call.inputs.last_visible.at[self.rows.b, self.rows.slice])
         # As unsigned numbers, negative distances are the largest.
         return (query - row_at).astype(jnp.uint32) <= rows((last - row).astype(jnp.uint32), (ROWS, part.size))
