@@ -141,6 +141,11 @@ class Scratch:
         """a @ b, awaited."""
         return self.multiply(lambda products: products.take(0), (a, b, None))
 
+    def wait(self, in_flight: int) -> None:
+        """Waits until no more than the last `in_flight` products are in flight."""
+        if self.accumulators is None:
+            plgpu.wgmma_wait(in_flight)
+
     def _stored(self, a):
         if self.accumulators is None or not isinstance(a, jax.Array):
             return a
