@@ -141,6 +141,11 @@ class Scratch:
         """a @ b, awaited."""
         return self.multiply(lambda products: products.take(0), (a, b, None))
 
+    def wait(self, in_flight: int) -> None:
+        """Waits until no more than the last `in_flight` products are in flight."""
+        if self.accumulators is None:
+            plgpu.wgmma_wait(in_flight)
+
     def _stored(self, a):
         if self.accumulators is None or not isinstance(a, jax.Array):
             return a
@@ -182,9 +187,14 @@ def read(acc):
     return lax.optimization_barrier(acc[...])
 
 
+def load_vector(ref, layout=ROW):
+    """A vector: of one value per row of a tile, or with COLUMN per column."""
+    return plgpu.load(ref, layout=layout, optimized=False)
+
+
 def load_rows(ref, start: int, size: int):
     """`size` entries of a vector from device memory, as tuples of 64 in layout ROW."""
-    return tuple(plgpu.load(ref.at[pl.ds(start + at, 64)], layout=ROW, optimized=False) for at in range(0, size, 64))
+    return tuple(load_vector(ref.at[pl.ds(start + at, 64)]) for at in range(0, size, 64))
 
 
 def store_rows(ref, vectors) -> None:

@@ -1,7 +1,7 @@
-"""A ring of shared memory buffers between the warpgroup that fills them and those that use them."""
+"""Shared memory buffers between the warpgroup that fills them and those that use them: a ring, or one for each."""
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
@@ -65,3 +65,37 @@ class Ring:
             lambda step, _: plgpu.barrier_wait(self.empty.at[self.slot(step)]),
             None,
         )
+
+
+class Handover(NamedTuple):
+    """A buffer for each using warpgroup, filled once for each of its pieces of work.
+
+    full: barriers that the arrivals of a buffer's contents complete; empty: barriers that its release completes.
+    """
+
+    full: Any
+    empty: Any
+
+    @staticmethod
+    def barriers(users: int, arrivals: int) -> "Handover":
+        """The types of the barriers: `arrivals` copies fill the buffer of each of the users."""
+        return Handover(
+            plgpu.Barrier(num_barriers=users, num_arrivals=arrivals),
+            plgpu.Barrier(num_barriers=users),
+        )
+
+    def claim(self, user, i) -> None:
+        """Waits, in the filling warpgroup, until a user's buffer is free for its i-th piece."""
+        pl.when(i > 0)(lambda: self.drain(user))
+
+    def receive(self, user) -> None:
+        """Waits, in a using warpgroup, until its buffer is filled."""
+        plgpu.barrier_wait(self.full.at[user])
+
+    def release(self, user) -> None:
+        """Says that a warpgroup is done with its buffer."""
+        plgpu.barrier_arrive(self.empty.at[user])
+
+    def drain(self, user) -> None:
+        """Waits, in the filling warpgroup, until a user's buffer is free: after the last piece too, as in `Ring`."""
+        plgpu.barrier_wait(self.empty.at[user])

@@ -9,15 +9,13 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.accumulator import ROW, TILE, Scratch, anew, operand, read, rows, store
+from pallas_kernels.accumulator import TILE, Scratch, anew, load_vector, operand, read, rows, store
 from pallas_kernels.chunked.layout import BLOCK, HEAD_DIM, TILES
 from pallas_kernels.chunked.problem import Problem
-from pallas_kernels.chunked.rows import Rows
-from pallas_kernels.launch import Roles, launch_persistent
+from pallas_kernels.chunked.rows import CONSUMERS, ROLES, Rows
+from pallas_kernels.launch import launch_persistent
 from pallas_kernels.ring import Ring
 
-CONSUMERS = 2
-ROLES = Roles(CONSUMERS, consumer_registers=232, producer_registers=40)
 BLOCKS = HEAD_DIM // BLOCK
 
 
@@ -69,18 +67,9 @@ def gradient(problem: Problem, x, w, state, added, *, normalizer=None, factor=No
         inputs, scratch = refs.inputs, refs.scratch
         ring = Ring(stages, *scratch.ring)
 
-        def load_own(i, sources, full, empty):
-            b, _, _, h, start = own.place(program, i)
-            for w in range(CONSUMERS):
-                pl.when(i > 0)(lambda w=w: plgpu.barrier_wait(empty.at[w]))
-                for source_ref, to in sources:
-                    for half in range(halves):
-                        source = source_ref.at[b, own.of(start, w, half), h]
-                        plgpu.copy_gmem_to_smem(source, to.at[w, half], full.at[w])
-
         def load_piece(i, step):
             b, g, c, _, _ = own.place(program, i)
-            load_own(i, ((inputs.x, scratch.x), (inputs.w, scratch.w)), scratch.x_full, scratch.x_empty)
+            own.load(program, i, ((inputs.x, scratch.x), (inputs.w, scratch.w)), scratch.own_x)
             if normalize:
                 slot = ring.claim(step)
                 for j in range(states):  # as many copies as in every other step: the barrier counts them
@@ -102,21 +91,22 @@ def gradient(problem: Problem, x, w, state, added, *, normalizer=None, factor=No
 
                 lax.fori_loop(0, anew(jnp.int32(BLOCK // states)), fill, None)
                 step = step + BLOCK // states
-            load_own(i, ((inputs.added, scratch.y),), scratch.y_full, scratch.y_empty)
+            own.load(program, i, ((inputs.added, scratch.y),), scratch.own_y)
             return step
 
         ring.drain(own.each(program, load_piece, jnp.int32(0)))
         for w in range(CONSUMERS):
-            plgpu.barrier_wait(scratch.x_empty.at[w])
-            plgpu.barrier_wait(scratch.y_empty.at[w])
+            scratch.own_x.drain(w)
+            scratch.own_y.drain(w)
 
     def compute(refs, program, warpgroup, memory):
         inputs, outputs, scratch = refs
         ring = Ring(stages, *scratch.ring)
 
         def multiply(i, step):
-            b, _, _, h, start = own.place(program, i)
-            plgpu.barrier_wait(scratch.x_full.at[warpgroup])
+            place = own.place(program, i)
+            b, _, _, h, start = place
+            scratch.own_x.receive(warpgroup)
             own_w, scaled = [], []
             for half in range(halves):
                 x = plgpu.load(scratch.x.at[warpgroup, half], layout=TILE)
@@ -124,10 +114,10 @@ def gradient(problem: Problem, x, w, state, added, *, normalizer=None, factor=No
                 own_w.append(plgpu.load(scratch.w.at[warpgroup, half], layout=TILE))
                 if normalize:
                     at = own.of(start, warpgroup, half)
-                    factors = plgpu.load(inputs.factor.at[b, h, at], layout=ROW, optimized=False)
+                    factors = load_vector(inputs.factor.at[b, h, at])
                     scaled.append((x.astype(jnp.float32) * rows(factors, x.shape)).astype(jnp.bfloat16))
             plgpu.commit_smem()
-            plgpu.barrier_arrive(scratch.x_empty.at[warpgroup])
+            scratch.own_x.release(warpgroup)
 
             def accumulate(*accumulators):
                 at = step
@@ -136,8 +126,7 @@ def gradient(problem: Problem, x, w, state, added, *, normalizer=None, factor=No
                     for x, acc in zip(scaled, accumulators, strict=True):
                         memory.add(acc, x, scratch.state.at[slot, 0])
                         memory.add(acc, x, scratch.state.at[slot, 1])
-                    if not p.interpret:
-                        plgpu.wgmma_wait(0)
+                    memory.wait(0)
                     ring.release(at)
                     at = at + 1
 
@@ -146,32 +135,25 @@ def gradient(problem: Problem, x, w, state, added, *, normalizer=None, factor=No
                     for j in range(states):
                         for half, acc in enumerate(accumulators):
                             feature = scratch.x_rows.at[warpgroup, half, n * states + j]
-                            feature = plgpu.load(feature, layout=ROW, optimized=False)
+                            feature = load_vector(feature)
                             left = own_w[half] * rows(feature, (HEAD_DIM, HEAD_DIM))
                             memory.add(acc, left, scratch.state.at[slot, j].T)
-                            if not p.interpret:
-                                plgpu.wgmma_wait(1)
-                    if not p.interpret:
-                        plgpu.wgmma_wait(0)
+                            memory.wait(1)
+                    memory.wait(0)
                     ring.release(at + n)
 
                 lax.fori_loop(0, steps, add, None)
                 return at + steps, [read(acc) for acc in accumulators]
 
             step, gradients = memory.accumulate(accumulate, *[(HEAD_DIM, HEAD_DIM)] * halves)
-            plgpu.barrier_wait(scratch.y_full.at[warpgroup])
+            scratch.own_y.receive(warpgroup)
             for half, dx in enumerate(gradients):
                 if want_sums:
                     x = plgpu.load(scratch.x_rows.at[warpgroup, half].T, layout=TILE, optimized=False)
                     outputs.sums[b, h, own.of(start, warpgroup, half)] = (x.astype(jnp.float32) * dx).sum(axis=1)
                 y = plgpu.load(scratch.y.at[warpgroup, half], layout=TILE).astype(jnp.float32)
                 scratch.y[warpgroup, half] = (y + dx * 2).astype(jnp.bfloat16)
-            plgpu.commit_smem()
-            for half in range(halves):
-                to = outputs.y.at[b, own.of(start, warpgroup, half), h]
-                plgpu.copy_smem_to_gmem(scratch.y.at[warpgroup, half], to)
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            plgpu.barrier_arrive(scratch.y_empty.at[warpgroup])
+            own.store(place, warpgroup, scratch.y, outputs.y, scratch.own_y)
             return step
 
         own.each(program, multiply, jnp.int32(0))
@@ -193,10 +175,8 @@ def gradient(problem: Problem, x, w, state, added, *, normalizer=None, factor=No
             "y": tile,
             "state": operand((stages, states, HEAD_DIM, HEAD_DIM)),
             "ring": Ring.barriers(stages, arrivals=states * BLOCKS, users=CONSUMERS),
-            "x_full": plgpu.Barrier(num_barriers=CONSUMERS, num_arrivals=2 * halves),
-            "x_empty": plgpu.Barrier(num_barriers=CONSUMERS),
-            "y_full": plgpu.Barrier(num_barriers=CONSUMERS, num_arrivals=halves),
-            "y_empty": plgpu.Barrier(num_barriers=CONSUMERS),
+            "own_x": own.handover(2),
+            "own_y": own.handover(1),
         },
         roles=ROLES,
         programs=own.programs,

@@ -11,7 +11,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.accumulator import COLUMN, ROW
+from pallas_kernels.accumulator import COLUMN, load_vector
 from pallas_kernels.chunked.problem import Problem, split_index
 
 ROWS = 64
@@ -50,11 +50,11 @@ class Place:
 
     def vector(self, ref, head):
         """The rows' entries of [B, heads, T]."""
-        return plgpu.load(ref.at[self.b, head, self.rows], layout=ROW, optimized=False)
+        return load_vector(ref.at[self.b, head, self.rows])
 
     def of_chunk(self, ref):
         """The chunk's entries of [B, G, N, K], as one per column."""
-        return plgpu.load(ref.at[self.b, self.g, self.c], layout=COLUMN, optimized=False)
+        return load_vector(ref.at[self.b, self.g, self.c], COLUMN)
 
     def store(self, tile, buffer, ref) -> None:
         """Writes a tile to [B, T, H, dim] in bfloat16, by way of a buffer."""

@@ -9,7 +9,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.accumulator import COLUMN, ROW, TILE, Scratch, columns, operand, read
+from pallas_kernels.accumulator import COLUMN, ROW, TILE, Scratch, columns, load_vector, operand, read
 from pallas_kernels.chunked.problem import Problem, split_index
 from pallas_kernels.launch import launch
 
@@ -79,14 +79,13 @@ def update(problem: Problem, x, w, weight, *, factor=None):
                 number = left.astype(jnp.float32)
                 weighted = []
                 for i in range(len(vectors)):
-                    of_token = plgpu.load(scratch.vectors.at[i, slot], layout=COLUMN, optimized=False)
+                    of_token = load_vector(scratch.vectors.at[i, slot], COLUMN)
                     weighted.append(number * columns(of_token, left.shape))
                 if weight is not None:
                     left = weighted[0].astype(jnp.bfloat16)
                 memory.add(acc, left, scratch.w.at[slot])
                 z = z + (weighted[-1] if weighted else number).sum(axis=1)
-                if not p.interpret:
-                    plgpu.wgmma_wait(0)
+                memory.wait(0)
                 plgpu.commit_smem()
                 pl.when(n + stages < steps)(lambda: fill(n + stages))
                 return z

@@ -9,7 +9,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.accumulator import COLUMN, TILE, Scratch, columns, operand, read
+from pallas_kernels.accumulator import COLUMN, TILE, Scratch, columns, load_vector, operand, read
 from pallas_kernels.chunked.layout import HEAD_DIM
 from pallas_kernels.chunked.problem import Problem, split_index
 from pallas_kernels.launch import launch
@@ -61,14 +61,13 @@ def normalizer(problem: Problem, x, factor):
                 plgpu.barrier_wait(full.at[slot])
                 left = plgpu.load(scratch.x.at[slot].T, layout=TILE)
                 if factor is not None:
-                    factors = plgpu.load(scratch.factor.at[slot], layout=COLUMN, optimized=False)
+                    factors = load_vector(scratch.factor.at[slot], COLUMN)
                     scaled = left.astype(jnp.float32) * columns(factors, left.shape)
                     # The barrier keeps the compiler from taking the rounded number for the number itself.
                     left = lax.optimization_barrier(scaled.astype(jnp.bfloat16))
                     memory.add(acc, (scaled - left.astype(jnp.float32)).astype(jnp.bfloat16), scratch.x.at[slot])
                 memory.add(acc, left, scratch.x.at[slot])
-                if not p.interpret:
-                    plgpu.wgmma_wait(0)
+                memory.wait(0)
                 plgpu.commit_smem()
                 pl.when(n + stages < steps)(lambda: fill(n + stages))
 

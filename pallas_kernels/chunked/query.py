@@ -9,15 +9,12 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.accumulator import ROW, TILE, Scratch, anew, operand, read, rows, store
+from pallas_kernels.accumulator import TILE, Scratch, anew, load_vector, operand, read, rows, store
 from pallas_kernels.chunked.layout import BLOCK, HEAD_DIM, KINDS, TILES
 from pallas_kernels.chunked.problem import Problem
-from pallas_kernels.chunked.rows import Rows
-from pallas_kernels.launch import Roles, launch_persistent
+from pallas_kernels.chunked.rows import CONSUMERS, ROLES, Rows
+from pallas_kernels.launch import launch_persistent
 from pallas_kernels.ring import Ring
-
-CONSUMERS = 2
-ROLES = Roles(CONSUMERS, consumer_registers=232, producer_registers=40)
 
 
 class Inputs(NamedTuple):
@@ -72,17 +69,9 @@ def query(problem: Problem, x, state, weight, added, *, power: float = 1.0, norm
         inputs, scratch = refs.inputs, refs.scratch
         ring = Ring(stages, *scratch.ring)
 
-        def load_own(i, source_ref, to, full, empty):
-            b, _, _, h, start = own.place(program, i)
-            for w in range(CONSUMERS):
-                pl.when(i > 0)(lambda w=w: plgpu.barrier_wait(empty.at[w]))
-                for half in range(halves):
-                    source = source_ref.at[b, own.of(start, w, half), h]
-                    plgpu.copy_gmem_to_smem(source, to.at[w, half], full.at[w])
-
         def load_piece(i, step):
             b, g, c, _, _ = own.place(program, i)
-            load_own(i, inputs.x, scratch.x, scratch.x_full, scratch.x_empty)
+            own.load(program, i, ((inputs.x, scratch.x),), scratch.own_x)
             if normalize:
                 slot = ring.claim(step)
                 to = scratch.state.at[slot, pl.ds(0, 2)]
@@ -96,30 +85,31 @@ def query(problem: Problem, x, state, weight, added, *, power: float = 1.0, norm
 
             steps = TILES // states
             lax.fori_loop(0, anew(jnp.int32(steps)), fill, None)
-            load_own(i, inputs.added, scratch.y, scratch.y_full, scratch.y_empty)
+            own.load(program, i, ((inputs.added, scratch.y),), scratch.own_y)
             return step + steps
 
         ring.drain(own.each(program, load_piece, jnp.int32(0)))
         for w in range(CONSUMERS):
-            plgpu.barrier_wait(scratch.x_empty.at[w])
-            plgpu.barrier_wait(scratch.y_empty.at[w])
+            scratch.own_x.drain(w)
+            scratch.own_y.drain(w)
 
     def compute(refs, program, warpgroup, memory):
         inputs, outputs, scratch = refs
         ring = Ring(stages, *scratch.ring)
 
         def multiply(i, step):
-            b, g, _, h, start = own.place(program, i)
-            plgpu.barrier_wait(scratch.x_full.at[warpgroup])
+            place = own.place(program, i)
+            b, g, _, h, start = place
+            scratch.own_x.receive(warpgroup)
             own_x = []
             for half in range(halves):
                 own_x.append(plgpu.load(scratch.x.at[warpgroup, half], layout=TILE) * power)
                 store(scratch.x_rows.at[warpgroup, half].T, own_x[half])
             plgpu.commit_smem()
-            plgpu.barrier_arrive(scratch.x_empty.at[warpgroup])
+            scratch.own_x.release(warpgroup)
 
             def feature(half, a):
-                return plgpu.load(scratch.x_rows.at[warpgroup, half, a], layout=ROW, optimized=False)
+                return load_vector(scratch.x_rows.at[warpgroup, half, a])
 
             sums = []
             if normalize:
@@ -152,10 +142,8 @@ def query(problem: Problem, x, state, weight, added, *, power: float = 1.0, norm
                                 ]
                                 left = matrices[half] * _beside(factors)
                                 memory.add(acc, left, scratch.state.at[slot, j])
-                                if not p.interpret:
-                                    plgpu.wgmma_wait(1)
-                        if not p.interpret:
-                            plgpu.wgmma_wait(0)
+                                memory.wait(1)
+                        memory.wait(0)
                         ring.release(at)
                         return at + 1
 
@@ -163,17 +151,17 @@ def query(problem: Problem, x, state, weight, added, *, power: float = 1.0, norm
                 return at, [read(acc) for acc in accumulators]
 
             step, numerators = memory.accumulate(accumulate, *[(HEAD_DIM, HEAD_DIM)] * halves)
-            plgpu.barrier_wait(scratch.y_full.at[warpgroup])
+            scratch.own_y.receive(warpgroup)
             for half, numerator in enumerate(numerators):
                 place_of = own.of(start, warpgroup, half)
                 y = plgpu.load(scratch.y.at[warpgroup, half], layout=TILE).astype(jnp.float32)
                 factor = None
                 if weight is not None:
-                    factor = plgpu.load(inputs.weight.at[b, g, place_of], layout=ROW, optimized=False)
+                    factor = load_vector(inputs.weight.at[b, g, place_of])
                     numerator = numerator * rows(factor, numerator.shape)
                 if normalize:
                     through = sums[half] if factor is None else sums[half] * factor
-                    inside = plgpu.load(inputs.own_norm.at[b, h, place_of], layout=ROW, optimized=False)
+                    inside = load_vector(inputs.own_norm.at[b, h, place_of])
                     inside = jnp.exp2(jnp.where(inside == jnp.inf, -jnp.inf, inside))
                     total = inside + through
                     dead = total < floor
@@ -184,12 +172,7 @@ def query(problem: Problem, x, state, weight, added, *, power: float = 1.0, norm
                 else:
                     y = y + numerator
                 scratch.y[warpgroup, half] = y.astype(jnp.bfloat16)
-            plgpu.commit_smem()
-            for half in range(halves):
-                to = outputs.y.at[b, own.of(start, warpgroup, half), h]
-                plgpu.copy_smem_to_gmem(scratch.y.at[warpgroup, half], to)
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            plgpu.barrier_arrive(scratch.y_empty.at[warpgroup])
+            own.store(place, warpgroup, scratch.y, outputs.y, scratch.own_y)
             return step
 
         own.each(program, multiply, jnp.int32(0))
@@ -208,10 +191,8 @@ def query(problem: Problem, x, state, weight, added, *, power: float = 1.0, norm
             "y": tile,
             "state": operand((stages, states, HEAD_DIM, HEAD_DIM)),
             "ring": Ring.barriers(stages, arrivals=1, users=CONSUMERS),
-            "x_full": plgpu.Barrier(num_barriers=CONSUMERS, num_arrivals=halves),
-            "x_empty": plgpu.Barrier(num_barriers=CONSUMERS),
-            "y_full": plgpu.Barrier(num_barriers=CONSUMERS, num_arrivals=halves),
-            "y_empty": plgpu.Barrier(num_barriers=CONSUMERS),
+            "own_x": own.handover(1),
+            "own_y": own.handover(1),
         },
         roles=ROLES,
         programs=own.programs,

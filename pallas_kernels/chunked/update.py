@@ -9,7 +9,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.accumulator import COLUMN, TILE, Scratch, columns, operand, read, rows
+from pallas_kernels.accumulator import COLUMN, TILE, Scratch, columns, load_vector, operand, read, rows
 from pallas_kernels.chunked.layout import BLOCK, HEAD_DIM, KINDS, TILES
 from pallas_kernels.chunked.problem import Problem, split_index
 from pallas_kernels.launch import Roles, launch_persistent
@@ -107,10 +107,8 @@ def update(problem: Problem, x, w):
                             for m, acc in enumerate(accumulators):
                                 a = _factors(kind, scratch.features.at[slot], own + m, tokens)
                                 memory.add(acc, matrix * a, scratch.w.at[slot, tokens])
-                                if not p.interpret:
-                                    plgpu.wgmma_wait(1)
-                        if not p.interpret:
-                            plgpu.wgmma_wait(0)
+                                memory.wait(1)
+                        memory.wait(0)
                         ring.release(step + n)
 
                     lax.fori_loop(0, steps, add, None)
@@ -176,7 +174,7 @@ def _factors(kind, features, tile, tokens):
     """The feature a of each row of a tile, for 64 tokens [64, 64]; `tile` is its number among the program's 8."""
 
     def columns_of(run, at):
-        return columns(plgpu.load(features.at[run, at, tokens], layout=COLUMN, optimized=False), (HEAD_DIM, HEAD_DIM))
+        return columns(load_vector(features.at[run, at, tokens], COLUMN), (HEAD_DIM, HEAD_DIM))
 
     if len(kind.bands) == 1:
         return columns_of(0, tile)

@@ -5,8 +5,9 @@ are far larger than everything else that this touches, so it is a question of ba
 they belong to, are dealt out to the programs in equal parts and go through buffers in shared memory.
 """
 
+import functools
 import math
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
@@ -14,9 +15,10 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.accumulator import COLUMN, ROW, TILE, columns, rows
+from pallas_kernels.accumulator import COLUMN, TILE, columns, load_vector, rows
 from pallas_kernels.decoding.contract import DEGREE, SIZE, merged, plan, unsupported_fold
 from pallas_kernels.device import in_32_bits, multiprocessors
+from pallas_kernels.launch import Refs, launch
 
 HEIGHT = 64  # rows of a tile in registers: the features of one cyclic offset
 WIDTH = SIZE  # values, and numbers of a key
@@ -24,6 +26,21 @@ LONGEST = 128  # tokens, whose keys and values lie in shared memory
 BUFFERS = 3  # tiles in shared memory: one in registers, two on their way
 SHARED_MEMORY = 228 * 1024  # bytes of a multiprocessor, of which a program takes 1 KiB more than it asks for
 AT_ONCE = 8  # tokens whose keys and values are on their way together
+
+
+class Inputs(NamedTuple):
+    """Arrays of the kernel: `plan`'s, those of `fold`, with states of all layers, rows and groups beside each other.
+
+    root: of the weights, as a factor on keys; now: kv and key_sum, which change; before: what takes them as they were.
+    """
+
+    plan: Any
+    keys: Any
+    values: Any
+    root: Any
+    carry: Any
+    now: tuple[Any, Any]
+    before: tuple[Any, Any] | None
 
 
 def unsupported(kv, keys, values, size: int) -> str | None:
@@ -58,169 +75,187 @@ def fold(score: Literal["linear", "squared"], state, previous, keys, values, sta
     """
     arrays, structure = jax.tree.flatten((state, previous))
     layers, batch, groups, features, _ = arrays[0].shape
-    size, per_row = log_weights.shape[-1], layers * groups
-    height = min(features, 2 * HEIGHT)
-    whole = features // height  # tiles, but for the last where it is cut off
-    tiles = -(-features // height)
-    degree = DEGREE[score]
-    dtype = arrays[0].dtype
-    of_program = BUFFERS * height * (WIDTH * dtype.itemsize + 4) + 3 * WIDTH * 4 * size + 1200
-    programs = min(multiprocessors() * (SHARED_MEMORY // of_program), layers * batch * groups * tiles)
-
-    def body(plan_ref, key_ref, value_ref, root_ref, carry_ref, *refs):
-        (*state_refs, kv_s, sum_s, key_s, value_s, arrived) = refs
-        now, before = state_refs[:2], state_refs[2:]
-        program = lax.axis_index("program")
-        total = plan_ref[0] * per_row * tiles
-        share = (total + programs - 1) // programs
-        first = program * share
-        last = lax.min(first + share, total)
-
-        def place(step):
-            """The row, its state among all, and the tile of that state."""
-            item, tile = step // tiles, lax.rem(step, tiles)
-            row = plan_ref[1 + item // per_row]
-            layer, group = lax.rem(item, per_row) // groups, lax.rem(item, groups)
-            return row, (layer * batch + row) * groups + group, tile
-
-        def copy(pair, index, tile, slot, one):
-            """One copy of a tile of kv, and one of its part of key_sum.
-
-            What is past a state's end is neither read nor written: copies of tiled buffers see to that. Of a vector
-            they cut off only what is past the end of all.
-            """
-            kv_ref, sum_ref = pair
-            one(kv_ref.at[index, pl.ds(tile * height, height), :], kv_s.at[slot], arrived.at[slot])
-            for count, there in ((height, tile < whole), (features % height, tile == whole)):
-                if count:
-
-                    @pl.when(there)
-                    def _(count=count):
-                        at = sum_ref.at[index, pl.ds(tile * height, count)]
-                        one(at, sum_s.at[slot, pl.ds(0, count)], arrived.at[slot])
-
-        def load(step):
-            _, index, tile = place(step)
-            copy(now, index, tile, lax.rem(step, BUFFERS), plgpu.copy_gmem_to_smem)
-
-        def store(to, index, tile, slot):
-            copy(to, index, tile, slot, lambda there, here, _: plgpu.copy_smem_to_gmem(here, there))
-
-        def stage(row, index):
-            """Keys times the root of their weight, twice in a row, and values."""
-
-            def block(at, count):
-                at_ring = plan_ref[1 + batch + row] + at
-                loaded = []
-                for t in range(count):
-                    pair = (ref.at[index, at_ring + t] for ref in (key_ref, value_ref))
-                    key, value = (plgpu.load(x, layout=ROW, optimized=False).astype(jnp.float32) for x in pair)
-                    loaded.append((key * root_ref[index, at + t], value))
-                for t, (key, value) in enumerate(loaded):
-                    key_s[at + t, pl.ds(0, WIDTH)] = key
-                    key_s[at + t, pl.ds(WIDTH, WIDTH)] = key
-                    value_s[at + t] = value
-
-            blocks = size // AT_ONCE
-            lax.fori_loop(0, blocks, lambda i, _: block(i * AT_ONCE, AT_ONCE), None)
-            if size % AT_ONCE:
-                block(blocks * AT_ONCE, size % AT_ONCE)
-            plgpu.commit_smem()
-
-        def advance(index, tile, slot):
-            """The tile in a buffer, and its part of key_sum, after the tokens."""
-            halves = range(height // HEIGHT)
-            offsets = [tile * len(halves) + half for half in halves]
-            scales = [jnp.where(offset == 0, 1.0, math.sqrt(2)).astype(jnp.float32) for offset in offsets]
-            carry = carry_ref[index]
-
-            def half_of(half):
-                return slot, pl.ds(half * HEIGHT, HEIGHT)
-
-            kv = tuple(plgpu.load(kv_s.at[*half_of(n)], layout=TILE) for n in halves)
-            key_sum = tuple(plgpu.load(sum_s.at[*half_of(n)], layout=ROW, optimized=False) for n in halves)
-            kv = tuple(x.astype(jnp.float32) * carry for x in kv)
-            key_sum = tuple(x * carry for x in key_sum)
-
-            def token(t, sums):
-                key = plgpu.load(key_s.at[t, pl.ds(0, WIDTH)], layout=ROW, optimized=False)
-                value = columns(plgpu.load(value_s.at[t], layout=COLUMN, optimized=False), (HEIGHT, WIDTH))
-                kv, key_sum = [], []
-                for n in halves:
-                    phi = key
-                    if degree == 2:
-                        rotated = key_s.at[t, pl.ds(offsets[n], WIDTH)]
-                        phi = key * scales[n] * plgpu.load(rotated, layout=ROW, optimized=False)
-                    kv.append(sums[0][n] + rows(phi, (HEIGHT, WIDTH)) * value)
-                    key_sum.append(sums[1][n] + phi)
-                return tuple(kv), tuple(key_sum)
-
-            kv, key_sum = lax.fori_loop(0, size, token, (kv, key_sum))
-            if before:
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            for n in halves:
-                kv_s[half_of(n)] = kv[n].astype(dtype)
-                sum_s[half_of(n)] = key_sum[n]
-            plgpu.commit_smem()
-
-        def turn(step, _):
-            row, index, tile = place(step)
-            slot = lax.rem(step, BUFFERS)
-
-            @pl.when((step == first) | (tile == 0))
-            def _():
-                stage(row, index)
-
-            plgpu.barrier_wait(arrived.at[slot])
-            if before:
-                store(before, index, tile, slot)
-            advance(index, tile, slot)
-            store(now, index, tile, slot)
-            # The tile before this one has left the buffer that the next but one comes to.
-            plgpu.wait_smem_to_gmem(2, wait_read_only=True)
-
-            @pl.when(step + BUFFERS - 1 < last)
-            def _():
-                load(step + BUFFERS - 1)
-
-        for ahead in range(BUFFERS - 1):
-
-            @pl.when(first + ahead < last)
-            def _(ahead=ahead):
-                load(first + ahead)
-
-        lax.fori_loop(first, last, turn, None)
-        plgpu.wait_smem_to_gmem(0)
-
+    size, dtype = log_weights.shape[-1], arrays[0].dtype
+    call = _Call(DEGREE[score], batch, groups, layers * groups, features, size)
+    of_program = BUFFERS * call.height * (WIDTH * dtype.itemsize + 4) + 3 * WIDTH * 4 * size + 1200
+    programs = min(multiprocessors() * (SHARED_MEMORY // of_program), batch * call.per_row * call.tiles)
     tiling = (plgpu.TilingTransform((8, 128 // dtype.itemsize)), plgpu.SwizzleTransform(128))
-    kernel = plgpu.kernel(
-        body,
-        out_type=(),
-        scratch_types=(
-            plgpu.SMEM((BUFFERS, height, WIDTH), dtype, transforms=tiling),
-            plgpu.SMEM((BUFFERS, height), jnp.float32),
-            plgpu.SMEM((size, 2 * WIDTH), jnp.float32),
-            plgpu.SMEM((size, WIDTH), jnp.float32),
-            plgpu.Barrier(num_arrivals=2, num_barriers=BUFFERS),
+
+    # XLA would merge the kernel with slices that it takes, or that its results become, whatever arrays they belong to;
+    # and nothing would say then that it works in place. Barriers keep them apart.
+    arrays, keys, values = lax.optimization_barrier((arrays, keys, values))
+    now, before = structure.unflatten([jax.new_ref(merged(x)) for x in arrays])
+    root = jnp.exp(log_weights / call.degree)
+    launch(
+        functools.partial(_body, call, programs),
+        Inputs(
+            plan(due, start),
+            merged(keys),
+            merged(values),
+            merged(root),
+            merged(jnp.exp(log_carry)),
+            now,
+            before,
         ),
+        None,
+        {
+            "kv": plgpu.SMEM((BUFFERS, call.height, WIDTH), dtype, transforms=tiling),
+            "key_sum": plgpu.SMEM((BUFFERS, call.height), jnp.float32),
+            "keys": plgpu.SMEM((size, 2 * WIDTH), jnp.float32),
+            "values": plgpu.SMEM((size, WIDTH), jnp.float32),
+            "arrived": plgpu.Barrier(num_arrivals=2, num_barriers=BUFFERS),
+        },
         grid=(programs,),
         grid_names=("program",),
         compiler_params=plgpu.CompilerParams(approx_math=True),
         kernel_name="fold",
     )
-
-    # XLA would merge the kernel with slices that it takes, or that its results become, whatever arrays they belong to;
-    # and nothing would say then that it works in place. Barriers keep them apart.
-    arrays, keys, values = lax.optimization_barrier((arrays, keys, values))
-    refs = [jax.new_ref(merged(x)) for x in arrays]
-    root = jnp.exp(log_weights / degree)
-    kernel(
-        plan(due, start),
-        merged(keys),
-        merged(values),
-        merged(root),
-        merged(jnp.exp(log_carry)),
-        *refs,
-    )
-    after = lax.optimization_barrier([jax.freeze(ref) for ref in refs])
+    after = lax.optimization_barrier([jax.freeze(ref) for ref in jax.tree.leaves((now, before))])
     return structure.unflatten(new.reshape(old.shape) for new, old in zip(after, arrays))
+
+
+class _Call(NamedTuple):
+    """The sizes of a call: `per_row` states of `features` rows in each of the batch's, and `size` tokens for each."""
+
+    degree: int
+    batch: int
+    groups: int
+    per_row: int
+    features: int
+    size: int
+
+    @property
+    def height(self) -> int:
+        """Rows of a tile in shared memory."""
+        return min(self.features, 2 * HEIGHT)
+
+    @property
+    def tiles(self) -> int:
+        """Tiles of a state, of which the last may be cut off."""
+        return -(-self.features // self.height)
+
+
+class _Tile(NamedTuple):
+    """A piece of work: a row, its state among all, the tile of that state, and the buffer that it goes through."""
+
+    row: Any
+    state: Any
+    number: Any
+    slot: Any
+
+    @staticmethod
+    def of(call: _Call, plan_ref, step) -> "_Tile":
+        """That of a step."""
+        item, tile = step // call.tiles, lax.rem(step, call.tiles)
+        row = plan_ref[1 + item // call.per_row]
+        layer, group = lax.rem(item, call.per_row) // call.groups, lax.rem(item, call.groups)
+        return _Tile(row, (layer * call.batch + row) * call.groups + group, tile, lax.rem(step, BUFFERS))
+
+
+def _body(call: _Call, programs: int, refs: Refs) -> None:
+    inputs, scratch = refs.inputs, refs.scratch
+    program = lax.axis_index("program")
+    total = inputs.plan[0] * call.per_row * call.tiles
+    share = (total + programs - 1) // programs
+    first = program * share
+    last = lax.min(first + share, total)
+
+    def load(step):
+        _copy(call, scratch, inputs.now, _Tile.of(call, inputs.plan, step), plgpu.copy_gmem_to_smem)
+
+    def turn(step, _):
+        tile = _Tile.of(call, inputs.plan, step)
+        pl.when((step == first) | (tile.number == 0))(lambda: _stage(call, refs, tile))
+        plgpu.barrier_wait(scratch.arrived.at[tile.slot])
+        if inputs.before is not None:
+            _copy(call, scratch, inputs.before, tile, _store)
+        _advance(call, refs, tile)
+        _copy(call, scratch, inputs.now, tile, _store)
+        # The tile before this one has left the buffer that the next but one comes to.
+        plgpu.wait_smem_to_gmem(2, wait_read_only=True)
+        pl.when(step + BUFFERS - 1 < last)(lambda: load(step + BUFFERS - 1))
+
+    for ahead in range(BUFFERS - 1):
+        pl.when(first + ahead < last)(lambda ahead=ahead: load(first + ahead))
+    lax.fori_loop(first, last, turn, None)
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _store(array, buffer, _) -> None:
+    plgpu.copy_smem_to_gmem(buffer, array)
+
+
+def _copy(call: _Call, scratch, pair, tile: _Tile, one) -> None:
+    """One copy of a tile of kv, and one of its part of key_sum, by `one(array, buffer, barrier)`.
+
+    What is past a state's end is neither read nor written: copies of tiled buffers see to that. Of a vector they cut
+    off only what is past the end of all.
+    """
+    kv_ref, sum_ref = pair
+    arrived = scratch.arrived.at[tile.slot]
+    one(kv_ref.at[tile.state, pl.ds(tile.number * call.height, call.height), :], scratch.kv.at[tile.slot], arrived)
+    whole = call.features // call.height  # tiles, but for the last where it is cut off
+    for count, there in ((call.height, tile.number < whole), (call.features % call.height, tile.number == whole)):
+        if count:
+
+            @pl.when(there)
+            def _(count=count):
+                part = sum_ref.at[tile.state, pl.ds(tile.number * call.height, count)]
+                one(part, scratch.key_sum.at[tile.slot, pl.ds(0, count)], arrived)
+
+
+def _stage(call: _Call, refs: Refs, tile: _Tile) -> None:
+    """Puts a state's keys times the root of their weight, twice in a row, and its values into shared memory."""
+    blocks = call.size // AT_ONCE
+    lax.fori_loop(0, blocks, lambda i, _: _stage_block(call, refs, tile, i * AT_ONCE, AT_ONCE), None)
+    if call.size % AT_ONCE:
+        _stage_block(call, refs, tile, blocks * AT_ONCE, call.size % AT_ONCE)
+    plgpu.commit_smem()
+
+
+def _stage_block(call: _Call, refs: Refs, tile: _Tile, at, count: int) -> None:
+    """`_stage` for `count` tokens from `at` on."""
+    inputs, _, scratch = refs
+    at_ring = inputs.plan[1 + call.batch + tile.row] + at
+    loaded = []
+    for t in range(count):
+        pair = (ref.at[tile.state, at_ring + t] for ref in (inputs.keys, inputs.values))
+        key, value = (load_vector(x).astype(jnp.float32) for x in pair)
+        loaded.append((key * inputs.root[tile.state, at + t], value))
+    for t, (key, value) in enumerate(loaded):
+        scratch.keys[at + t, pl.ds(0, WIDTH)] = key
+        scratch.keys[at + t, pl.ds(WIDTH, WIDTH)] = key
+        scratch.values[at + t] = value
+
+
+def _advance(call: _Call, refs: Refs, tile: _Tile) -> None:
+    """Takes the tokens into the tile in a buffer, and its part of key_sum."""
+    scratch, halves = refs.scratch, range(call.height // HEIGHT)
+    parts = [(tile.slot, pl.ds(half * HEIGHT, HEIGHT)) for half in halves]
+    offsets = [tile.number * len(halves) + half for half in halves]
+    scales = [jnp.where(offset == 0, 1.0, math.sqrt(2)).astype(jnp.float32) for offset in offsets]
+    carry = refs.inputs.carry[tile.state]
+    kv = [plgpu.load(scratch.kv.at[*part], layout=TILE) for part in parts]
+    key_sum = [load_vector(scratch.key_sum.at[*part]) for part in parts]
+    kv = [x.astype(jnp.float32) * carry for x in kv]
+    key_sum = [x * carry for x in key_sum]
+
+    def token(t, sums):
+        key = load_vector(scratch.keys.at[t, pl.ds(0, WIDTH)])
+        value = columns(load_vector(scratch.values.at[t], COLUMN), (HEIGHT, WIDTH))
+        kv, key_sum = [], []
+        for n in halves:
+            phi = key
+            if call.degree == 2:
+                phi = key * scales[n] * load_vector(scratch.keys.at[t, pl.ds(offsets[n], WIDTH)])
+            kv.append(sums[0][n] + rows(phi, (HEIGHT, WIDTH)) * value)
+            key_sum.append(sums[1][n] + phi)
+        return kv, key_sum
+
+    kv, key_sum = lax.fori_loop(0, call.size, token, (kv, key_sum))
+    if refs.inputs.before is not None:
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    for n, part in enumerate(parts):
+        scratch.kv[part] = kv[n].astype(scratch.kv.dtype)
+        scratch.key_sum[part] = key_sum[n]
+    plgpu.commit_smem()

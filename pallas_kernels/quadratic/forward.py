@@ -1,19 +1,21 @@
 """The forward kernel of quadratic attention: outputs, and the logarithms of the row sums if a gradient needs them."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
-from jax import lax
 
-from pallas_kernels.accumulator import ROW, TILE, Scratch, operand, read, rows
-from pallas_kernels.launch import launch_persistent
-from pallas_kernels.quadratic.keys import ROWS, KeyBuffers, Keys
+from pallas_kernels.accumulator import ROW, Scratch, load_vector, operand, read, rows
+from pallas_kernels.launch import Refs, launch_persistent
+from pallas_kernels.quadratic.keys import KeyBuffers, Keys, KeyTile
 from pallas_kernels.quadratic.operands import Decay, Problem
-from pallas_kernels.quadratic.tuning import Tiles
-from pallas_kernels.schedule import Schedule
+from pallas_kernels.quadratic.own import OwnTiles, Rows
+from pallas_kernels.quadratic.tuning import ROWS, Tiles
+
+LOWEST = -1e30  # below every logit, and finite: differences of it are no NaN
 
 
 class Inputs(NamedTuple):
@@ -33,9 +35,6 @@ class Outputs(NamedTuple):
     norm: Any | None
 
 
-LOWEST = -1e30  # below every logit, and finite: differences of it are no NaN
-
-
 def forward(
     problem: Problem, tiles: Tiles, programs: int, q, k, v, decay: Decay | None, first_visible, *, save_norm: bool
 ):
@@ -45,169 +44,183 @@ def forward(
     producer warpgroup loads. A row's sum adds weights in float32; where few keys may be in sight (in masked tiles) it
     adds them as the product with the values sees them, rounded to bfloat16, so that a row with one key is its value.
     """
-    p, block_q = problem, tiles.own
-    consumers = tiles.consumers
-    score, normalize = p.score, p.normalize
-    running_max = score == "exp" and normalize
-    schedule = Schedule.make(p.batch * p.heads, p.tiles(block_q), 4 * p.tokens * p.head_dim, programs, ascending=True)
-
-    def tile_of(program, i):
-        """Batch entry, head, key/value head and first row of the program's i-th tile."""
-        head, tile = schedule.tile(program, i)
-        b, h = lax.div(head, p.heads), lax.rem(head, p.heads)
-        return b, h, lax.div(h, p.heads // p.kv_heads), tile * block_q
-
-    def load(refs, program):
-        keys, scratch = Keys.of(p, tiles, refs), refs.scratch
-
-        def load_tile(i, step):
-            b, h, g, start = tile_of(program, i)
-            for w in range(consumers):
-                pl.when(i > 0)(lambda w=w: plgpu.barrier_wait(scratch.q_empty.at[w]))
-                own = pl.ds(start + w * ROWS, ROWS)
-                plgpu.copy_gmem_to_smem(refs.inputs.q.at[b, own, h], scratch.q.at[w], scratch.q_full.at[w])
-            return keys.load(step, b, g, start)
-
-        keys.ring.drain(schedule.each(program, load_tile, jnp.int32(0)))
-        for w in range(consumers):
-            plgpu.barrier_wait(scratch.q_empty.at[w])
-
-    def compute(refs, program, warpgroup, accumulators):
-        keys, scratch = Keys.of(p, tiles, refs), refs.scratch
-        buffers = keys.buffers
-
-        def attend_tile(i, step):
-            b, h, g, start = tile_of(program, i)
-            first_row = start + warpgroup * ROWS
-            own = pl.ds(first_row, ROWS)
-            plgpu.barrier_wait(scratch.q_full.at[warpgroup])
-            query = plgpu.load(scratch.q.at[warpgroup], layout=TILE) * p.query_power
-            if tiles.resident:
-                plgpu.commit_smem()
-                plgpu.barrier_arrive(scratch.q_empty.at[warpgroup])
-            else:
-                scratch.q[warpgroup] = query
-                plgpu.commit_smem()
-                query = scratch.q.at[warpgroup]
-            prefix = None
-            if decay is not None:
-                prefix = plgpu.load(refs.inputs.decay.prefix.at[b, g, own], layout=ROW, optimized=False)
-
-            def attend(acc):
-                def exponential_tile(slot, release, decays_of, mask_of, beside, carry):
-                    total, largest = carry
-                    everything = pl.ds(0, tiles.streamed), tiles.streamed
-                    column = seen = None
-                    if mask_of is None:
-                        column = decays_of(*everything)  # while the product is on its way
-                    s = accumulators.product(query, buffers.k.at[slot].T)
-                    release()
-                    if mask_of is not None:
-                        column, seen = decays_of(*everything), mask_of(*everything)  # registers are scarce
-                    logits = s * p.logit_scale
-                    if column is not None:
-                        logits = logits + column
-                        logits = logits + rows(prefix, s.shape) if beside else logits
-                    logits = logits if seen is None else jnp.where(seen, logits, -jnp.inf)
-                    if normalize:
-                        new = jnp.maximum(largest, logits.max(axis=1))
-                        shrink = jnp.exp2(largest - new)
-                        total, largest = total * shrink, new
-                        acc[...] = read(acc) * rows(shrink, acc.shape)
-                        logits = logits - rows(new, s.shape)
-                    weights = jnp.exp2(logits)
-                    rounded = weights.astype(jnp.bfloat16)
-                    total = add_to(total, weights, rounded, seen)
-                    accumulators.add(acc, rounded, buffers.v.at[slot])
-                    return total, largest
-
-                def power_tile(slot, release, decays_of, mask_of, beside, carry):
-                    # A mask and a decay for each pair take registers that a whole tile does not leave.
-                    size = tiles.columns if mask_of is None or decay is None else ROWS
-                    parts = [pl.ds(begin, size) for begin in range(0, tiles.streamed, size)]
-                    factors = [decays_of(part, size) if mask_of is None else None for part in parts]
-
-                    def weigh(products):
-                        total, largest = carry
-                        for i, (part, factor) in enumerate(zip(parts, factors, strict=True)):
-                            s = products.take(i)
-                            if i == 0:
-                                release()
-                            seen = None
-                            if mask_of is not None:
-                                factor, seen = decays_of(part, size), mask_of(part, size)  # registers are scarce
-                            pairwise = factor is not None and beside
-                            if pairwise:
-                                factor = jnp.exp2(jnp.where(seen, factor + rows(prefix, s.shape), -jnp.inf))
-                            weights = s if factor is None else s * factor
-                            weights = weights * s if score == "squared" else weights
-                            if seen is not None and not pairwise:
-                                weights = jnp.where(seen, weights, 0.0)
-                            rounded = weights.astype(jnp.bfloat16)
-                            products.add(acc, rounded, buffers.v.at[slot, part])
-                            total = add_to(total, weights, rounded, seen)
-                        return total, largest
-
-                    return accumulators.multiply(weigh, *((query, buffers.k.at[slot, part].T, None) for part in parts))
-
-                def add_to(total, weights, rounded, seen):
-                    if not normalize:
-                        return total
-                    return total + (weights if seen is None else rounded.astype(jnp.float32)).sum(axis=1)
-
-                def turn(carry):
-                    """From here on weights count from the row itself, no longer from the start of its tile."""
-                    total, largest = carry
-                    if decay is None:
-                        return carry
-                    if running_max:
-                        return total, largest + prefix
-                    factor = jnp.exp2(prefix)
-                    acc[...] = read(acc) * rows(factor, acc.shape)
-                    return total * factor, largest
-
-                zero = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), ROW)
-                tile = exponential_tile if score == "exp" else power_tile
-                step_and_carry = keys.walk(step, b, start, first_row, tile, turn, (zero, zero + LOWEST))
-                return step_and_carry, read(acc)
-
-            (step, (total, largest)), y = accumulators.accumulate(attend, (ROWS, p.head_dim))
-            if not tiles.resident:
-                plgpu.barrier_arrive(scratch.q_empty.at[warpgroup])
-            if normalize:
-                dead = total < p.floor
-                y = y * rows(jnp.where(dead, 0.0, 1.0 / total), y.shape)
-                if save_norm:
-                    norm = jnp.log2(total)
-                    refs.outputs.norm[b, h, own] = jnp.where(dead, jnp.inf, norm + largest if running_max else norm)
-            elif p.output_scale != 1:
-                y = y * p.output_scale
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            scratch.y[warpgroup] = y.astype(jnp.bfloat16)
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(scratch.y.at[warpgroup], refs.outputs.y.at[b, own, h])
-            return step
-
-        keys.ring.release(schedule.each(program, attend_tile, jnp.int32(0)) - 1)
-        plgpu.wait_smem_to_gmem(0)
-
-    dim = p.head_dim
-    norm = jax.ShapeDtypeStruct((p.batch, p.heads, p.tiles(block_q) * block_q), jnp.float32) if save_norm else None
+    p, consumers, dim = problem, tiles.consumers, problem.head_dim
+    own = OwnTiles.make(p, tiles, p.heads, programs, ascending=True)
+    padded = p.tiles(tiles.own) * tiles.own
+    norm = jax.ShapeDtypeStruct((p.batch, p.heads, padded), jnp.float32) if save_norm else None
     y, norm = launch_persistent(
-        load,
-        compute,
+        functools.partial(_load, own),
+        functools.partial(_compute, own),
         Inputs(q, k, v, decay, first_visible),
         Outputs(jax.ShapeDtypeStruct(q.shape, q.dtype), norm),
         {
             "q": operand((consumers, ROWS, dim)),
             "y": operand((consumers, ROWS, dim)),
-            "keys": KeyBuffers.types(p, tiles.streamed, tiles.num_stages, decay is not None, consumers),
-            "q_full": plgpu.Barrier(num_barriers=consumers),
-            "q_empty": plgpu.Barrier(num_barriers=consumers),
+            "keys": KeyBuffers.types(own, decay is not None),
+            "own": own.handover(1),
         },
         roles=tiles.roles,
-        programs=schedule.programs,
+        programs=own.schedule.programs,
         accumulators=Scratch.types(p.interpret, consumers, ((ROWS, dim),), max(tiles.streamed, dim)),
-        name=f"{score}_forward",
+        name=f"{p.score}_forward",
     )
     return (y, norm) if save_norm else (y,)
+
+
+def _load(own: OwnTiles, refs: Refs, program) -> None:
+    own.load(program, [(refs.inputs.q, refs.scratch.q)], refs.scratch.own, Keys(own, refs.inputs, refs.scratch.keys))
+
+
+def _compute(own: OwnTiles, refs: Refs, program, warpgroup, memory: Scratch) -> None:
+    def attend(i, step):
+        return _attend(own, refs, memory, Rows.of(own.tile(program, i), warpgroup), step)
+
+    own.each(program, attend, Keys(own, refs.inputs, refs.scratch.keys))
+
+
+class _Walk(NamedTuple):
+    """A walk of 64 rows past the keys that they see.
+
+    query: the operand [64, K]; prefix: of the decays, [64] or None; acc: the sum of weighted values [64, V].
+    """
+
+    problem: Problem
+    tiles: Tiles
+    memory: Scratch
+    query: Any
+    prefix: Any | None
+    acc: Any
+
+
+class _Sums(NamedTuple):
+    """What the rows carry: the sums of their weights, and the logits from which exp counts those."""
+
+    total: Any
+    largest: Any
+
+
+def _attend(own: OwnTiles, refs: Refs, memory: Scratch, at: Rows, step):
+    """Writes the outputs of 64 rows, whose walk begins at this step of the ring; the next step."""
+    p, decay, scratch = own.problem, refs.inputs.decay, refs.scratch
+    keys = Keys(own, refs.inputs, scratch.keys)
+    (query,) = own.take([scratch.q], scratch.own, at.warpgroup, p.query_power)
+    prefix = None if decay is None else load_vector(decay.prefix.at[at.b, at.g, at.slice])
+    tile = _exp_tile if p.score == "exp" else _power_tile
+
+    def past_keys(acc):
+        walk = _Walk(p, own.tiles, memory, query, prefix, acc)
+        zero = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), ROW)
+        sums = _Sums(zero, zero + LOWEST)
+        return keys.walk(step, at, functools.partial(tile, walk), functools.partial(_turn, walk), sums), read(acc)
+
+    (step, sums), y = memory.accumulate(past_keys, (ROWS, p.head_dim))
+    own.give_up(scratch.own, at.warpgroup)
+    _write(p, refs, at, y, sums)
+    return step
+
+
+def _exp_tile(walk: _Walk, keys: KeyTile, sums: _Sums) -> _Sums:
+    """Adds a tile of keys whose weights are exponentials."""
+    whole = pl.ds(0, walk.tiles.streamed)
+    column = seen = None
+    if not keys.masked:
+        column = keys.decays(whole)  # while the product is in flight
+    s = walk.memory.product(walk.query, keys.k(whole).T)
+    keys.release()
+    if keys.masked:
+        column, seen = keys.decays(whole), keys.mask(whole)  # registers are scarce
+    logits = s * walk.problem.logit_scale
+    if column is not None:
+        logits = logits + column
+        logits = logits + rows(walk.prefix, s.shape) if keys.beside else logits
+    logits = logits if seen is None else jnp.where(seen, logits, -jnp.inf)
+    if walk.problem.normalize:
+        logits, sums = _from_largest(walk, logits, sums)
+    weights = jnp.exp2(logits)
+    rounded = weights.astype(jnp.bfloat16)
+    sums = _add(walk, sums, weights, rounded, seen)
+    walk.memory.add(walk.acc, rounded, keys.v(whole))
+    return sums
+
+
+def _from_largest(walk: _Walk, logits, sums: _Sums):
+    """The logits, and all that was summed, counted from the largest logit so far."""
+    largest = jnp.maximum(sums.largest, logits.max(axis=1))
+    shrink = jnp.exp2(sums.largest - largest)
+    total = sums.total * shrink
+    walk.acc[...] = read(walk.acc) * rows(shrink, walk.acc.shape)
+    return logits - rows(largest, logits.shape), _Sums(total, largest)
+
+
+def _power_tile(walk: _Walk, keys: KeyTile, sums: _Sums) -> _Sums:
+    """Adds a tile of keys whose weights are powers of their scores, slice by slice."""
+    # A mask and a decay for each pair take registers that a whole tile does not leave.
+    size = ROWS if keys.masked and walk.prefix is not None else walk.tiles.columns
+    parts = [pl.ds(begin, size) for begin in range(0, walk.tiles.streamed, size)]
+    factors = [None if keys.masked else keys.decays(part) for part in parts]
+
+    def weigh(products):
+        after = sums
+        for i, (part, factor) in enumerate(zip(parts, factors, strict=True)):
+            s = products.take(i)
+            if i == 0:
+                keys.release()
+            weights, seen = _power_weights(walk, keys, part, s, factor)
+            rounded = weights.astype(jnp.bfloat16)
+            products.add(walk.acc, rounded, keys.v(part))
+            after = _add(walk, after, weights, rounded, seen)
+        return after
+
+    return walk.memory.multiply(weigh, *((walk.query, keys.k(part).T, None) for part in parts))
+
+
+def _power_weights(walk: _Walk, keys: KeyTile, part: pl.Slice, s, factor):
+    """The weights of a slice's scores, of which `factor` is the decay unless masked; and who is seen, None: all."""
+    seen = None
+    if keys.masked:
+        factor, seen = keys.decays(part), keys.mask(part)  # registers are scarce
+    pairwise = factor is not None and keys.beside
+    if pairwise:
+        factor = jnp.exp2(jnp.where(seen, factor + rows(walk.prefix, s.shape), -jnp.inf))
+    weights = s if factor is None else s * factor
+    weights = weights * s if walk.problem.score == "squared" else weights
+    if seen is not None and not pairwise:
+        weights = jnp.where(seen, weights, 0.0)
+    return weights, seen
+
+
+def _add(walk: _Walk, sums: _Sums, weights, rounded, seen) -> _Sums:
+    """Adds weights to their rows' sums."""
+    if not walk.problem.normalize:
+        return sums
+    added = weights if seen is None else rounded.astype(jnp.float32)
+    return sums._replace(total=sums.total + added.sum(axis=1))
+
+
+def _turn(walk: _Walk, sums: _Sums) -> _Sums:
+    """From here on weights count from the row itself, no longer from the start of its tile."""
+    if walk.prefix is None:
+        return sums
+    if walk.problem.score == "exp" and walk.problem.normalize:
+        return sums._replace(largest=sums.largest + walk.prefix)
+    factor = jnp.exp2(walk.prefix)
+    walk.acc[...] = read(walk.acc) * rows(factor, walk.acc.shape)
+    return sums._replace(total=sums.total * factor)
+
+
+def _write(problem: Problem, refs: Refs, at: Rows, y, sums: _Sums) -> None:
+    """Divides by the sums and writes."""
+    p, w = problem, at.warpgroup
+    if p.normalize:
+        dead = sums.total < p.floor
+        y = y * rows(jnp.where(dead, 0.0, 1.0 / sums.total), y.shape)
+        if refs.outputs.norm is not None:
+            norm = jnp.log2(sums.total)
+            norm = norm + sums.largest if p.score == "exp" else norm
+            refs.outputs.norm[at.b, at.h, at.slice] = jnp.where(dead, jnp.inf, norm)
+    elif p.output_scale != 1:
+        y = y * p.output_scale
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    refs.scratch.y[w] = y.astype(jnp.bfloat16)
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(refs.scratch.y.at[w], refs.outputs.y.at[at.b, at.slice, at.h])

@@ -6,6 +6,7 @@ grouped heads the queries of all R heads pass, one head after the other.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -14,35 +15,11 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.accumulator import COLUMN, ROW, columns, load_rows, operand, positions, rows, store_rows
-from pallas_kernels.quadratic.operands import Problem
+from pallas_kernels import accumulator
+from pallas_kernels.accumulator import COLUMN, ROW, columns, load_rows, load_vector, rows
+from pallas_kernels.quadratic.own import OwnTiles, Rows
+from pallas_kernels.quadratic.tuning import ROWS
 from pallas_kernels.ring import Ring
-
-ROWS = 64  # keys of one warpgroup
-
-
-class Place(NamedTuple):
-    """Which keys a warpgroup has.
-
-    b: batch entry; g: key/value head; start: first key of the key tile; first_row: of the warpgroup's part of it;
-    warpgroup: its number.
-    """
-
-    b: jax.Array
-    g: jax.Array
-    start: jax.Array
-    first_row: jax.Array
-    warpgroup: jax.Array
-
-
-class QueryTiles(NamedTuple):
-    """Numbers of query tiles that see a key tile.
-
-    after: after the key tile; beside: at its own positions.
-    """
-
-    after: jax.Array
-    beside: jax.Array
 
 
 class QueryBuffers(NamedTuple):
@@ -55,14 +32,13 @@ class QueryBuffers(NamedTuple):
     barriers: Any
 
     @staticmethod
-    def types(
-        problem: Problem, block_q: int, num_stages: int, has_logit: bool, users: int, depth: int
-    ) -> "QueryBuffers":
-        """What to allocate."""
-        tile = operand((num_stages, block_q, problem.head_dim), depth)
-        vector = plgpu.SMEM((num_stages, block_q), jnp.float32)
-        barriers = Ring.barriers(num_stages, arrivals=2 + problem.normalize + has_logit, users=users)
-        return QueryBuffers(tile, tile, vector, vector, barriers)
+    def types(own: OwnTiles, has_logit: bool, depth: int) -> "QueryBuffers":
+        """What to allocate; `depth` as in `accumulator.operand`."""
+        size, stages = own.tiles.streamed, own.tiles.num_stages
+        tile = accumulator.operand((stages, size, own.problem.head_dim), depth)
+        vector = plgpu.SMEM((stages, size), jnp.float32)
+        arrivals = 2 + own.problem.normalize + has_logit
+        return QueryBuffers(tile, tile, vector, vector, Ring.barriers(stages, arrivals, users=own.tiles.consumers))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,63 +46,62 @@ class Queries:
     """The queries of a call and what comes with them, as seen from key tiles of block_kv keys.
 
     Attributes:
-      problem: the call.
-      block_q: rows of a query tile; divides block_kv.
-      block_kv: keys of a key tile, and tokens of a chunk of the decays.
-      q, dy: [B, T, H, K] in device memory.
-      logit: [B, H, T padded], what the logarithm of a weight has of the query: its prefix, less log2 of its row's sum.
-        None where it has neither.
-      delta: [B, H, T padded]; None where nothing is normalised.
-      total: [B, G, chunks] decays; None without.
-      last_visible: [B, T padded] int32, the last query that sees each key; None without segments.
+      own: the key tiles; block_kv, tokens of a chunk of the decays too, is `own.tiles.own`, and block_q, the rows of a
+        query tile, is `own.tiles.streamed`.
+      inputs: in device memory, q, dy [B, T, H, K]; logit [B, H, T padded], what the logarithm of a weight has of the
+        query, its prefix less log2 of its row's sum, None where it has neither; delta [B, H, T padded], None where
+        nothing is normalised; decay, or None; and last_visible [B, T padded] int32, the last query that sees each key,
+        None without segments.
       buffers: the ring's shared memory.
     """
 
-    problem: Problem
-    block_q: int
-    block_kv: int
-    num_stages: int
-    q: Any
-    dy: Any
-    logit: Any
-    delta: Any
-    total: Any
-    last_visible: Any
+    own: OwnTiles
+    inputs: Any
     buffers: QueryBuffers
 
     @property
     def ring(self) -> Ring:
         """The ring of buffers."""
-        return Ring(self.num_stages, *self.buffers.barriers)
+        return Ring(self.own.tiles.num_stages, *self.buffers.barriers)
+
+    @property
+    def block_q(self) -> int:
+        """Rows of a query tile."""
+        return self.own.tiles.streamed
+
+    @property
+    def block_kv(self) -> int:
+        """Keys of a key tile."""
+        return self.own.tiles.own
 
     @property
     def repeats(self) -> int:
         """Query heads per key/value head."""
-        return self.problem.heads // self.problem.kv_heads
+        return self.own.problem.heads // self.own.problem.kv_heads
 
-    def seeing(self, b, start) -> QueryTiles:
-        """How many query tiles of one head see the key tile from `start` of batch entry b."""
-        tokens, after = self.problem.tokens, start + self.block_kv
+    def seeing(self, b, start):
+        """How many query tiles of one head, after it and beside it, see the key tile from `start` of batch entry b."""
+        tokens, after = self.own.problem.tokens, start + self.block_kv
         beside = self._tiles(lax.min(after, tokens) - start)
-        if self.last_visible is None:
+        if self.inputs.last_visible is None:
             count = self._tiles(lax.max(tokens - after, 0))
-            return QueryTiles(count, beside)
-        last = self.last_visible[b, after - 1]
-        return QueryTiles(self._tiles(lax.max(last + 1 - after, 0)), beside)
+            return count, beside
+        last = self.inputs.last_visible[b, after - 1]
+        return self._tiles(lax.max(last + 1 - after, 0)), beside
 
     def _tiles(self, tokens):
         return lax.div(tokens + self.block_q - 1, self.block_q)
 
     def load(self, step, b, g, start):
         """Fills the ring with all queries that see the key tile; the next step."""
-        seeing = self.seeing(b, start)
+        count_after, count_beside = self.seeing(b, start)
 
         def after(r, step):
             h = g * self.repeats + r
-            return self._load(step, b, g, h, start + self.block_kv, seeing.after, beside=False)
+            return self._load(step, b, g, h, start + self.block_kv, count_after, beside=False)
 
         def beside(r, step):
-            return self._load(step, b, g, g * self.repeats + r, start, seeing.beside, beside=True)
+            return self._load(step, b, g, g * self.repeats + r, start, count_beside, beside=True)
 
         return lax.fori_loop(0, self.repeats, beside, lax.fori_loop(0, self.repeats, after, step))
 
@@ -134,20 +109,15 @@ class Queries:
         def place(n):
             return begin + n * self.block_q
 
-        if self.logit is None:
+        if self.inputs.logit is None:
+            return lax.fori_loop(0, count, lambda n, step: self._fill(step, b, h, place(n), None), step)
 
-            def copy(n, step):
-                self._fill(step, b, h, place(n), None)
-                return step + 1
-
-            return lax.fori_loop(0, count, copy, step)
-
-        has_between = self.total is not None and not beside
+        has_between = self.inputs.decay is not None and not beside
 
         def load(n):
             """The logits of a tile's queries, of some tile at least."""
-            at = lax.min(place(n), self.logit.shape[-1] - self.block_q)
-            return load_rows(self.logit.at[b, h], at, self.block_q)
+            at = lax.min(place(n), self.inputs.logit.shape[-1] - self.block_q)
+            return load_rows(self.inputs.logit.at[b, h], at, self.block_q)
 
         def tile(n, carry):
             step, between, total, logit = carry
@@ -157,89 +127,115 @@ class Queries:
             if has_between:
                 entered_chunk = (n > 0) & (lax.rem(at, self.block_kv) == 0)
                 between = between + jnp.where(entered_chunk, total, 0.0)
-                total = self.total[b, g, lax.div(at, self.block_kv)]
+                total = self.inputs.decay.total[b, g, lax.div(at, self.block_kv)]
                 logit = tuple(x + between for x in logit)
-            if self.problem.score != "exp" and not (beside and self.total is not None):
+            if self.own.problem.score != "exp" and not (beside and self.inputs.decay is not None):
                 logit = tuple(jnp.exp2(x) for x in logit)
-            self._fill(step, b, h, at, logit)
-            return step + 1, between, total, upcoming
+            return self._fill(step, b, h, at, logit), between, total, upcoming
 
         return lax.fori_loop(0, count, tile, (step, jnp.float32(0), jnp.float32(0), load(0)))[0]
 
-    def _fill(self, step, b, h, at, logit) -> None:
+    def _fill(self, step, b, h, at, logit):
         slot, tile = self.ring.claim(step), pl.ds(at, self.block_q)
         full = self.ring.full.at[slot]
-        plgpu.copy_gmem_to_smem(self.q.at[b, tile, h], self.buffers.q.at[slot], full)
-        plgpu.copy_gmem_to_smem(self.dy.at[b, tile, h], self.buffers.dy.at[slot], full)
-        if self.delta is not None:
-            plgpu.copy_gmem_to_smem(self.delta.at[b, h, tile], self.buffers.delta.at[slot], full)
+        plgpu.copy_gmem_to_smem(self.inputs.q.at[b, tile, h], self.buffers.q.at[slot], full)
+        plgpu.copy_gmem_to_smem(self.inputs.dy.at[b, tile, h], self.buffers.dy.at[slot], full)
+        if self.inputs.delta is not None:
+            plgpu.copy_gmem_to_smem(self.inputs.delta.at[b, h, tile], self.buffers.delta.at[slot], full)
         if logit is not None:
-            store_rows(self.buffers.logit.at[slot], logit)
+            accumulator.store_rows(self.buffers.logit.at[slot], logit)
             plgpu.commit_smem()
             plgpu.barrier_arrive(full)
+        return step + 1
 
-    def walk(self, step, place, tile, turn, carry):
-        """Takes the 64 keys of a warpgroup past the queries that see their key tile.
+    def walk(self, step, place: Callable[[], Rows], tile: Callable, turn: Callable, carry: Any):
+        """Takes the keys of a warpgroup past the queries that see their key tile.
 
         Args:
           step: of the ring.
           place: `place()` is where the keys are, computed anew at each call: registers are scarce in the loops.
-          tile: `tile(at, slot, release, columns_of, beside, carry) -> carry` for each query tile, `at` a Place.
-            `columns_of(part, size)` are the logits, the deltas and the mask of a slice of its queries, spread over 64
-            rows, or None: a logit is a factor after the key tile (exp: its logarithm), and its logarithm beside it if
-            there is a decay. `release()` is called once every product of the tile before has been awaited.
-          turn: `turn(carry) -> carry`, between the queries after and those beside.
-          carry: a tuple.
+          tile: `carry = tile(queries, carry)` for each `QueryTile`.
+          turn: `carry = turn(carry)`, between the queries after and those beside.
+          carry: a pytree.
 
         Returns:
           The next step, and the carry. The last buffer is released in the next walk; the very last is for the caller.
         """
-        segments = self.last_visible is not None
 
-        def visit(n, carry, at, beside):
-            this, inner = carry
-            slot = self.ring.receive(this)
-            begin = at.start + n * self.block_q + (0 if beside else self.block_kv)
+        def visit(n, state, at, beside):
+            step, carry = state
+            slot = self.ring.receive(step)
+            start = at.start + n * self.block_q + (0 if beside else self.block_kv)
+            return step + 1, tile(QueryTile(self, at, step, slot, start, beside), carry)
 
-            def release():
-                @pl.when(this > 0)
-                def _():
-                    self.ring.release(this - 1)
-
-            def columns_of(part, size):
-                def vector(ref):
-                    return columns(plgpu.load(ref.at[slot, part], layout=COLUMN, optimized=False), (ROWS, size))
-
-                logit = None if self.logit is None else vector(self.buffers.logit)
-                delta = None if self.delta is None else vector(self.buffers.delta)
-                masked = beside or segments
-                mask = self._mask(at, begin + part.start, size, segments) if masked else None
-                return logit, delta, mask
-
-            return this + 1, tile(at, slot, release, columns_of, beside, inner)
-
-        def loop(carry, beside):
+        def loop(state, beside):
             at = place()
-            seeing = self.seeing(at.b, at.start)
-            count = seeing.beside if beside else seeing.after
+            count_after, count_beside = self.seeing(at.b, at.start)
+            count = count_beside if beside else count_after
 
-            def head(_, carry):
-                return lax.fori_loop(0, count, lambda n, carry: visit(n, carry, at, beside), carry)
+            def head(_, state):
+                return lax.fori_loop(0, count, lambda n, state: visit(n, state, at, beside), state)
 
-            return self._each_head(head, carry)
+            return head(0, state) if self.repeats == 1 else lax.fori_loop(0, self.repeats, head, state)
 
         step, carry = loop((step, carry), beside=False)
         return loop((step, turn(carry)), beside=True)
 
-    def _each_head(self, body, carry):
-        return body(0, carry) if self.repeats == 1 else lax.fori_loop(0, self.repeats, body, carry)
 
-    def _mask(self, at, begin, size, segments):
-        """Which queries from `begin` on see the keys: 0 <= query - key, and with segments <= last_visible - key."""
-        row = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=ROW) + at.first_row
-        row_at, query = positions(row - begin, size)
-        if not segments:
+@dataclasses.dataclass(frozen=True)
+class QueryTile:
+    """A tile of queries in the ring, as 64 rows of keys are seen by it.
+
+    Attributes:
+      call: the queries of the call.
+      rows: where the keys are.
+      step: of the ring.
+      slot: its buffer.
+      start: its first query.
+      beside: whether it is at the key tile's own positions.
+    """
+
+    call: Queries
+    rows: Rows
+    step: jax.Array
+    slot: jax.Array
+    start: jax.Array
+    beside: bool
+
+    def q(self, part: pl.Slice):
+        """The queries of a slice of the tile, [size, K]."""
+        return self.call.buffers.q.at[self.slot, part]
+
+    def dy(self, part: pl.Slice):
+        """The gradients of a slice's outputs, [size, V]."""
+        return self.call.buffers.dy.at[self.slot, part]
+
+    def release(self) -> None:
+        """Frees the buffer of the tile before: to be called once, when all of its products have been awaited."""
+        pl.when(self.step > 0)(lambda: self.call.ring.release(self.step - 1))
+
+    def columns(self, part: pl.Slice):
+        """The logits, the deltas and the mask of a slice's queries for every key, [64, size] each, or None.
+
+        A logit is a factor after the key tile (exp: its logarithm), and its logarithm beside it if there is a decay.
+        """
+        inputs, buffers = self.call.inputs, self.call.buffers
+
+        def spread(ref):
+            return columns(load_vector(ref.at[self.slot, part], COLUMN), (ROWS, part.size))
+
+        logit = None if inputs.logit is None else spread(buffers.logit)
+        delta = None if inputs.delta is None else spread(buffers.delta)
+        masked = self.beside or inputs.last_visible is not None
+        return logit, delta, self._mask(part) if masked else None
+
+    def _mask(self, part: pl.Slice):
+        """Which queries of a slice see the keys: 0 <= query - key, and with segments <= last_visible - key."""
+        start = self.start + part.start
+        row = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=ROW) + self.rows.first
+        row_at, query = accumulator.positions(row - start, part.size)
+        if self.call.inputs.last_visible is None:
             return query >= row_at
-        last = plgpu.load(self.last_visible.at[at.b, pl.ds(at.first_row, ROWS)], layout=ROW, optimized=False)
+        last = load_vector(self.call.inputs.last_visible.at[self.rows.b, self.rows.slice])
         # As unsigned numbers, negative distances are the largest.
-        return (query - row_at).astype(jnp.uint32) <= rows((last - row).astype(jnp.uint32), (ROWS, size))
+        return (query - row_at).astype(jnp.uint32) <= rows((last - row).astype(jnp.uint32), (ROWS, part.size))
