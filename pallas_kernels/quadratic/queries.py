@@ -22,6 +22,18 @@ from pallas_kernels.quadratic.tuning import ROWS
 from pallas_kernels.ring import Ring
 
 
+class Counts(NamedTuple):
+    """Numbers of query tiles of one head that see a key tile.
+
+    whole: after the key tile, and seeing all of its keys; after: after it, seeing some key; beside: at its own
+    positions.
+    """
+
+    whole: jax.Array
+    after: jax.Array
+    beside: jax.Array
+
+
 class QueryBuffers(NamedTuple):
     """Shared memory of the ring: queries, dy, the logit and delta of each query, and the ring's barriers."""
 
@@ -79,29 +91,30 @@ class Queries:
         """Query heads per key/value head."""
         return self.own.problem.heads // self.own.problem.kv_heads
 
-    def seeing(self, b, start):
-        """How many query tiles of one head, after it and beside it, see the key tile from `start` of batch entry b."""
+    def seeing(self, b, start) -> Counts:
+        """How many query tiles of one head see the key tile from `start` of batch entry b."""
         tokens, after = self.own.problem.tokens, start + self.block_kv
         beside = self._tiles(lax.min(after, tokens) - start)
         if self.inputs.last_visible is None:
             count = self._tiles(lax.max(tokens - after, 0))
-            return count, beside
-        last = self.inputs.last_visible[b, after - 1]
-        return self._tiles(lax.max(last + 1 - after, 0)), beside
+            return Counts(count, count, beside)
+        first, last = self.inputs.last_visible[b, start], self.inputs.last_visible[b, after - 1]
+        whole = lax.div(lax.max(first + 1 - after, 0), self.block_q)
+        return Counts(whole, self._tiles(lax.max(last + 1 - after, 0)), beside)
 
     def _tiles(self, tokens):
         return lax.div(tokens + self.block_q - 1, self.block_q)
 
     def load(self, step, b, g, start):
         """Fills the ring with all queries that see the key tile; the next step."""
-        count_after, count_beside = self.seeing(b, start)
+        seeing = self.seeing(b, start)
 
         def after(r, step):
             h = g * self.repeats + r
-            return self._load(step, b, g, h, start + self.block_kv, count_after, beside=False)
+            return self._load(step, b, g, h, start + self.block_kv, seeing.after, beside=False)
 
         def beside(r, step):
-            return self._load(step, b, g, g * self.repeats + r, start, count_beside, beside=True)
+            return self._load(step, b, g, g * self.repeats + r, start, seeing.beside, beside=True)
 
         return lax.fori_loop(0, self.repeats, beside, lax.fori_loop(0, self.repeats, after, step))
 
@@ -161,25 +174,34 @@ class Queries:
         Returns:
           The next step, and the carry. The last buffer is released in the next walk; the very last is for the caller.
         """
+        segments = self.inputs.last_visible is not None
 
-        def visit(n, state, at, beside):
+        def visit(n, state, at, beside, segments):
             step, carry = state
             slot = self.ring.receive(step)
             start = at.start + n * self.block_q + (0 if beside else self.block_kv)
-            return step + 1, tile(QueryTile(self, at, step, slot, start, beside), carry)
+            return step + 1, tile(QueryTile(self, at, step, slot, start, beside, segments), carry)
 
-        def loop(state, beside):
+        def loop(begin, end, state, at, **kind):
+            return lax.fori_loop(begin, end, lambda n, state: visit(n, state, at, **kind), state)
+
+        def after(_, state):
             at = place()
-            count_after, count_beside = self.seeing(at.b, at.start)
-            count = count_beside if beside else count_after
+            seeing = self.seeing(at.b, at.start)
+            state = loop(0, seeing.whole, state, at, beside=False, segments=False)
+            if segments:
+                state = loop(seeing.whole, seeing.after, state, at, beside=False, segments=True)
+            return state
 
-            def head(_, state):
-                return lax.fori_loop(0, count, lambda n, state: visit(n, state, at, beside), state)
+        def beside(_, state):
+            at = place()
+            return loop(0, self.seeing(at.b, at.start).beside, state, at, beside=True, segments=segments)
 
-            return head(0, state) if self.repeats == 1 else lax.fori_loop(0, self.repeats, head, state)
+        def each_head(body, state):
+            return body(0, state) if self.repeats == 1 else lax.fori_loop(0, self.repeats, body, state)
 
-        step, carry = loop((step, carry), beside=False)
-        return loop((step, turn(carry)), beside=True)
+        step, carry = each_head(after, (step, carry))
+        return each_head(beside, (step, turn(carry)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,6 +215,7 @@ class QueryTile:
       slot: its buffer.
       start: its first query.
       beside: whether it is at the key tile's own positions.
+      segments: whether some query may not see some key because of its segment.
     """
 
     call: Queries
@@ -201,6 +224,7 @@ class QueryTile:
     slot: jax.Array
     start: jax.Array
     beside: bool
+    segments: bool
 
     def q(self, part: pl.Slice):
         """The queries of a slice of the tile, [size, K]."""
@@ -226,15 +250,14 @@ class QueryTile:
 
         logit = None if inputs.logit is None else spread(buffers.logit)
         delta = None if inputs.delta is None else spread(buffers.delta)
-        masked = self.beside or inputs.last_visible is not None
-        return logit, delta, self._mask(part) if masked else None
+        return logit, delta, self._mask(part) if self.beside or self.segments else None
 
     def _mask(self, part: pl.Slice):
         """Which queries of a slice see the keys: 0 <= query - key, and with segments <= last_visible - key."""
         start = self.start + part.start
         row = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=ROW) + self.rows.first
         row_at, query = accumulator.positions(row - start, part.size)
-        if self.call.inputs.last_visible is None:
+        if not self.segments:
             return query >= row_at
         last = load_vector(self.call.inputs.last_visible.at[self.rows.b, self.rows.slice])
         # As unsigned numbers, negative distances are the largest.

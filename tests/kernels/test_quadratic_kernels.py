@@ -78,6 +78,13 @@ def test_packed_documents_are_as_if_alone(score):
         np.testing.assert_array_equal(np.where(mask, x, 0), np.where(mask, got[name], 0), err_msg=name)
 
 
+def test_a_document_that_reaches_beyond_a_tile():
+    """Tiles of queries that see all of a tile of keys, then one that sees some, and the next document."""
+    case = Case(tokens=256, heads=(1, 1))
+    call = case.call().replace(segment_ids=jnp.asarray((np.arange(case.tokens) >= 230)[None].astype(np.int32)))
+    assert_close(call, call.run())
+
+
 DECAYS = ["none", "all -128", "one of -128", "one beyond -128", "mixed", "mixed otherwise"]
 
 
