@@ -28,6 +28,7 @@ from train.data.tokenizers import has_file, kept_path, load_kept_tokenizer
 from train.errors import UserError, one_line
 from train.evaluation import ContextLosses, evaluate, token_losses
 from train.harness import run_tasks
+from train.memory import enough_memory
 from train.output import lenient_output
 from train.paths import expand_user
 from train.restore import build_anywhere, read_saved_config, restore_on_one_device
@@ -175,7 +176,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         options, overrides = parse(arguments)
         keep_programs(warn)
-        with interrupts_raised():
+        with interrupts_raised(), enough_memory("make --config.batch_size or --config.length smaller"):
             figures = (evaluate_tasks if options.tasks else evaluate_run)(options, overrides)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -23,6 +23,7 @@ from train.compilation_cache import keep_programs
 from train.data.contents import check_text, decode_text
 from train.data.tokenizers import load_kept_tokenizer
 from train.errors import UserError
+from train.memory import enough_memory
 from train.restore import build_anywhere, read_saved_config, restore_on_one_device
 from twomamba_jax.generation import decode, fork, prefill, seed
 from twomamba_jax.layers import LanguageModel, init_cache
@@ -35,6 +36,7 @@ from twomamba_jax.sampling import Sampling, check_sampling
 
 BLOCK = 16  # tokens between two looks at the screen
 MIB = 2**20
+LESS_MEMORY = "make --num_samples, --prefill_size or --max_length smaller"
 
 DESCRIPTION = """\
 Continues a prompt with the model that was trained in a working directory. Text goes to stdout as it comes; the speed
@@ -195,7 +197,7 @@ def main(arguments: Sequence[str]) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")  # what its encoding lacks shows as an escape
     try:
         options = parse(arguments)
-        with InterruptRequest() as interruption:
+        with InterruptRequest() as interruption, enough_memory(LESS_MEMORY):
             return run(options, interruption)
     except (UserError, ValueError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)

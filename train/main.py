@@ -22,6 +22,7 @@ from train.compilation_cache import keep_programs
 from train.configuration import apply_overrides, flatten, load_config, validate
 from train.errors import UserError, one_line
 from train.loop import run
+from train.memory import enough_memory
 from train.output import lenient_output
 from train.paths import expand_user
 from train.processes import join, leave, process_name
@@ -34,6 +35,10 @@ SIGTERM, SIGINT, SIGHUP, SIGUSR1, SIGUSR2 and SIGXCPU save and end the run with 
 run: see docs/sharding.md. Mistakes in the command or the data are one line on stderr and exit status 2."""
 
 OVERRIDE = "--config."
+LESS_MEMORY = (
+    "make --config.batch_size or --config.length smaller or --config.microbatches larger, or set "
+    "--config.execution.remat=full"
+)
 
 
 def parse_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[tuple[str, str]]]:
@@ -94,7 +99,8 @@ def main(arguments: Sequence[str]) -> int:
             keep_programs(warn)
             join(config.distributed)
             console = Console(quiet=jax.process_index() > 0)
-            step = run(config, workdir, warn, console)
+            with enough_memory(LESS_MEMORY):
+                step = run(config, workdir, warn, console)
             if step < config.steps:
                 console.out(f"stopped by a signal, saved at step {step}", highlight=False)
             console.out(last_line(config, step, resume), highlight=False)
