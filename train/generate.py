@@ -1,6 +1,7 @@
 """A run's model continues a prompt, and the text shows as it comes: `python -m train.generate --workdir DIR ...`."""
 
 from train.keyboard import INTERRUPTED, InterruptRequest, take_interrupts
+from train.random_key import random_key
 
 if __name__ == "__main__":
     take_interrupts()  # before the imports below, which take seconds
@@ -14,7 +15,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-import jax
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -122,7 +122,7 @@ def blocks(model: LanguageModel, params, tokens, options, stop_tokens) -> Iterat
         )
     cache = init_cache(model.config, 1, capacity, fold_size=options.fold_size, dtype=model.execution.dtype)
     state = fork(prefill(model, params, tokens, cache, prefill_size=options.prefill_size), options.num_samples)
-    state = seed(state, jax.random.key(options.seed))
+    state = seed(state, random_key(options.seed))
     size, left = state_bytes(state.cache), options.max_new_tokens
     while left > 0 and not state.done.all():
         # The last block too, of which fewer may be wanted: another length would be another program to compile.

@@ -37,6 +37,7 @@ from train.observe.progress import ProgressDisplay, held_out_figures
 from train.observe.sample import sample_text
 from train.observe.trackers import check_trackers, open_trackers
 from train.processes import first_before_others, on_first
+from train.random_key import random_key
 from train.sharding import RULES, batch_sharding, check_dimensions, make_mesh, rows_of_process
 from train.step import TrainState, make_begin, make_eval_step, make_init, make_optimizer, make_train_step
 from train.workdir import claim, replace, writing
@@ -113,7 +114,7 @@ def run(
         on_first(take_workdir)
         with Interruption(mesh) as interruption, closing(Checkpoints(workdir, config.checkpoints_kept)) as checkpoints:
             restored = checkpoints.restore(current.abstract, warn, current.begin)
-            state, position = restored or (current.init(jax.random.key(config.seed)), None)
+            state, position = restored or (current.init(random_key(config.seed)), None)
             start = int(state.step)
             count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
             report(

@@ -3,12 +3,12 @@
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
 from train.data.task import Task
+from train.random_key import random_key
 from train.restore import for_any_call
 from train.sharding import ONE_ROW_RULES
 from twomamba_jax.generation import generate
@@ -28,7 +28,7 @@ def sample_text(model: LanguageModel, params: Any, task: Task, options: ConfigDi
             jnp.asarray(task.prompt, jnp.int32)[None],
             max_new_tokens=count,
             temperature=options.temperature,
-            rng=jax.random.key(seed),
+            rng=random_key(seed),
         )
     continuation = np.asarray(generation.tokens)[0]
     if task.truth is None:
