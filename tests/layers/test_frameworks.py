@@ -16,7 +16,12 @@ PAGE = (Path(__file__).parents[2] / "docs" / "frameworks.md").read_text()
 EXAMPLES = dict(re.findall(r"## ([^\n]+)\n.*?```python\n(.*?)```", PAGE, re.DOTALL))
 
 
-LONG = {"Truncated backpropagation": exhaustive("test_conformance.py, whose calls pass on states and their gradients")}
+# Continuous integration runs them too.
+LONG = {
+    "NNX": exhaustive("test_bridge_shards_by_mesh_and_rules, which bridges a model"),
+    "A Flax module of your own, with optax": exhaustive("tests/train, whose steps are of Flax modules with optax"),
+    "Truncated backpropagation": exhaustive("test_conformance.py, whose calls pass on states and their gradients"),
+}
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=LONG.get(name, ())) for name in EXAMPLES])
