@@ -16,8 +16,9 @@ DOCUMENTED = {
 }
 # The other examples may use what these two define: `config`; `model`, `tokens`, `params` and `apply`.
 SHARED = "ModelConfig", "LanguageModel"
-# These compile programs of their own. Continuous integration runs them, and so does an exhaustive run.
-LONG = "Decoding", "FiniteState", "Generation", "Mixer", "decay_attention_step", "init_cache"
+# These compile more: a mixer, a step, a model with a cache, a generation. Continuous integration runs them too.
+LONG = {"FiniteState", "Mixer", "decay_attention_step", "init_cache", "roll_back"}
+LONG |= {"Decoding", "Generation", "Sampling", "decode", "fork", "generate", "prefill", "seed"}
 
 
 def run(name: str, names: dict) -> dict:
