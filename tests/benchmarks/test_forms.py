@@ -85,10 +85,10 @@ def test_its_definition_is_the_oracles(forms, score):
 @pytest.mark.parametrize(
     ("direction", "wrong"),
     [
-        ("forward+backward", lambda q, k, v, log_decay: (q, k, v, 1.01 * log_decay)),
-        ("forward", lambda q, k, v, log_decay: (q, k, v.at[0, 3].set(jnp.nan), log_decay)),
         ("forward", lambda q, k, v, log_decay: (q, k, v, 1.01 * log_decay)),
-    ][: None if EXHAUSTIVE else 2],
+        ("forward", lambda q, k, v, log_decay: (q, k, v.at[0, 3].set(jnp.nan), log_decay)),
+        ("forward+backward", lambda q, k, v, log_decay: (q, k, v, 1.01 * log_decay)),
+    ][: None if EXHAUSTIVE else 1],
 )
 def test_does_not_time_what_is_wrong(forms, monkeypatch, tmp_path, capsys, direction, wrong):
     right = forms.decay_attention

@@ -148,13 +148,11 @@ def test_remat_changes_memory_alone(scan_layers):
     assert dots > 1.2 * full
 
 
-# What else reaches the operation is seen below, and what it does there in test_conformance.py.
-EXECUTIONS = [("2mamba", {"chunk_size": 4})]
-if EXHAUSTIVE:
-    EXECUTIONS += [("softmax,2mamba", {"chunk_size": 4}), ("2mamba", {"form": "recurrent"})]
-    EXECUTIONS += [("2mamba", {"precision": "highest"})]
+EXECUTIONS = [("2mamba", {"chunk_size": 4}), ("softmax,2mamba", {"chunk_size": 4})]
+EXECUTIONS += [("2mamba", {"form": "recurrent"}), ("2mamba", {"precision": "highest"})]
 
 
+@exhaustive("test_execution_reaches_the_operation, and test_conformance.py, for what it does there")
 @pytest.mark.parametrize(("pattern", "execution"), EXECUTIONS, ids=str)
 def test_execution_changes_no_logits(pattern, execution):
     layers = len(pattern.split(","))
