@@ -10,7 +10,6 @@ registers a little differently; Triton's is one of those that `sass_lint.py` is 
 import argparse
 import contextlib
 import dataclasses
-import functools
 import io
 import json
 import os
@@ -57,6 +56,7 @@ ARCHITECTURES = {
     100: Architecture("B200", 227, 228, 64, 32, 90),
     120: Architecture("RTX 5090", 99, 100, 48, 24, 90),
 }
+READS_REGISTERS = re.compile(r"wgmma\.mma_async[^;]*\}\s*,\s*\{")  # an asynchronous product's left operand
 TENSOR_COLUMNS = 512  # of a multiprocessor's tensor memory, where it has one
 REGISTERS_OF_WARPS = 16384  # registers of each of a multiprocessor's four parts
 
@@ -86,8 +86,11 @@ HEADER = """\
 |---|---|---:|---:|---:|---:|---:|---:|---|"""
 
 
-def ptx_of(entry: dict, architecture: int) -> tuple[str, dict]:
-    """PTX of an entry of `programs`, with what jax-triton takes for granted: pointers are multiples of 16 bytes."""
+def ptx_of(entry: dict, architecture: int, lowered: dict | None = None) -> tuple[str, dict]:
+    """PTX of an entry of `programs`, with what jax-triton takes for granted: pointers are multiples of 16 bytes.
+
+    `lowered` has what was made of the IR that LLVM takes: it is the same for 8.0, 8.6 and 8.9 where their tiles are.
+    """
     import triton._C.libtriton as libtriton
     from triton.backends.compiler import GPUTarget, Language
     from triton.compiler.compiler import ASTSource, make_backend
@@ -107,13 +110,24 @@ def ptx_of(entry: dict, architecture: int) -> tuple[str, dict]:
     module = source.make_ir(target, options, codegen, backend.get_module_map(), context)
     stages, metadata = {}, {"num_warps": options.num_warps}
     backend.add_stages(stages, options, Language.TRITON)
-    for name in ("ttir", "ttgir", "llir", "ptx"):
+    for name in ("ttir", "ttgir"):
         module = stages[name](module, metadata)
-    return str(module), metadata
+    lowered = {} if lowered is None else lowered
+    key = architecture // 10, str(module).replace(f"cuda:{architecture}", "")
+    if key not in lowered:
+        for name in ("llir", "ptx"):
+            module = stages[name](module, metadata)
+        lowered[key] = str(module), metadata
+    ptx, metadata = lowered[key]
+    return re.sub(r"(?<=\.target sm_)8\d\b", str(architecture), ptx), metadata
 
 
-def assemble(ptx: str, architecture: int) -> tuple[str, str]:
-    """What ptxas says of the PTX, and the machine code as text. Raises RuntimeError with its words if it refuses it."""
+def assemble(ptx: str, architecture: int) -> tuple[str, str | None]:
+    """What ptxas says of the PTX, and the machine code as text, or None where `sass_lint.py` has nothing to look for.
+
+    Raises:
+      RuntimeError: ptxas refuses the PTX, in these words.
+    """
     from triton.backends.nvidia.compiler import get_ptxas
 
     with tempfile.TemporaryDirectory() as folder:
@@ -125,6 +139,8 @@ def assemble(ptx: str, architecture: int) -> tuple[str, str]:
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(done.stderr.strip())
+        if not READS_REGISTERS.search(ptx):
+            return done.stderr, None
         command = ptxas.with_name("nvdisasm"), "-c", cubin
         sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return done.stderr, sass
@@ -170,14 +186,14 @@ def read_report(entry: dict, architecture: int, log: str, metadata: dict) -> Rep
     return dataclasses.replace(report, resident_warps=warps, problems=tuple(problems))
 
 
-def compile_entry(entry: dict, architecture: int) -> Report:
+def compile_entry(entry: dict, architecture: int, lowered: dict | None = None) -> Report:
     """The report of one kernel on one architecture, whatever becomes of it."""
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # the compiler prints the whole PTX where it fails
-            ptx, metadata = ptx_of(entry, architecture)
+            ptx, metadata = ptx_of(entry, architecture, lowered)
         log, sass = assemble(ptx, architecture)
         report = read_report(entry, architecture, log, metadata)
-        findings = ("PTX", ptx_lint.lint(ptx)), ("SASS", sass_lint.lint(sass))
+        findings = ("PTX", ptx_lint.lint(ptx)), ("SASS", sass_lint.lint(sass) if sass else [])
         touched = [f"{what} line {at}: {register} {text}" for what, all_ in findings for at, register, text in all_[:1]]
         return dataclasses.replace(report, problems=(*report.problems, *touched))
     except Exception as error:  # of whatever class a compiler's are
@@ -186,18 +202,24 @@ def compile_entry(entry: dict, architecture: int) -> Report:
 
 
 def one_of_each(entries: Sequence[dict]) -> list[dict]:
-    """The first entry of every kernel, with all its options, for every architecture that any of its entries serves."""
+    """The smallest entry of every kernel, for every architecture that any of its entries serves."""
     found = {}
-    for entry in entries:
+    for entry in sorted(entries, key=size_of):
         for architecture in entry["arch"]:
             found.setdefault((entry["kernel"].__name__, architecture), entry | {"arch": (architecture,)})
     return list(found.values())
 
 
-def reports(entries: Sequence[dict], architectures: Sequence[int]) -> Iterator[Report]:
+def size_of(entry: dict) -> tuple[int, int]:
+    """Its operands, and the size of a head."""
+    return sum(kind is not None for kind in entry["args"].values()), entry["constexprs"].get("DIM", 0)
+
+
+def reports(entries: Sequence[dict], architectures: Sequence[int], lowered: dict | None = None) -> Iterator[Report]:
     """Of every entry, on those architectures that it serves."""
     for entry in entries:
-        yield from map(functools.partial(compile_entry, entry), [a for a in architectures if a in entry["arch"]])
+        for architecture in (a for a in architectures if a in entry["arch"]):
+            yield compile_entry(entry, architecture, lowered)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -205,10 +227,11 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--architectures", type=int, nargs="+", default=list(ARCHITECTURES), choices=ARCHITECTURES)
     parser.add_argument("--only", default="", metavar="TEXT", help="kernels whose name holds this")
-    parser.add_argument("--one_of_each", action="store_true", help="one tile of each kernel")
+    parser.add_argument("--one_of_each", action="store_true", help="the smallest tile of each kernel")
     parser.add_argument("--out", type=Path, metavar="FILE", help="the reports as JSON")
     options = parser.parse_args(arguments)
     os.environ.pop("TRITON_INTERPRET", None)  # interpreted kernels cannot be compiled
+    os.environ["TRITON_DISABLE_LINE_INFO"] = "1"  # which changes no code
     try:
         import triton
 
@@ -220,7 +243,7 @@ def main(arguments: Sequence[str]) -> int:
     entries = one_of_each(entries) if options.one_of_each else entries
     print(f"Triton {triton.__version__}\n\n{HEADER}")
     found = []
-    for report in reports(entries, options.architectures):
+    for report in reports(entries, options.architectures, {} if options.one_of_each else None):
         print(report, flush=True)
         found.append(report)
     failed = sum(bool(report.problems) for report in found)

@@ -5,13 +5,11 @@ import signal
 from pathlib import Path
 
 import jax
-import jaxtyping
 import pytest
-import support.annotations
-from support import garbage
+from support import annotations, garbage
 
 # What a function of the library takes and returns is what its annotations say, in every test.
-jaxtyping.install_import_hook(support.annotations.CHECKED, "support.annotations.check")
+annotations.install()
 
 # Nearly all of the suite's time is compilation. This turns off LLVM's optimisation of what is compiled (as JAX's own
 # tests do), which halves it; the command lines that tests start in processes of their own are told the same.

@@ -108,13 +108,8 @@ def test_a_generation_is_one_compiled_loop():
 def test_layers_one_after_the_other_take_their_parameters_apart_once():
     """No stack of parameters goes through the lowered loop over tokens: each layer's do, where a loop has the stack.
 
-    Logits and caches are those of the layers in a loop.
+    That logits are those of the layers in a loop is for train/test_layer_loop.py.
     """
-
-    @functools.partial(jax.jit, static_argnums=0)
-    def read(model, params, tokens, cache):
-        return model.apply({"params": params}, tokens, cache=cache)
-
     found = {}
     for scan_layers in (False, True):
         model, params = model_and_params("softmax", num_layers=3, scan_layers=scan_layers)
@@ -123,11 +118,8 @@ def test_layers_one_after_the_other_take_their_parameters_apart_once():
         text = decode_loop.lower(model, params, start, 16, 0.0, None, None, jnp.zeros(0, jnp.int32), ()).as_text()
         loops = "".join(line for line in text.splitlines() if "stablehlo.while" in line)
         shapes = [f"<{shape}xf32>" in loops for shape in ("3x16x24", "3x24x16", "16x24", "24x16")]
-        found[scan_layers] = shapes, read(model, params, tokens, cache)
-    assert found[False][0] == [False, False, True, True]
-    assert found[True][0] == [True, True, False, False]
-    for a, b in zip(*(jax.tree.leaves(results) for _, results in found.values()), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+        found[scan_layers] = shapes
+    assert found == {False: [False, False, True, True], True: [True, True, False, False]}
 
 
 def test_rows_do_not_feel_each_other():
@@ -141,7 +133,7 @@ def test_rows_do_not_feel_each_other():
     assert len({tuple(row) for row in every.tokens.tolist()}) == 6
     stop = int(every.tokens[2, 4])
     options |= {"stop_tokens": [stop]}
-    for prefill_size in (None, 4):
+    for prefill_size in (None, 4) if EXHAUSTIVE else (4,):
         stopped = generate(model, params, prompts, prefill_size=prefill_size, **options)
         for row, (want, got, count) in enumerate(zip(*map(np.asarray, (every.tokens, *stopped)))):
             (hits,) = np.nonzero(want == stop)
@@ -201,10 +193,10 @@ def test_top_k_and_top_p_keep_the_likeliest():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"tokens": jnp.zeros((2, 0), jnp.int32)}, "tokens must be integers [B, T] with T >= 1, got"),
-        ({"tokens": jnp.zeros(3, jnp.int32)}, "tokens must be integers [B, T] with T >= 1, got int32 (3,)"),
-        ({"lengths": jnp.array([3])}, "lengths=[3] must be from 1 to the 2 tokens of a row"),
-        ({"lengths": jnp.array([1, 2])}, "lengths must have shape (1,), got (2,)"),
+        ({"tokens": np.zeros((2, 0), np.int32)}, "tokens must be integers [B, T] with T >= 1, got"),
+        ({"tokens": np.zeros(3, np.int32)}, "tokens must be integers [B, T] with T >= 1, got int32 (3,)"),
+        ({"lengths": np.array([3])}, "lengths=[3] must be from 1 to the 2 tokens of a row"),
+        ({"lengths": np.array([1, 2])}, "lengths must have shape (1,), got (2,)"),
         ({"max_new_tokens": 0}, "max_new_tokens=0 must be an integer of at least 1"),
         ({"num_samples": 0}, "num_samples=0 must be an integer of at least 1"),
         ({"temperature": -0.5}, "temperature=-0.5 must be at least 0"),

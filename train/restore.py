@@ -1,6 +1,7 @@
 """The model of a run, and its parameters on one device: for what reads a run and does not train it."""
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -48,6 +49,11 @@ def restore_on_one_device(
 ) -> tuple[Any, int]:
     """The parameters of a run's best or latest checkpoint on the first device, and its step, as `restore_params`."""
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    shapes = jax.eval_shape(lambda key: nn.unbox(model.init(key, jnp.zeros((1, 8), jnp.int32))), jax.random.key(0))
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), shapes["params"])
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), _shapes(model))
     return restore_params(workdir, shapes, which, warn)
+
+
+@functools.cache
+def _shapes(model: LanguageModel) -> Any:
+    """Of its parameters, in their tree."""
+    return jax.eval_shape(lambda: nn.unbox(model.init(jax.random.key(0), jnp.zeros((1, 8), jnp.int32)))["params"])

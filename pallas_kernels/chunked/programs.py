@@ -1,5 +1,6 @@
 """The chunked kernels as programs that can be lowered and compiled without a GPU."""
 
+import functools
 import itertools
 from collections.abc import Iterator
 
@@ -34,9 +35,7 @@ def _program(name: str, score: str, dim: int, decay: bool, normalize: bool, stat
 
     arguments = [shape(batch, tokens, n, dim) for n in (heads, groups, groups, heads)]
     arguments += [shape(batch, tokens, groups, dtype=jnp.float32)] if decay else []
-    if states:
-        made = jax.eval_shape(lambda *inputs: chunked_attention(spec, *inputs, None, None, None)[1], *arguments[:3])
-        arguments += [shape(*x.shape, dtype=x.dtype) for x in made]
+    arguments += _state(spec, *arguments[:3]) if states else []
 
     def function(q, k, v, dy, *rest):
         rest = list(rest)
@@ -50,3 +49,10 @@ def _program(name: str, score: str, dim: int, decay: bool, normalize: bool, stat
         return y, final, pull((dy, final))
 
     return Program(name, function, tuple(arguments))
+
+
+@functools.cache
+def _state(spec: ChunkedAttention, *inputs: jax.ShapeDtypeStruct) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """Shapes of a state of such a call of q, k and v."""
+    made = jax.eval_shape(lambda *inputs: chunked_attention(spec, *inputs, None, None, None)[1], *inputs)
+    return tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in made)

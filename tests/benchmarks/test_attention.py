@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from support import oracle
-from support.exhaustive import EXHAUSTIVE
+from support.exhaustive import EXHAUSTIVE, exhaustive
 
 from pallas_kernels.chunked.crossovers import TABLE, Crossover
 from twomamba_jax import decay_attention
@@ -212,9 +212,9 @@ def test_its_definition_is_the_oracles(attention, score, decay):
         assert (bound > 0).all()
 
 
+@exhaustive("test_writes_a_table_the_figures_and_a_plot, in which outputs pass, and the definition's own test")
 @pytest.mark.parametrize(
-    ("score", "every_row"),
-    [("squared", False), ("linear", True), ("exp", False), ("squared", True)][: None if EXHAUSTIVE else 1],
+    ("score", "every_row"), [("squared", False), ("linear", True), ("exp", False), ("squared", True)]
 )
 def test_outputs_and_gradients_in_bf16_pass_the_check(attention, score, every_row):
     """More rows than are sampled, and all of them."""

@@ -9,7 +9,8 @@ from support.exhaustive import exhaustive
 from benchmarks import decode
 
 OPTIONS = ["--size", "tiny", "--dtype", "float32", "--tokens", "4", "--runs", "1", "--fold_sizes", "2"]
-OPTIONS += ["--state_dtypes", "float32", "--batches", "1", "--variants", "linear", "softmax"]
+OPTIONS += ["--state_dtypes", "float32", "--batches", "1"]
+VARIANTS = ["--variants", "linear", "softmax"]
 
 
 @pytest.fixture(autouse=True)
@@ -20,7 +21,7 @@ def short(monkeypatch):
 
 @exhaustive("test_cache.py, in which steps are the full pass, and below what a failed check does")
 def test_the_check_compares_with_float32(monkeypatch):
-    options, row = decode.parse(OPTIONS), decode.Row("softmax", None, "float32", 1, 8)
+    options, row = decode.parse([*OPTIONS, *VARIANTS]), decode.Row("softmax", None, "float32", 1, 8)
     params = decode.init_params(decode.model_of("softmax", options, None))
     assert decode.check(row, options, params) < 1e-3
 
@@ -34,14 +35,15 @@ def test_the_check_compares_with_float32(monkeypatch):
     assert decode.check(row, options, params) > 1e-2
 
 
+@exhaustive("test_times_nothing_that_fails_its_check_or_does_not_fit, which writes one too")
 def test_writes_a_table_the_figures_and_a_plot(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(decode, "check", lambda *args: 5e-4)
     out = tmp_path / "figures"
-    assert decode.main([*OPTIONS, "--contexts", "8", "64", "--out", str(out)]) == 0
+    assert decode.main([*OPTIONS, *VARIANTS, "--contexts", "8", "64", "--out", str(out)]) == 0
     rows = json.loads(out.with_suffix(".json").read_text())["rows"]
     assert [(row["variant"], row["context"]) for row in rows] == [
-        ("linear", 8), ("linear", 64), ("softmax", 8), ("softmax", 64)
-    ]  # fmt: skip
+        (variant, context) for variant in VARIANTS[1:] for context in (8, 64)
+    ]
     assert all(row["milliseconds"] > 0 and row["error"] == 5e-4 for row in rows)
     assert rows[0]["state_bytes"] == rows[1]["state_bytes"] == 4 * 2 * 2 * (16 * 16 + 16)
     assert rows[3]["state_bytes"] == 8 * rows[2]["state_bytes"] == 4 * 2 * 2 * 64 * 32
@@ -57,7 +59,7 @@ def test_times_nothing_that_fails_its_check_or_does_not_fit(tmp_path, monkeypatc
     out = tmp_path / "figures"
     checked = []
     monkeypatch.setattr(decode, "check", lambda row, *args: checked.append(row.variant) or 0.5)
-    arguments = [*OPTIONS, "--contexts", "8", "16", "--out", str(out)]
+    arguments = [*OPTIONS, *VARIANTS, "--contexts", "8", "16", "--out", str(out)]
     assert decode.main(arguments) == 0
     rows = json.loads(out.with_suffix(".json").read_text())["rows"]
     assert [(row["note"], row["milliseconds"]) for row in rows] == [("failed its check: 5.0e-01", None)] * 4

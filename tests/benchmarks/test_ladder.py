@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 import pytest
+from support.exhaustive import exhaustive
 
 from configs import base
 from train.data.tokenized import Split
@@ -41,6 +42,7 @@ def pretended(ladder, monkeypatch):
     return asked, losses
 
 
+@exhaustive("the rows that are chosen and shown below, of which training is pretended")
 def test_row_is_trained_and_leaves_its_figures_alone(ladder, monkeypatch, tmp_path):
     monkeypatch.setitem(base.SIZES, "nano", TINY)
     for number in range(60):

@@ -7,14 +7,14 @@ from pathlib import Path
 import needle
 import numpy as np
 import pytest
-from support.exhaustive import EXHAUSTIVE
+from support.exhaustive import exhaustive
 
 from train.data.tokenized import Split
 from train.data.tokenizers import ByteTokenizer
 from train.main import main as train
 
 ROOT = Path(__file__).parents[2]
-LENGTHS = ("48", "96") if EXHAUSTIVE else ("96",)  # a program each
+LENGTHS = "48", "96"  # a program each
 DOCUMENTS = Split(
     np.concatenate([np.full(size, 48 + size % 7) for size in (300, 90, 200)]), np.array([0, 300, 390, 590]), 0
 )
@@ -76,6 +76,7 @@ def test_what_does_not_fit_is_refused(tmp_path, capsys):
     assert "has no config.json" in capsys.readouterr().err
 
 
+@exhaustive("its rows and scores above, and tests/train/test_evaluate.py, which reads runs the same way")
 def test_a_run_is_read_from_its_files(tmp_path, capsys):
     text = tmp_path / "text.txt"
     text.write_text("def f(x):\n    return x\n" * 400)

@@ -57,6 +57,7 @@ def pretended(recall, monkeypatch):
     return asked, accuracies
 
 
+@exhaustive("test_members_together_are_what_each_is_alone, and the rows that are chosen and shown")
 def test_softmax_learns(recall, tmp_path, capsys):
     options = [*TINY, "--out", str(tmp_path), "--seeds", "1", "--learning_rates", "1e-2"]
     assert recall.main([*options, "--variants", "softmax"]) == 0

@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import spikes
+from support.exhaustive import exhaustive
 
 from configs import base
 
@@ -34,6 +35,7 @@ def test_lines_are_of_the_largest_gradients():
     assert lines[1] == "| 0 | 0 | 2 | 0.57 | 2.5e-01 | 2.5e-01 | b'a' |"
 
 
+@exhaustive("the alignments and the lines above")
 def test_run_shows_the_steps_above_the_norm(monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(base.SIZES, "nano", TINY)
     for number in range(60):

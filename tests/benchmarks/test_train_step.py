@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo  # no other way to the primitive
-from support.exhaustive import EXHAUSTIVE, exhaustive
+from support.exhaustive import exhaustive
 
 from train.errors import UserError
 
@@ -80,15 +80,23 @@ def test_trains_as_configured(script, arguments):
     assert (perturbed.implementation, perturbed.perturbation) == ("xla", 1e-6)
 
 
-def test_cudnn_stands_in_for_softmax(script, arguments, monkeypatch):
+def test_cudnn_stands_in_for_softmax(script, arguments):
     """In rows of that variant only, which then differ by the documents that it does not keep apart."""
     chosen = ["--variants", "2mamba", "softmax", "--implementations", "xla", "cudnn"]
     options = script.parse([*chosen, *arguments, "execution.remat=none"])
-    _, softmax, row = rows = script.rows_of(options)
+    *_, row = rows = script.rows_of(options)
     pairs = [("2mamba", "xla"), ("softmax", "xla"), ("softmax", "cudnn")]
     assert [(row.variant, row.implementation) for row in rows] == pairs
     assert config_of(script, row, options).execution.implementation is None
 
+    assert script.cudnn_softmax.dear(fused_attention_stablehlo._dot_product_attention_fwd_p_wrapper)
+
+
+@exhaustive("test_cudnn_stands_in_for_softmax, for its rows; no run without a GPU has cuDNN")
+def test_a_row_of_cudnn_trains(script, arguments, monkeypatch):
+    chosen = ["--variants", "softmax", "--implementations", "xla", "cudnn"]
+    options = script.parse([*chosen, *arguments, "execution.remat=none"])
+    softmax, row = script.rows_of(options)
     calls, by_jax = [], jax.nn.dot_product_attention
 
     def attention(*arrays, implementation, **how):
@@ -99,10 +107,8 @@ def test_cudnn_stands_in_for_softmax(script, arguments, monkeypatch):
     trained = train(script, row, options)
     assert set(calls) == {("cudnn", True)}
     assert trained.losses == pytest.approx([math.log(512)] * 2, abs=0.3)
-    if EXHAUSTIVE:
-        assert trained.losses == pytest.approx(train(script, softmax, options).losses, rel=0.01)
+    assert trained.losses == pytest.approx(train(script, softmax, options).losses, rel=0.01)
     assert "without a decay" in train(script, dataclasses.replace(row, variant="2mamba"), options).note
-    assert script.cudnn_softmax.dear(fused_attention_stablehlo._dot_product_attention_fwd_p_wrapper)
 
 
 def test_recomputes_where_asked_and_where_the_configuration_does(script, arguments):
@@ -217,6 +223,7 @@ def test_turns_and_settings_are_rows(script, arguments):
     assert script.step_row.config_of(before, task).steps == 8
 
 
+@exhaustive("test_turns_and_settings_are_rows, and test_prints_a_table_and_writes_the_losses")
 @pytest.mark.usefixtures("in_this_process")
 def test_runs_take_turns(script, arguments, capsys):
     chosen = ["--variants", "softmax", "--implementations", "xla", "--steps", "3", "--turns", "3"]

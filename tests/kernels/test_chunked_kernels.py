@@ -114,7 +114,8 @@ def test_gradient(normalize):
     assert_near(sums, (wide(x) * half).sum(-1).swapaxes(1, 2), 2**-7)
 
 
-# Squared scores take a minute. In every run their stages are above, and together they are in triton/test_chunked.py.
+# Squared scores take a minute, and gradients half of one. In every run their stages are above and in
+# test_linear_kernels.py, and together they are in triton/test_chunked.py.
 WHOLE = [Case(150, "linear", normalize=False, edges=(50, 140))]
 WHOLE += [Case(300, heads=(1, 1), edges=(100, 260))] if EXHAUSTIVE else []
 
@@ -123,9 +124,10 @@ WHOLE += [Case(300, heads=(1, 1), edges=(100, 260))] if EXHAUSTIVE else []
 def test_outputs_states_and_gradients_equal_the_oracle(case):
     """All together, as the operation calls them: grouped heads, an odd length, states in and out."""
     with interpreted():
-        got = case.results(chunk_size=256 if case.score == "squared" else 128)
+        run = case.results if EXHAUSTIVE else case.outputs
+        got = run(chunk_size=256 if case.score == "squared" else 128)
     want = case.oracle()
-    assert got.keys() == want.keys()
+    assert got.keys() == (want.keys() if EXHAUSTIVE else {"y", "kv", "key_sum"})
     for name, x in got.items():
         assert_near(x, want[name], 2**-6, name)
     assert_near(got["key_sum"], want["key_sum"], 1e-5)  # the normaliser is float32

@@ -16,7 +16,11 @@ from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 from support.exhaustive import EXHAUSTIVE
 from support.traced import kernels
 
+from pallas_kernels.chunked.gradient import gradient
+from pallas_kernels.chunked.layout import TILES
+from pallas_kernels.chunked.problem import Problem
 from pallas_kernels.chunked.programs import programs as chunked_programs
+from pallas_kernels.chunked.squared import SQUARED
 from pallas_kernels.decoding.programs import programs as decoding_programs
 from pallas_kernels.elementwise.programs import programs as elementwise_programs
 from pallas_kernels.quadratic.programs import programs
@@ -28,11 +32,7 @@ FORWARD, QUERIES, KEYS = (f"squared_{kernel}" for kernel in ("forward", "backwar
 # In every run one of a score that has none in chunks: there the others have theirs, of either head dimension.
 SOME = "NVIDIA_H200-exp-128-8192-decay-segments-normalize"
 PROGRAMS = [program for program in programs() if EXHAUSTIVE or program.name == SOME]
-CHUNKED = [
-    program
-    for program in chunked_programs()
-    if EXHAUSTIVE or program.name in ("chunked-linear-64", "chunked-squared-64-decay-normalize")
-]
+CHUNKED = [program for program in chunked_programs() if EXHAUSTIVE or program.name == "chunked-linear-64"]
 
 DECODING = [
     program
@@ -99,13 +99,33 @@ def ending_after(seconds):
 def test_every_program_in_chunks_lowers(program):
     """In LOWERING_SECONDS too: what no layout satisfies, Mosaic searches for without end."""
     score = program.name.split("-")[1]
-    traced = jax.jit(program.function).trace(*program.arguments)
-    with ending_after(LOWERING_SECONDS):
-        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    text = lowered(program.function, *program.arguments)
     kernels = {"forward", "backward_queries", "backward_keys", "update", "query", "gradient"}
     kernels |= {"normalizer"} if score == "squared" and "-normalize" in program.name else set()
-    found = set(re.findall(rf"\\00((?:{score}|scan)\w*)_mosaic_gpu\\00", text))
-    assert found == {f"{score}_{name}" for name in kernels} | {"scan", "scan_backward"}
+    assert stages(text, score) == {f"{score}_{name}" for name in kernels} | {"scan", "scan_backward"}
+
+
+def stages(text: str, score: str) -> set[str]:
+    """The kernels of the chunked form in a lowered program."""
+    return set(re.findall(rf"\\00((?:{score}|scan)\w*)_mosaic_gpu\\00", text))
+
+
+def lowered(function, *arguments) -> str:
+    with ending_after(LOWERING_SECONDS):
+        return jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.skipif(EXHAUSTIVE, reason="all of them above")
+def test_stages_of_squared_scores_lower():
+    """Those of the forward pass together, and the gradient's; with them the programs above take half a minute."""
+    q, kv, decay = (jax.ShapeDtypeStruct((1, 4096, *x.shape[2:]), x.dtype) for x in (Q, KV, DECAY))
+    chunked = functools.partial(decay_attention, form="chunked", implementation="mosaic_gpu")
+    want = {f"squared_{name}" for name in ("forward", "update", "query", "normalizer")} | {"scan"}
+    assert stages(lowered(chunked, q, kv, kv, decay), "squared") == want
+    problem = Problem(1, 4096, H, G, 1024, SQUARED.tiles, False)
+    state = jax.ShapeDtypeStruct((1, G, 4, TILES, K, K), jnp.bfloat16)
+    text = lowered(functools.partial(gradient, problem, want_sums=True), q, q, state, q)
+    assert stages(text, "squared") == {"squared_gradient"}
 
 
 @pytest.mark.parametrize("program", DECODING, ids=lambda program: program.name)

@@ -16,7 +16,12 @@ PAGE = (Path(__file__).parents[2] / "docs" / "frameworks.md").read_text()
 EXAMPLES = dict(re.findall(r"## ([^\n]+)\n.*?```python\n(.*?)```", PAGE, re.DOTALL))
 
 
-LONG = {"Truncated backpropagation": exhaustive("test_conformance.py, whose calls pass on states and their gradients")}
+# Continuous integration runs these too.
+LONG = {
+    "NNX": exhaustive("test_parameters.py, which has the names that a bridge shards by"),
+    "A Flax module of your own, with optax": exhaustive("tests/train, whose steps are of Flax modules with optax"),
+    "Truncated backpropagation": exhaustive("test_conformance.py, whose calls pass on states and their gradients"),
+}
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=LONG.get(name, ())) for name in EXAMPLES])
@@ -53,6 +58,7 @@ def test_every_example_has_a_check():
     assert EXAMPLES.keys() == CHECKS.keys()
 
 
+@LONG["NNX"]
 def test_bridge_shards_by_mesh_and_rules():
     """Without rules, names are not taken for axes of a mesh."""
     model, tokens = model_of("softmax"), jnp.zeros((1, 4), jnp.int32)

@@ -1,7 +1,7 @@
 """Every variant builds, learns, and gives the same logits whether its tokens come at once or singly.
 
-All of them do that in an exhaustive run. In others the paper's does, and those in which the other values of settings
-are met give the same logits as layers of one model.
+All of them do that in an exhaustive run. In others those in which the values of settings are met give the same logits
+as layers of one model, and the paper's does in test_cache.py.
 """
 
 import dataclasses
@@ -82,13 +82,12 @@ def unmoved(before, after):
     return {jax.tree_util.keystr(path) for path, equal in jax.tree.leaves_with_path(same) if equal}
 
 
-LEARNING = ["2mamba"]
-CACHED = ["softmax", "mamba2-released"]  # they continue in test_cache.py
+CACHED = ["2mamba", "softmax", "mamba2-released"]  # they continue in test_cache.py
 
 
 def covering():
-    """Of the variants that are not in the lists above, those with a value of a setting that none before them has."""
-    others, seen, listed = [], set(), LEARNING + CACHED
+    """Of the variants that are not in the list above, those with a value of a setting that none before them has."""
+    others, seen, listed = [], set(), CACHED
     for name in [*listed, *VARIANTS]:
         settings = dataclasses.asdict(VARIANTS[name].mixer)
         values = set((settings | {"qk_dim": settings["qk_dim"] is None}).items())  # one size for all
@@ -111,7 +110,8 @@ def test_every_variant_builds():
     assert len(variables["params"]) == len(VARIANTS) + 3  # embedding, norm and head
 
 
-@pytest.mark.parametrize("name", VARIANTS if EXHAUSTIVE else LEARNING)
+@exhaustive("runs that learn in train/test_loop.py, and the layers below and in test_cache.py")
+@pytest.mark.parametrize("name", VARIANTS)
 def test_variant_learns_and_continues_from_its_cache(name):
     model = model_of(name)
     before, after, losses = train(model, TOKENS)

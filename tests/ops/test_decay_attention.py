@@ -22,7 +22,7 @@ pytestmark = pytest.mark.quick
 
 def arrays(**settings):
     made = Case(tokens=6, head_dim=4, heads=(4, 2), **settings).arrays(np.float32)
-    return {name: jnp.asarray(made[name]) for name in ("q", "k", "v", "log_decay")}
+    return {name: made[name] for name in ("q", "k", "v", "log_decay")}
 
 
 # Its four arrays, which were keys and values [B, S, G, .], log_weights and length, in the structure of four arrays.
@@ -42,9 +42,9 @@ REFUSED = [
     ({"q": lambda x: x[:, :, :3]}, {}, "3 query heads must be a multiple of the 2"),
     ({"log_decay": lambda x: x[:, :, :1]}, {}, r"log_decay must be \[B, T, G\] = \(3, 6, 2\)"),
     ({"log_decay": lambda x: x.astype(jnp.bfloat16)}, {}, "log_decay must be float32 or float64, got bfloat16"),
-    ({}, {"segment_ids": jnp.zeros((3, 5), int)}, r"segment_ids must have shape \(3, 6\)"),
-    ({}, {"segment_ids": jnp.zeros((3, 6))}, "segment_ids must be integers, got dtype float32"),
-    ({}, {"lengths": jnp.zeros((2,), int)}, r"lengths must have shape \(3,\)"),
+    ({}, {"segment_ids": np.zeros((3, 5), int)}, r"segment_ids must have shape \(3, 6\)"),
+    ({}, {"segment_ids": np.zeros((3, 6), np.float32)}, "segment_ids must be integers, got dtype float32"),
+    ({}, {"lengths": np.zeros((2,), int)}, r"lengths must have shape \(3,\)"),
     ({}, {"score": "cubed"}, "score='cubed' is unknown: expected one of linear, squared, exp"),
     ({}, {"precision": "low"}, "precision='low' is unknown"),
     ({}, {"form": "serial"}, "form='serial' is unknown: expected None or one of parallel, chunked, recurrent"),
@@ -93,7 +93,7 @@ def test_step_refuses_a_token_axis_and_a_full_cache():
         decay_attention_step(q, k, v, log_decay[:, 0], state, score="squared", normalize=True)
     with pytest.raises(ValueError, match=r"log_decay must be \[B, G\]"):
         decay_attention_step(q[:, 0], k[:, 0], v[:, 0], log_decay, state, score="squared", normalize=True)
-    full = init_state("exp", 3, 2, 4, 3, capacity=1)._replace(length=jnp.ones(3, jnp.int32))
+    full = init_state("exp", 3, 2, 4, 3, capacity=1)._replace(length=np.ones(3, np.int32))
     with pytest.raises(ValueError, match="holds 1 tokens and would need 2"):
         decay_attention_step(q[:, 0], k[:, 0], v[:, 0], log_decay[:, 0], full, score="exp", normalize=True)
 
@@ -102,7 +102,7 @@ def test_step_refuses_a_token_axis_and_a_full_cache():
 def test_a_full_cache_gives_nan_in_its_rows_alone_under_jit(tokens):
     q, k, v, log_decay = (x[:, :tokens] for x in arrays().values())
     cache = init_state("exp", 3, 2, 4, 3, capacity=8)
-    cache = cache._replace(length=jnp.array([8 - tokens, 8 - tokens + 1, 0]))
+    cache = cache._replace(length=np.array([8 - tokens, 8 - tokens + 1, 0], np.int32))
 
     @jax.jit
     def attend(cache):
@@ -120,10 +120,14 @@ def test_a_cache_with_decays_takes_tokens_without_one():
     """Which are tokens whose log decay is 0."""
     q, k, v, log_decay = arrays().values()
     cache = init_state("exp", 3, 2, 4, 3, capacity=12)
-    options = {"score": "exp", "return_final_state": True}
-    _, cache = decay_attention(q, k, v, log_decay, initial_state=cache, **options)
-    want, want_state = decay_attention(q, k, v, jnp.zeros_like(log_decay), initial_state=cache, **options)
-    got, state = decay_attention(q, k, v, None, initial_state=cache, **options)
+
+    @jax.jit
+    def attend(log_decay, cache):
+        return decay_attention(q, k, v, log_decay, score="exp", initial_state=cache, return_final_state=True)
+
+    _, cache = attend(log_decay, cache)
+    want, want_state = attend(np.zeros_like(log_decay), cache)
+    got, state = attend(None, cache)
     np.testing.assert_allclose(got, want, rtol=1e-6)
     jax.tree.map(np.testing.assert_array_equal, state, want_state)
 
@@ -132,7 +136,7 @@ def test_a_cache_with_decays_takes_tokens_without_one():
 def test_padding_is_never_read(score):
     """Poisoned padding changes no bit of the outputs, which are 0 there, nor of the final state."""
     inputs = arrays(score=score)
-    lengths = jnp.array([6, 2, 0])
+    lengths = np.array([6, 2, 0])
     padding = np.arange(6) >= lengths[:, None]
 
     @jax.jit
@@ -140,14 +144,16 @@ def test_padding_is_never_read(score):
         return decay_attention(**inputs, score=score, lengths=lengths, return_final_state=True)
 
     clean, clean_state = attend(inputs)
-    poisoned = {name: jnp.where(padding.reshape(3, 6, *[1] * (x.ndim - 2)), jnp.nan, x) for name, x in inputs.items()}
+    poisoned = {name: x.copy() for name, x in inputs.items()}
+    for x in poisoned.values():
+        x[padding] = np.nan
     dirty, dirty_state = attend(poisoned)
     np.testing.assert_array_equal(dirty, clean)
     assert (np.asarray(clean)[padding] == 0).all()
     if score == "exp":
         used = np.arange(6) < lengths[:, None]
         for dirty, clean in ((dirty_state.log_decay, clean_state.log_decay), (dirty_state.keys, clean_state.keys)):
-            np.testing.assert_array_equal(jnp.moveaxis(dirty, 2, 1)[used], jnp.moveaxis(clean, 2, 1)[used])
+            np.testing.assert_array_equal(np.moveaxis(dirty, 2, 1)[used], np.moveaxis(clean, 2, 1)[used])
     else:
         jax.tree.map(np.testing.assert_array_equal, dirty_state, clean_state)
 
@@ -177,8 +183,8 @@ def test_says_once_what_it_chose(caplog):
     dispatch._log_choice.cache_clear()
     with caplog.at_level(logging.INFO, logger="twomamba_jax"):
         for _ in range(2):
-            decay_attention(**arrays())
-        decay_attention(**arrays(), implementation="xla")
+            jax.eval_shape(lambda: decay_attention(**arrays()))
+        jax.eval_shape(lambda: decay_attention(**arrays(), implementation="xla"))
     assert [record.message for record in caplog.records] == [
         "decay_attention: form=parallel, implementation=xla "
         "(mosaic_gpu: it needs a Hopper GPU, and the default backend is 'cpu')"
@@ -190,7 +196,7 @@ def test_squared_features_multiply_to_the_squared_product(size):
     rng = np.random.default_rng(0)
     q, k = rng.normal(size=(2, 7, size))
     with jax.enable_x64(True):
-        phi_q, phi_k = features("squared", jnp.asarray(q)), features("squared", jnp.asarray(k))
+        phi_q, phi_k = np.asarray(jax.jit(lambda x: features("squared", x))(np.stack([q, k])))
         assert phi_q.shape[-1] == num_features("squared", size) == size * (size + 1) // 2
         np.testing.assert_allclose((phi_q * phi_k).sum(-1), (q * k).sum(-1) ** 2, rtol=1e-12)
         np.testing.assert_allclose(phi_k, oracle.symmetric_features(k), rtol=1e-14)

@@ -5,9 +5,11 @@ parameters and its result, called after it. The first is left alone: what a func
 accepts has to be what its annotations say; where none says what it returns, nothing is checked.
 """
 
+import types
 from collections.abc import Callable
 from typing import Any
 
+import jaxtyping
 from beartype import BeartypeConf, beartype
 
 # Where annotations are of arrays. A configuration says itself what it does not take.
@@ -16,7 +18,23 @@ CHECKED = (
     "train.cross_entropy",
 )
 
-_check = beartype(conf=BeartypeConf(is_pep484_tower=True))  # an integer is a float
+_jaxtyped, _check = jaxtyping.jaxtyped, beartype(conf=BeartypeConf(is_pep484_tower=True))  # an integer is a float
+
+
+def install() -> None:
+    """Has what is imported from now on checked."""
+    jaxtyping.jaxtyped = _jaxtyped_where_annotated
+    jaxtyping.install_import_hook(CHECKED, f"{__name__}.{check.__name__}")
+
+
+def _jaxtyped_where_annotated(*, typechecker: Any) -> Callable:
+    """jaxtyping's, but for functions without annotations: it makes two more of each, at every call of one around it."""
+
+    def decorate(function: Callable | type) -> Callable | type:
+        bare = isinstance(function, types.FunctionType) and not function.__annotations__
+        return function if bare else _jaxtyped(function, typechecker=typechecker)
+
+    return decorate
 
 
 def check(function: Callable) -> Callable:

@@ -1,5 +1,7 @@
 """The small model that the layers' tests share, and the smallest that the training step takes."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -24,8 +26,6 @@ def model_of(pattern, num_layers=1, **execution):
 
 def params_of(model, scale=0.25):
     """Random parameters, of which none is 0 or 1 as biases and scales are at first. By NumPy: nothing is compiled."""
-    tokens = jnp.zeros((1, 2), jnp.int32)
-    shapes = jax.eval_shape(lambda: nn.unbox(model.init(jax.random.key(0), tokens)["params"]))
     draw = np.random.default_rng(0)
 
     def leaf(path, shape):
@@ -33,7 +33,13 @@ def params_of(model, scale=0.25):
         noise = draw.normal(scale=0.25 if is_scale else scale, size=shape.shape)
         return jnp.asarray(noise + is_scale, shape.dtype)
 
-    return jax.tree.map_with_path(leaf, shapes)
+    return jax.tree.map_with_path(leaf, _shapes(model))
+
+
+@functools.cache
+def _shapes(model):
+    tokens = jnp.zeros((1, 2), jnp.int32)
+    return jax.eval_shape(lambda: nn.unbox(model.init(jax.random.key(0), tokens)["params"]))
 
 
 class Bigram(nn.Module):

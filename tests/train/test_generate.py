@@ -10,7 +10,7 @@ import subprocess
 import sys
 
 import pytest
-from support.exhaustive import EXHAUSTIVE
+from support.exhaustive import exhaustive
 
 from train import generate as program
 from train.data.documents import find_inputs, read_documents
@@ -183,7 +183,8 @@ def test_half_a_character_waits_for_the_other():
     assert out.getvalue() == "x\N{EURO SIGN}\N{REPLACEMENT CHARACTER}\n"
 
 
-@pytest.mark.parametrize("module", ["twomamba_jax.generate", *(["train.generate"] if EXHAUSTIVE else [])])
+@exhaustive("the tests above, which call what it calls, and test_package.py, which starts it")
+@pytest.mark.parametrize("module", ["twomamba_jax.generate", "train.generate"])
 def test_the_module_runs(finished, compilation_cache, module):
     """The second is what the first calls."""
     command = [sys.executable, "-m", module, "--workdir", str(finished), "--prompt", "def f", *LONG]

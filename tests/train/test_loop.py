@@ -129,6 +129,7 @@ def test_kill_and_rerun_equals_an_uninterrupted_run_bit_for_bit(start, tiny, tmp
     same_end(tmp_path / "killed", tmp_path / "whole", 200)
 
 
+@exhaustive("data/test_recall.py, and distributed/test_processes.py, whose runs are of this task")
 def test_the_recall_task_runs_and_shows_prediction_and_truth(tiny, tmp_path, capsys):
     arguments = [
         *("--config", str(ROOT / "configs/2mamba_recall.py"), "--workdir", str(tmp_path)),

@@ -4,6 +4,7 @@ A checkpoint of PyTorch keeps a linear map as [out, in] and fuses several maps a
 [in, out], with heads and their sizes apart, and those of equal layers are stacked. One description serves both ways.
 """
 
+import functools
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -101,6 +102,7 @@ def same(parameter: Parameter) -> Tensor:
     return Tensor(parameter.shape, (Part(parameter, parameter.shape[0], False),))
 
 
+@functools.cache
 def parameter_shapes(config: ModelConfig, param_dtype: Any = jnp.float32) -> dict[str, Any]:
     """The tree of a model's parameters as ShapeDtypeStructs."""
     model = LanguageModel(config, Execution(param_dtype=param_dtype))

@@ -142,6 +142,7 @@ def test_generate_continues_it(imported, loaded, capsys):
     assert jnp.argmax(logits[0, 3:6], axis=-1).tolist() == tokens[4:]
 
 
+@exhaustive("test_export_and_import_are_the_same_run, and runs that resume from a checkpoint")
 def test_training_goes_on_from_it(imported, tmp_path, capsys, monkeypatch):
     """With a fresh optimiser, from step 0; the workdir is then a run like any other, and resumes."""
     monkeypatch.setattr(loop, "sample_text", lambda *_: "")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import datasets
 import pytest
-from support.exhaustive import EXHAUSTIVE
+from support.exhaustive import exhaustive
 
 from train.data.tokenizers import load_kept_tokenizer
 from train.main import main
@@ -57,12 +57,8 @@ SOURCES = {
 }  # fmt: skip
 
 
-# Not the corpus, which all other runs are of, nor files, which test_faults.py resumes, nor a data set in memory, which
-# is like them once it is read (test_hugging_face.py); and of streams the one with the most to remember.
-ORDINARY = ("jsonl stream, one document a row",)
-
-
-@pytest.mark.parametrize("source", SOURCES if EXHAUSTIVE else ORDINARY)
+@exhaustive("test_stream.py, where every position continues; test_loop.py and test_faults.py, where runs resume")
+@pytest.mark.parametrize("source", SOURCES)
 def test_a_run_goes_through_and_resumes_bit_for_bit(arguments, directory, tmp_path, source, capsys, same_end):
     changes = dict(SOURCES[source])
     for key in ("data.dataset", "data.paths"):
