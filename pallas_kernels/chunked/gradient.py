@@ -12,8 +12,8 @@ from jax import lax
 from pallas_kernels.accumulator import TILE, Scratch, anew, load_vector, operand, read, rows, store
 from pallas_kernels.chunked.layout import BLOCK, HEAD_DIM, TILES
 from pallas_kernels.chunked.problem import Problem
-from pallas_kernels.chunked.rows import CONSUMERS, ROLES, Rows
-from pallas_kernels.launch import launch_persistent
+from pallas_kernels.chunked.rows import CONSUMERS, ROLES, Rows, Share
+from pallas_kernels.launch import Refs, launch_persistent
 from pallas_kernels.ring import Ring
 
 BLOCKS = HEAD_DIM // BLOCK
@@ -57,115 +57,15 @@ def gradient(problem: Problem, x, w, state, added, *, normalizer=None, factor=No
     Returns:
       [B, T, H, 64] bfloat16, and if `want_sums` <x_i, M_i x_i> [B, H, T] float32.
     """
-    p = problem
-    halves, states, stages = p.tiles.halves, p.tiles.states, p.tiles.state_stages
+    p, halves, states, stages = problem, problem.tiles.halves, problem.tiles.states, problem.tiles.state_stages
     own = Rows(p)
-    normalize = normalizer is not None
-    steps = HEAD_DIM // states
-
-    def load(refs, program):
-        inputs, scratch = refs.inputs, refs.scratch
-        ring = Ring(stages, *scratch.ring)
-
-        def load_piece(i, step):
-            b, g, c, _, _ = own.place(program, i)
-            own.load(program, i, ((inputs.x, scratch.x), (inputs.w, scratch.w)), scratch.own_x)
-            if normalize:
-                slot = ring.claim(step)
-                for j in range(states):  # as many copies as in every other step: the barrier counts them
-                    for k in range(BLOCKS):
-                        part = pl.ds(k * BLOCK, BLOCK)
-                        source = inputs.normalizer.at[b, g, c, j % 2, part]
-                        plgpu.copy_gmem_to_smem(source, scratch.state.at[slot, j, part], ring.full.at[slot])
-                step = step + 1
-
-            for block in range(BLOCKS):
-
-                def fill(n, _, block=block, step=step):
-                    slot = ring.claim(step + n)
-                    for j in range(states):
-                        for k in range(BLOCKS):
-                            source = _pairs(inputs.state, inputs.half_tiles, (b, g, c), block, n * states + j, k)
-                            to = scratch.state.at[slot, j, pl.ds(k * BLOCK, BLOCK)]
-                            plgpu.copy_gmem_to_smem(source, to, ring.full.at[slot])
-
-                lax.fori_loop(0, anew(jnp.int32(BLOCK // states)), fill, None)
-                step = step + BLOCK // states
-            own.load(program, i, ((inputs.added, scratch.y),), scratch.own_y)
-            return step
-
-        ring.drain(own.each(program, load_piece, jnp.int32(0)))
-        for w in range(CONSUMERS):
-            scratch.own_x.drain(w)
-            scratch.own_y.drain(w)
-
-    def compute(refs, program, warpgroup, memory):
-        inputs, outputs, scratch = refs
-        ring = Ring(stages, *scratch.ring)
-
-        def multiply(i, step):
-            place = own.place(program, i)
-            b, _, _, h, start = place
-            scratch.own_x.receive(warpgroup)
-            own_w, scaled = [], []
-            for half in range(halves):
-                x = plgpu.load(scratch.x.at[warpgroup, half], layout=TILE)
-                store(scratch.x_rows.at[warpgroup, half].T, x)
-                own_w.append(plgpu.load(scratch.w.at[warpgroup, half], layout=TILE))
-                if normalize:
-                    at = own.of(start, warpgroup, half)
-                    factors = load_vector(inputs.factor.at[b, h, at])
-                    scaled.append((x.astype(jnp.float32) * rows(factors, x.shape)).astype(jnp.bfloat16))
-            plgpu.commit_smem()
-            scratch.own_x.release(warpgroup)
-
-            def accumulate(*accumulators):
-                at = step
-                if normalize:
-                    slot = ring.receive(at)
-                    for x, acc in zip(scaled, accumulators, strict=True):
-                        memory.add(acc, x, scratch.state.at[slot, 0])
-                        memory.add(acc, x, scratch.state.at[slot, 1])
-                    memory.wait(0)
-                    ring.release(at)
-                    at = at + 1
-
-                def add(n, _):
-                    slot = ring.receive(at + n)
-                    for j in range(states):
-                        for half, acc in enumerate(accumulators):
-                            feature = scratch.x_rows.at[warpgroup, half, n * states + j]
-                            feature = load_vector(feature)
-                            left = own_w[half] * rows(feature, (HEAD_DIM, HEAD_DIM))
-                            memory.add(acc, left, scratch.state.at[slot, j].T)
-                            memory.wait(1)
-                    memory.wait(0)
-                    ring.release(at + n)
-
-                lax.fori_loop(0, steps, add, None)
-                return at + steps, [read(acc) for acc in accumulators]
-
-            step, gradients = memory.accumulate(accumulate, *[(HEAD_DIM, HEAD_DIM)] * halves)
-            scratch.own_y.receive(warpgroup)
-            for half, dx in enumerate(gradients):
-                if want_sums:
-                    x = plgpu.load(scratch.x_rows.at[warpgroup, half].T, layout=TILE, optimized=False)
-                    outputs.sums[b, h, own.of(start, warpgroup, half)] = (x.astype(jnp.float32) * dx).sum(axis=1)
-                y = plgpu.load(scratch.y.at[warpgroup, half], layout=TILE).astype(jnp.float32)
-                scratch.y[warpgroup, half] = (y + dx * 2).astype(jnp.bfloat16)
-            own.store(place, warpgroup, scratch.y, outputs.y, scratch.own_y)
-            return step
-
-        own.each(program, multiply, jnp.int32(0))
-        plgpu.wait_smem_to_gmem(0)
-
     tile = operand((CONSUMERS, halves, HEAD_DIM, HEAD_DIM))
     half_tiles = state.reshape(*state.shape[:3], 2 * TILES, HEAD_DIM // 2, HEAD_DIM)
-    optional = (normalizer, factor) if normalize else (None, None)
+    optional = (None, None) if normalizer is None else (normalizer, factor)
     sums = jax.ShapeDtypeStruct((p.batch, p.heads, p.tokens), jnp.float32) if want_sums else None
     y, sums = launch_persistent(
-        load,
-        compute,
+        functools.partial(_load, own),
+        functools.partial(_compute, own),
         Inputs(x, w, state, half_tiles, added, *optional),
         Outputs(jax.ShapeDtypeStruct(added.shape, added.dtype), sums),
         {
@@ -186,6 +86,50 @@ def gradient(problem: Problem, x, w, state, added, *, normalizer=None, factor=No
     return (y, sums) if want_sums else (y,)
 
 
+def _load(own: Rows, refs: Refs, program) -> None:
+    inputs, scratch = refs.inputs, refs.scratch
+
+    def load_piece(i, step):
+        state = own.piece(program, i).state
+        own.load(program, i, ((inputs.x, scratch.x), (inputs.w, scratch.w)), scratch.own_x)
+        if inputs.normalizer is not None:
+            step = _load_normalizer(own, refs, state, step)
+        for block in range(BLOCKS):
+            step = _load_block(own, refs, state, block, step)
+        own.load(program, i, ((inputs.added, scratch.y),), scratch.own_y)
+        return step
+
+    own.load_each(program, load_piece, own.ring(scratch.ring), (scratch.own_x, scratch.own_y))
+
+
+def _load_normalizer(own: Rows, refs: Refs, state, step):
+    """Puts the normaliser with this index into the ring; the next step."""
+    ring = own.ring(refs.scratch.ring)
+    slot = ring.claim(step)
+    for j in range(own.problem.tiles.states):  # as many copies as in every other step: the barrier counts them
+        for k in range(BLOCKS):
+            part = pl.ds(k * BLOCK, BLOCK)
+            source = refs.inputs.normalizer.at[*state, j % 2, part]
+            plgpu.copy_gmem_to_smem(source, refs.scratch.state.at[slot, j, part], ring.full.at[slot])
+    return step + 1
+
+
+def _load_block(own: Rows, refs: Refs, state, block: int, step):
+    """Fills the ring with the rows that pair the features a of a block with all b, 64 for each a; the next step."""
+    inputs, ring, states = refs.inputs, own.ring(refs.scratch.ring), own.problem.tiles.states
+
+    def fill(n, _):
+        slot = ring.claim(step + n)
+        for j in range(states):
+            for k in range(BLOCKS):
+                source = _pairs(inputs.state, inputs.half_tiles, state, block, n * states + j, k)
+                to = refs.scratch.state.at[slot, j, pl.ds(k * BLOCK, BLOCK)]
+                plgpu.copy_gmem_to_smem(source, to, ring.full.at[slot])
+
+    lax.fori_loop(0, anew(jnp.int32(BLOCK // states)), fill, None)
+    return step + BLOCK // states
+
+
 def _pairs(tiles, half_tiles, at, block, i, k):
     """The 16 rows of a state that pair feature a = 16 block + i with those from b = 16 k on; see `layout.KINDS`.
 
@@ -202,3 +146,88 @@ def _pairs(tiles, half_tiles, at, block, i, k):
     if k < 2:
         return tiles.at[*at, features, a]
     return half_tiles.at[*at, pl.ds(64, BLOCK), a - 32]
+
+
+def _compute(own: Rows, refs: Refs, program, warpgroup, memory: Scratch) -> None:
+    def differentiate(i, step):
+        return _differentiate(Share(own, refs, memory, own.piece(program, i), warpgroup), step)
+
+    own.compute_each(program, differentiate)
+
+
+def _differentiate(share: Share, step):
+    """Writes the gradients of a warpgroup's rows, whose state begins at this step of the ring; the next step."""
+    _, outputs, scratch = share.refs
+    own_w, scaled = _take(share)
+    step, gradients = _multiply(share, own_w, scaled, step)
+    scratch.own_y.receive(share.warpgroup)
+    for half, dx in enumerate(gradients):
+        _write(share, half, dx)
+    share.store(scratch.y, outputs.y, scratch.own_y)
+    return step
+
+
+def _take(share: Share):
+    """w of each half, and with a normaliser x times its factor; the features of x are then in `x_rows`."""
+    inputs, _, scratch = share.refs
+    scratch.own_x.receive(share.warpgroup)
+    own_w, scaled = [], []
+    for half in share.halves:
+        x = share.load(scratch.x, half)
+        store(scratch.x_rows.at[share.warpgroup, half].T, x)
+        own_w.append(share.load(scratch.w, half))
+        if inputs.normalizer is not None:
+            at = share.rows(half)
+            factors = load_vector(inputs.factor.at[share.at.b, share.at.h, at])
+            scaled.append((x.astype(jnp.float32) * rows(factors, x.shape)).astype(jnp.bfloat16))
+    plgpu.commit_smem()
+    scratch.own_x.release(share.warpgroup)
+    return own_w, scaled
+
+
+def _multiply(share: Share, own_w, scaled, step):
+    """The next step, and M x of each half."""
+    steps = HEAD_DIM // share.own.problem.tiles.states
+
+    def past_state(*accumulators):
+        at = _add_normalizer(share, scaled, accumulators, step) if scaled else step
+        lax.fori_loop(0, steps, functools.partial(_add_features, share, own_w, accumulators, at), None)
+        return at + steps, [read(acc) for acc in accumulators]
+
+    return share.accumulate(past_state)
+
+
+def _add_normalizer(share: Share, scaled, accumulators, step):
+    """Adds Z factor x of each half; the next step."""
+    memory, scratch, ring = share.memory, share.refs.scratch, share.ring
+    slot = ring.receive(step)
+    for x, acc in zip(scaled, accumulators, strict=True):
+        memory.add(acc, x, scratch.state.at[slot, 0])
+        memory.add(acc, x, scratch.state.at[slot, 1])
+    memory.wait(0)
+    ring.release(step)
+    return step + 1
+
+
+def _add_features(share: Share, own_w, accumulators, step, n, _) -> None:
+    """Adds, for each feature a of the n-th step after `step`, x_a times <S_ab, w> for all b."""
+    memory, scratch, ring = share.memory, share.refs.scratch, share.ring
+    states = share.own.problem.tiles.states
+    slot = ring.receive(step + n)
+    for j in range(states):
+        for half, acc in enumerate(accumulators):
+            left = own_w[half] * rows(share.feature(half, n * states + j), (HEAD_DIM, HEAD_DIM))
+            memory.add(acc, left, scratch.state.at[slot, j].T)
+            memory.wait(1)
+    memory.wait(0)
+    ring.release(step + n)
+
+
+def _write(share: Share, half: int, dx) -> None:
+    """Stores twice the products of a half, added to what it is given; writes their inner products with x if wanted."""
+    _, outputs, scratch = share.refs
+    if outputs.sums is not None:
+        x = plgpu.load(scratch.x_rows.at[share.warpgroup, half].T, layout=TILE, optimized=False)
+        outputs.sums[share.at.b, share.at.h, share.rows(half)] = (x.astype(jnp.float32) * dx).sum(axis=1)
+    y = share.load(scratch.y, half).astype(jnp.float32)
+    scratch.y[share.warpgroup, half] = (y + dx * 2).astype(jnp.bfloat16)

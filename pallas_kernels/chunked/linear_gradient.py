@@ -11,7 +11,7 @@ from jax import lax
 from pallas_kernels.accumulator import TILE, Scratch, columns, operand, read, rows
 from pallas_kernels.chunked.linear_rows import ROWS, Place, programs_of
 from pallas_kernels.chunked.problem import Problem
-from pallas_kernels.launch import launch
+from pallas_kernels.launch import Refs, launch
 
 
 class Inputs(NamedTuple):
@@ -52,32 +52,10 @@ def gradient(problem: Problem, x, w, weight, state, added, *, normalizer=None, f
       [B, T, H, K] bfloat16, and if `want_sums` <x_i, dx_i> [B, H, T] float32.
     """
     p, dim = problem, w.shape[-1]
-
-    def body(refs):
-        inputs, outputs, scratch = refs
-        at, memory = Place.of(p, lax.axis_index("program")), Scratch.of(scratch.accumulators, 0)
-        tiles = ((inputs.w, scratch.w), (inputs.added, scratch.y), *(((inputs.x, scratch.x),) if want_sums else ()))
-        at.load(tiles, inputs.state, scratch.state, scratch.full)
-
-        def multiply(acc):
-            memory.add(acc, plgpu.load(scratch.w, layout=TILE), scratch.state.T)
-            return read(acc)
-
-        dx = memory.accumulate(multiply, (ROWS, dim))
-        if weight is not None:
-            dx = dx * rows(at.vector(inputs.weight, at.h), dx.shape)
-        if normalizer is not None:
-            z = columns(at.of_chunk(inputs.normalizer), dx.shape)
-            dx = dx + (z if factor is None else z * rows(at.vector(inputs.factor, at.h), dx.shape))
-        if want_sums:
-            x = plgpu.load(scratch.x, layout=TILE).astype(jnp.float32)
-            outputs.sums[at.b, at.h, at.rows] = (x * dx).sum(axis=1)
-        at.store(plgpu.load(scratch.y, layout=TILE).astype(jnp.float32) + dx, scratch.y, outputs.dx)
-
     tile = operand((ROWS, dim))
     sums = jax.ShapeDtypeStruct((p.batch, p.heads, p.tokens), jnp.float32) if want_sums else None
     dx, sums = launch(
-        body,
+        functools.partial(_body, p),
         Inputs(w, state, added, x if want_sums else None, weight, normalizer, factor),
         Outputs(jax.ShapeDtypeStruct(added.shape, added.dtype), sums),
         {
@@ -94,3 +72,26 @@ def gradient(problem: Problem, x, w, weight, state, added, *, normalizer=None, f
         kernel_name="linear_gradient",
     )
     return (dx, sums) if want_sums else (dx,)
+
+
+def _body(problem: Problem, refs: Refs) -> None:
+    inputs, outputs, scratch = refs
+    at, memory = Place.of(problem, lax.axis_index("program")), Scratch.of(scratch.accumulators, 0)
+    tiles = [(inputs.w, scratch.w), (inputs.added, scratch.y)]
+    tiles += [] if inputs.x is None else [(inputs.x, scratch.x)]
+    at.load(tiles, inputs.state, scratch.state, scratch.full)
+
+    def multiply(acc):
+        memory.add(acc, plgpu.load(scratch.w, layout=TILE), scratch.state.T)
+        return read(acc)
+
+    dx = memory.accumulate(multiply, scratch.w.shape)
+    if inputs.weight is not None:
+        dx = dx * rows(at.vector(inputs.weight, at.h), dx.shape)
+    if inputs.normalizer is not None:
+        z = columns(at.of_chunk(inputs.normalizer), dx.shape)
+        dx = dx + (z if inputs.factor is None else z * rows(at.vector(inputs.factor, at.h), dx.shape))
+    if outputs.sums is not None:
+        x = plgpu.load(scratch.x, layout=TILE).astype(jnp.float32)
+        outputs.sums[at.b, at.h, at.rows] = (x * dx).sum(axis=1)
+    at.store(plgpu.load(scratch.y, layout=TILE).astype(jnp.float32) + dx, scratch.y, outputs.dx)

@@ -11,7 +11,7 @@ from jax import lax
 from pallas_kernels.accumulator import TILE, Scratch, columns, operand, read, rows
 from pallas_kernels.chunked.linear_rows import ROWS, Place, programs_of
 from pallas_kernels.chunked.problem import Problem
-from pallas_kernels.launch import launch
+from pallas_kernels.launch import Refs, launch
 
 
 class Inputs(NamedTuple):
@@ -55,42 +55,9 @@ def query(problem: Problem, x, state, weight, added, *, power: float = 1.0, norm
       [B, T, H, V] bfloat16, and with a normaliser log2 of the denominators [B, H, T] float32, +inf below `floor`.
     """
     p, dim = problem, x.shape[-1]
-    normalize = normalizer is not None
-
-    def body(refs):
-        inputs, outputs, scratch = refs
-        at, memory = Place.of(p, lax.axis_index("program")), Scratch.of(scratch.accumulators, 0)
-        at.load(((inputs.x, scratch.x), (inputs.added, scratch.y)), inputs.state, scratch.state, scratch.full)
-
-        left = plgpu.load(scratch.x, layout=TILE) * power
-
-        def multiply(acc):
-            memory.add(acc, left, scratch.state)
-            return read(acc)
-
-        y = memory.accumulate(multiply, (ROWS, dim))
-        through = None
-        if weight is not None:
-            through = at.vector(inputs.weight, at.g)
-            y = y * rows(through, y.shape)
-        inside = plgpu.load(scratch.y, layout=TILE).astype(jnp.float32)
-        if normalize:
-            read_norm = (left.astype(jnp.float32) * columns(at.of_chunk(inputs.normalizer), left.shape)).sum(axis=1)
-            read_norm = jnp.maximum(read_norm, 0.0)
-            read_norm = read_norm if through is None else read_norm * through
-            norm = at.vector(inputs.own_norm, at.h)
-            norm = jnp.exp2(jnp.where(norm == jnp.inf, -jnp.inf, norm))
-            total = norm + read_norm
-            dead = total < floor
-            y = (inside * rows(norm, y.shape) + y) * rows(jnp.where(dead, 0.0, 1.0 / total), y.shape)
-            outputs.norm[at.b, at.h, at.rows] = jnp.where(dead, jnp.inf, jnp.log2(total))
-        else:
-            y = inside + y
-        at.store(y, scratch.y, outputs.y)
-
-    norm = jax.ShapeDtypeStruct(own_norm.shape, jnp.float32) if normalize else None
+    norm = None if normalizer is None else jax.ShapeDtypeStruct(own_norm.shape, jnp.float32)
     y, norm = launch(
-        body,
+        functools.partial(_body, p, power, floor),
         Inputs(x, state, added, weight, normalizer, own_norm),
         Outputs(jax.ShapeDtypeStruct(added.shape, added.dtype), norm),
         {
@@ -105,4 +72,39 @@ def query(problem: Problem, x, state, weight, added, *, power: float = 1.0, norm
         compiler_params=plgpu.CompilerParams(approx_math=True),
         kernel_name="linear_query",
     )
-    return (y, norm) if normalize else y
+    return y if normalizer is None else (y, norm)
+
+
+def _body(problem: Problem, power: float, floor: float, refs: Refs) -> None:
+    inputs, outputs, scratch = refs
+    at, memory = Place.of(problem, lax.axis_index("program")), Scratch.of(scratch.accumulators, 0)
+    at.load(((inputs.x, scratch.x), (inputs.added, scratch.y)), inputs.state, scratch.state, scratch.full)
+    left = plgpu.load(scratch.x, layout=TILE) * power
+
+    def multiply(acc):
+        memory.add(acc, left, scratch.state)
+        return read(acc)
+
+    y = memory.accumulate(multiply, left.shape)
+    through = None
+    if inputs.weight is not None:
+        through = at.vector(inputs.weight, at.g)
+        y = y * rows(through, y.shape)
+    inside = plgpu.load(scratch.y, layout=TILE).astype(jnp.float32)
+    y = inside + y if inputs.normalizer is None else _divide(refs, at, inside, left, through, y, floor)
+    at.store(y, scratch.y, outputs.y)
+
+
+def _divide(refs: Refs, at: Place, inside, x, through, y, floor: float):
+    """(n inside + y) / (n + through <z, x>), where log2 n is `own_norm`; writes log2 of the divisor."""
+    inputs, outputs, _ = refs
+    read_norm = (x.astype(jnp.float32) * columns(at.of_chunk(inputs.normalizer), x.shape)).sum(axis=1)
+    read_norm = jnp.maximum(read_norm, 0.0)
+    read_norm = read_norm if through is None else read_norm * through
+    norm = at.vector(inputs.own_norm, at.h)
+    norm = jnp.exp2(jnp.where(norm == jnp.inf, -jnp.inf, norm))
+    total = norm + read_norm
+    dead = total < floor
+    y = (inside * rows(norm, y.shape) + y) * rows(jnp.where(dead, 0.0, 1.0 / total), y.shape)
+    outputs.norm[at.b, at.h, at.rows] = jnp.where(dead, jnp.inf, jnp.log2(total))
+    return y

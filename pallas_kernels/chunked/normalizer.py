@@ -4,18 +4,15 @@ import functools
 from typing import Any, NamedTuple
 
 import jax
-import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.accumulator import COLUMN, TILE, Scratch, columns, load_vector, operand, read
 from pallas_kernels.chunked.layout import HEAD_DIM
-from pallas_kernels.chunked.problem import Problem, split_index
-from pallas_kernels.launch import launch
-
-TOKENS = 64  # at a time
-STAGES = 4
+from pallas_kernels.chunked.problem import Problem
+from pallas_kernels.chunked.tokens import SIZE, Tokens
+from pallas_kernels.launch import Refs, launch
 
 
 class Inputs(NamedTuple):
@@ -37,59 +34,58 @@ def normalizer(problem: Problem, x, factor):
       x: [B, T, H, 64] bfloat16.
       factor: [B, H, T] float32; None is 1.
     """
-    p = problem
-    blocks = p.chunk // TOKENS
-    steps = p.repeats * blocks
-    stages = min(STAGES, steps)
-
-    def body(refs):
-        inputs, outputs, scratch = refs
-        full, memory = scratch.full, Scratch.of(scratch.accumulators, 0)
-        b, g, c = lax.axis_index("b"), lax.axis_index("g"), lax.axis_index("c")
-
-        def fill(n):
-            slot = lax.rem(n, stages)
-            r, block = split_index(n, blocks)
-            h, tokens = g * p.repeats + r, pl.ds(c * p.chunk + block * TOKENS, TOKENS)
-            plgpu.copy_gmem_to_smem(inputs.x.at[b, tokens, h], scratch.x.at[slot], full.at[slot])
-            if factor is not None:
-                plgpu.copy_gmem_to_smem(inputs.factor.at[b, h, tokens], scratch.factor.at[slot], full.at[slot])
-
-        def accumulate(acc):
-            def add(n, _):
-                slot = lax.rem(n, stages)
-                plgpu.barrier_wait(full.at[slot])
-                left = plgpu.load(scratch.x.at[slot].T, layout=TILE)
-                if factor is not None:
-                    factors = load_vector(scratch.factor.at[slot], COLUMN)
-                    scaled = left.astype(jnp.float32) * columns(factors, left.shape)
-                    # The barrier keeps the compiler from taking the rounded number for the number itself.
-                    left = lax.optimization_barrier(scaled.astype(jnp.bfloat16))
-                    memory.add(acc, (scaled - left.astype(jnp.float32)).astype(jnp.bfloat16), scratch.x.at[slot])
-                memory.add(acc, left, scratch.x.at[slot])
-                memory.wait(0)
-                plgpu.commit_smem()
-                pl.when(n + stages < steps)(lambda: fill(n + stages))
-
-            lax.fori_loop(0, steps, add, None)
-            outputs[b, g, c] = read(acc)
-
-        for n in range(stages):
-            fill(n)
-        memory.accumulate(accumulate, (HEAD_DIM, HEAD_DIM))
-
+    p, tokens = problem, Tokens(problem)
     return launch(
-        body,
+        functools.partial(_body, tokens),
         Inputs(x, factor),
         jax.ShapeDtypeStruct((p.batch, p.groups, p.chunks, HEAD_DIM, HEAD_DIM), jnp.float32),
         {
-            "x": operand((stages, TOKENS, HEAD_DIM)),
-            "factor": plgpu.SMEM((stages, TOKENS), jnp.float32),
-            "full": plgpu.Barrier(num_barriers=stages, num_arrivals=1 if factor is None else 2),
-            "accumulators": Scratch.types(p.interpret, 1, ((HEAD_DIM, HEAD_DIM),) * 2, TOKENS),
+            "x": operand((tokens.stages, SIZE, HEAD_DIM)),
+            "factor": plgpu.SMEM((tokens.stages, SIZE), jnp.float32),
+            "full": plgpu.Barrier(num_barriers=tokens.stages, num_arrivals=1 if factor is None else 2),
+            "accumulators": Scratch.types(p.interpret, 1, ((HEAD_DIM, HEAD_DIM),) * 2, SIZE),
         },
         grid=(p.batch, p.groups, p.chunks),
         grid_names=("b", "g", "c"),
         compiler_params=plgpu.CompilerParams(approx_math=True),
         kernel_name="squared_normalizer",
     )
+
+
+def _body(tokens: Tokens, refs: Refs) -> None:
+    memory = Scratch.of(refs.scratch.accumulators, 0)
+    at = lax.axis_index("b"), lax.axis_index("g"), lax.axis_index("c")
+    fill = functools.partial(_fill, tokens, refs, at)
+
+    def past_tokens(acc):
+        tokens.each(refs.scratch.full, functools.partial(_add, refs, memory, acc), fill, None)
+        refs.outputs[at] = read(acc)
+
+    for n in range(tokens.stages):
+        fill(n)
+    memory.accumulate(past_tokens, (HEAD_DIM, HEAD_DIM))
+
+
+def _fill(tokens: Tokens, refs: Refs, at, n) -> None:
+    """Loads the tokens of the n-th step."""
+    inputs, _, scratch = refs
+    b, g, c = at
+    slot = tokens.slot(n)
+    h, rows = tokens.of(g, c, n)
+    plgpu.copy_gmem_to_smem(inputs.x.at[b, rows, h], scratch.x.at[slot], scratch.full.at[slot])
+    if inputs.factor is not None:
+        plgpu.copy_gmem_to_smem(inputs.factor.at[b, h, rows], scratch.factor.at[slot], scratch.full.at[slot])
+
+
+def _add(refs: Refs, memory: Scratch, acc, slot, _) -> None:
+    """Adds the tokens in a buffer."""
+    inputs, _, scratch = refs
+    left = plgpu.load(scratch.x.at[slot].T, layout=TILE)
+    if inputs.factor is not None:
+        factors = load_vector(scratch.factor.at[slot], COLUMN)
+        scaled = left.astype(jnp.float32) * columns(factors, left.shape)
+        # The barrier keeps the compiler from taking the rounded number for the number itself.
+        left = lax.optimization_barrier(scaled.astype(jnp.bfloat16))
+        memory.add(acc, (scaled - left.astype(jnp.float32)).astype(jnp.bfloat16), scratch.x.at[slot])
+    memory.add(acc, left, scratch.x.at[slot])
+    memory.wait(0)

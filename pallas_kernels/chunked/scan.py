@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.accumulator import ROW
-from pallas_kernels.launch import launch
+from pallas_kernels.launch import Refs, launch
 
 AHEAD_SIZE, MOST_AHEAD = 4096, 8  # entries of tiles that are loaded at a time, 32 registers; and tiles
 
@@ -47,51 +47,11 @@ def scan(added, weight, initial, *, reverse: bool = False, dtype=jnp.bfloat16):
     Returns:
       The state before each step [B, G, N, tiles, ...], and the state after the last [B, G, tiles, ...] float32.
     """
-    batch, groups, chunks, tiles, *tile_shape = added.shape
-    layout = ROW if len(tile_shape) == 1 else plgpu.Layout.WG_STRIDED(tuple(tile_shape), vec_size=4)
+    batch, groups, _, tiles, *tile_shape = added.shape
     ahead = min(max(1, AHEAD_SIZE // math.prod(tile_shape)), MOST_AHEAD)
-
-    def body(refs):
-        inputs, outputs, _ = refs
-        b, g, tile = lax.axis_index("b"), lax.axis_index("g"), lax.axis_index("tile")
-
-        def chunk(n):
-            """That of the n-th step; beyond the last step, the last one's."""
-            n = lax.min(n, chunks - 1)
-            return chunks - 1 - n if reverse else n
-
-        def load(ref):
-            return plgpu.load(ref, layout=layout, optimized=layout is not ROW)
-
-        def load_steps(n):
-            steps = [chunk(n + i) for i in range(ahead)]
-            return [(load(inputs.added.at[b, g, c, tile]), inputs.weight[b, g, c]) for c in steps]
-
-        def advance(n, state, added_and_weight):
-            outputs.before[b, g, chunk(n), tile] = state.astype(dtype)
-            upcoming, factor = added_and_weight
-            return state * factor + upcoming
-
-        def turn(i, carry):
-            state, loaded = carry
-            upcoming = load_steps((i + 1) * ahead)
-            for j, step in enumerate(loaded):
-                state = advance(i * ahead + j, state, step)
-            return state, upcoming
-
-        if initial is not None:
-            state = load(inputs.initial.at[b, g, tile])
-        else:
-            state = plgpu.layout_cast(jnp.zeros(tile_shape, jnp.float32), layout)
-        turns, rest = divmod(chunks, ahead)
-        state, loaded = lax.fori_loop(0, turns, turn, (state, load_steps(0)))
-        for j in range(rest):
-            state = advance(turns * ahead + j, state, loaded[j])
-        outputs.final[b, g, tile] = state
-
     final = jax.ShapeDtypeStruct((batch, groups, tiles, *tile_shape), jnp.float32)
     return launch(
-        body,
+        functools.partial(_body, ahead, reverse),
         Inputs(added, weight, initial),
         Outputs(jax.ShapeDtypeStruct(added.shape, dtype), final),
         {},
@@ -100,3 +60,44 @@ def scan(added, weight, initial, *, reverse: bool = False, dtype=jnp.bfloat16):
         compiler_params=plgpu.CompilerParams(approx_math=True),
         kernel_name="scan_backward" if reverse else "scan",
     )
+
+
+def _body(ahead: int, reverse: bool, refs: Refs) -> None:
+    inputs, outputs, _ = refs
+    b, g, tile = lax.axis_index("b"), lax.axis_index("g"), lax.axis_index("tile")
+    _, _, chunks, _, *tile_shape = inputs.added.shape
+    layout = ROW if len(tile_shape) == 1 else plgpu.Layout.WG_STRIDED(tuple(tile_shape), vec_size=4)
+
+    def chunk(n):
+        """That of the n-th step; beyond the last step, the last one's."""
+        n = lax.min(n, chunks - 1)
+        return chunks - 1 - n if reverse else n
+
+    def load(ref):
+        return plgpu.load(ref, layout=layout, optimized=layout is not ROW)
+
+    def load_steps(n):
+        steps = [chunk(n + i) for i in range(ahead)]
+        return [(load(inputs.added.at[b, g, c, tile]), inputs.weight[b, g, c]) for c in steps]
+
+    def advance(n, state, added_and_weight):
+        outputs.before[b, g, chunk(n), tile] = state.astype(outputs.before.dtype)
+        upcoming, factor = added_and_weight
+        return state * factor + upcoming
+
+    def turn(i, carry):
+        state, loaded = carry
+        upcoming = load_steps((i + 1) * ahead)
+        for j, step in enumerate(loaded):
+            state = advance(i * ahead + j, state, step)
+        return state, upcoming
+
+    if inputs.initial is not None:
+        state = load(inputs.initial.at[b, g, tile])
+    else:
+        state = plgpu.layout_cast(jnp.zeros(tile_shape, jnp.float32), layout)
+    turns, rest = divmod(chunks, ahead)
+    state, loaded = lax.fori_loop(0, turns, turn, (state, load_steps(0)))
+    for j in range(rest):
+        state = advance(turns * ahead + j, state, loaded[j])
+    outputs.final[b, g, tile] = state

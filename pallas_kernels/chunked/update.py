@@ -1,6 +1,8 @@
 """What each chunk adds to the state: S = sum_t phi(x_t) w_t^T, as tiles of `layout`."""
 
+import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -10,9 +12,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.accumulator import COLUMN, TILE, Scratch, columns, load_vector, operand, read, rows
-from pallas_kernels.chunked.layout import BLOCK, HEAD_DIM, KINDS, TILES
+from pallas_kernels.chunked.layout import BLOCK, HEAD_DIM, KINDS, TILES, Kind
 from pallas_kernels.chunked.problem import Problem, split_index
-from pallas_kernels.launch import Roles, launch_persistent
+from pallas_kernels.launch import Refs, Roles, launch_persistent
 from pallas_kernels.ring import Ring
 from pallas_kernels.schedule import each_piece
 
@@ -48,87 +50,13 @@ def update(problem: Problem, x, w):
       x: [B, T, H, 64] bfloat16.
       w: [B, T, H, V] bfloat16, V = 64.
     """
-    p = problem
-    block, stages = p.tiles.tokens, p.tiles.update_stages
-    work = p.batch * p.groups * p.chunks * PIECES
-    programs = p.tiles.programs_of(work)
-    blocks, parts = p.chunk // block, block // HEAD_DIM
-    steps = p.repeats * blocks
-
-    def place(program, i):
-        """Batch entry, group of heads, chunk and first tile of the program's i-th piece of work."""
-        at, piece = split_index(program + i * programs, PIECES)
-        at, c = split_index(at, p.chunks)
-        return *split_index(at, p.groups), c, piece * PIECE
-
-    def load(refs, program):
-        inputs, scratch = refs.inputs, refs.scratch
-        ring = Ring(stages, *scratch.ring)
-
-        def load_piece(i, step):
-            b, g, c, first = place(program, i)
-            sources = [_of_kind(first, lambda kind, j=j: _source(kind, j)) for j in range(HEAD_DIM // BLOCK)]
-            starts = [_of_kind(first, lambda kind, j=j: _features(kind, first)[j]) for j in range(2)]
-
-            def fill(n, _):
-                h, at = split_index(n, blocks)
-                h, tokens = g * p.repeats + h, pl.ds(c * p.chunk + at * block, block)
-                slot = ring.claim(step + n)
-                full = ring.full.at[slot]
-                plgpu.copy_gmem_to_smem(inputs.w.at[b, tokens, h], scratch.w.at[slot], full)
-                for part in range(parts):
-                    of_part = pl.ds(c * p.chunk + at * block + part * HEAD_DIM, HEAD_DIM)
-                    for j, source in enumerate(sources):
-                        to = scratch.x.at[slot, part, pl.ds(j * BLOCK, BLOCK)]
-                        plgpu.copy_gmem_to_smem(inputs.x.at[b, h, pl.ds(source, BLOCK), of_part], to, full)
-                for j, start in enumerate(starts):
-                    to = scratch.features.at[slot, j]
-                    plgpu.copy_gmem_to_smem(inputs.x.at[b, h, pl.ds(start, PIECE), tokens], to, full)
-
-            lax.fori_loop(0, steps, fill, None)
-            return step + steps
-
-        ring.drain(each_piece(work, programs, program, load_piece, jnp.int32(0)))
-
-    def compute(refs, program, warpgroup, memory):
-        scratch, ring = refs.scratch, Ring(stages, *refs.scratch.ring)
-
-        def multiply(i, step):
-            b, g, c, first = place(program, i)
-            own = warpgroup * HELD
-
-            def tiles_of(kind):
-                def accumulate(*accumulators):
-                    def add(n, _):
-                        slot = ring.receive(step + n)
-                        for part in range(parts):
-                            tokens = pl.ds(part * HEAD_DIM, HEAD_DIM)
-                            matrix = plgpu.load(scratch.x.at[slot, part], layout=TILE)
-                            for m, acc in enumerate(accumulators):
-                                a = _factors(kind, scratch.features.at[slot], own + m, tokens)
-                                memory.add(acc, matrix * a, scratch.w.at[slot, tokens])
-                                memory.wait(1)
-                        memory.wait(0)
-                        ring.release(step + n)
-
-                    lax.fori_loop(0, steps, add, None)
-                    for m, acc in enumerate(accumulators):
-                        refs.outputs.s[b, g, c, first + own + m] = read(acc)
-
-                memory.accumulate(accumulate, *[(HEAD_DIM, HEAD_DIM)] * HELD)
-
-            for kind in KINDS:
-                inside = (first >= kind.start) & (first < kind.start + kind.count)
-                pl.when(inside)(functools.partial(tiles_of, kind))
-            return step + steps
-
-        each_piece(work, programs, program, multiply, jnp.int32(0))
-
+    p, pieces = problem, _Pieces(problem)
+    block, stages, parts = p.tiles.tokens, p.tiles.update_stages, pieces.parts
     # Behind a barrier a transposition moves memory and no more: fused with what makes x, it would read that by columns.
     columns_of_x = jnp.moveaxis(lax.optimization_barrier(x), 1, 3)
     return launch_persistent(
-        load,
-        compute,
+        functools.partial(_load, pieces),
+        functools.partial(_compute, pieces),
         Inputs(columns_of_x, w),
         Outputs(jax.ShapeDtypeStruct((p.batch, p.groups, p.chunks, TILES, HEAD_DIM, HEAD_DIM), jnp.float32)),
         {
@@ -138,10 +66,90 @@ def update(problem: Problem, x, w):
             "ring": Ring.barriers(stages, arrivals=1 + parts * HEAD_DIM // BLOCK + 2, users=CONSUMERS),
         },
         roles=ROLES,
-        programs=programs,
+        programs=pieces.programs,
         accumulators=Scratch.types(p.interpret, CONSUMERS, ((HEAD_DIM, HEAD_DIM),) * (HELD + 1), HEAD_DIM),
         name="squared_update",
     ).s
+
+
+@dataclasses.dataclass(frozen=True)
+class _Pieces:
+    """The pieces of work of a call, and the steps of the ring for each: blocks of tokens of all heads of a group."""
+
+    problem: Problem
+
+    @property
+    def blocks(self) -> int:
+        """Of a chunk."""
+        return self.problem.chunk // self.problem.tiles.tokens
+
+    @property
+    def parts(self) -> int:
+        """64 tokens each, of a block."""
+        return self.problem.tiles.tokens // HEAD_DIM
+
+    @property
+    def steps(self) -> int:
+        """Of the ring, for a piece."""
+        return self.problem.repeats * self.blocks
+
+    @property
+    def work(self) -> int:
+        """How many pieces."""
+        return self.problem.batch * self.problem.groups * self.problem.chunks * PIECES
+
+    @property
+    def programs(self) -> int:
+        """How many programs share them."""
+        return self.problem.tiles.programs_of(self.work)
+
+    def ring(self, barriers) -> Ring:
+        """The ring of blocks of tokens."""
+        return Ring(self.problem.tiles.update_stages, *barriers)
+
+    def each(self, program, body: Callable):
+        """`step = body(i, step)` for each piece of the program; the last step of the ring."""
+        return each_piece(self.work, self.programs, program, body, jnp.int32(0))
+
+    def place(self, program, i):
+        """Batch entry, group of heads, chunk and first tile of the program's i-th piece."""
+        at, piece = split_index(program + i * self.programs, PIECES)
+        at, c = split_index(at, self.problem.chunks)
+        return *split_index(at, self.problem.groups), c, piece * PIECE
+
+
+def _load(pieces: _Pieces, refs: Refs, program) -> None:
+    def load_piece(i, step):
+        return _load_piece(pieces, refs, pieces.place(program, i), step)
+
+    pieces.ring(refs.scratch.ring).drain(pieces.each(program, load_piece))
+
+
+def _load_piece(pieces: _Pieces, refs: Refs, place, step):
+    """Fills the ring with the tokens of a piece, their vectors w and features of x; the next step."""
+    b, g, c, first = place
+    p, block, ring = pieces.problem, pieces.problem.tiles.tokens, pieces.ring(refs.scratch.ring)
+    inputs, scratch = refs.inputs, refs.scratch
+    sources = [_of_kind(first, functools.partial(_source, j=j)) for j in range(HEAD_DIM // BLOCK)]
+    starts = [_of_kind(first, lambda kind, j=j: _features(kind, first)[j]) for j in range(2)]
+
+    def fill(n, _):
+        r, at = split_index(n, pieces.blocks)
+        h, tokens = g * p.repeats + r, pl.ds(c * p.chunk + at * block, block)
+        slot = ring.claim(step + n)
+        full = ring.full.at[slot]
+        plgpu.copy_gmem_to_smem(inputs.w.at[b, tokens, h], scratch.w.at[slot], full)
+        for part in range(pieces.parts):
+            of_part = pl.ds(c * p.chunk + at * block + part * HEAD_DIM, HEAD_DIM)
+            for j, source in enumerate(sources):
+                to = scratch.x.at[slot, part, pl.ds(j * BLOCK, BLOCK)]
+                plgpu.copy_gmem_to_smem(inputs.x.at[b, h, pl.ds(source, BLOCK), of_part], to, full)
+        for j, feature in enumerate(starts):
+            to = scratch.features.at[slot, j]
+            plgpu.copy_gmem_to_smem(inputs.x.at[b, h, pl.ds(feature, PIECE), tokens], to, full)
+
+    lax.fori_loop(0, pieces.steps, fill, None)
+    return step + pieces.steps
 
 
 def _of_kind(first, value):
@@ -152,7 +160,7 @@ def _of_kind(first, value):
     return result
 
 
-def _source(kind, j: int) -> int:
+def _source(kind: Kind, j: int) -> int:
     """The first feature b of the rows from 16 j on."""
     row = j * BLOCK
     for band in kind.bands:
@@ -162,7 +170,7 @@ def _source(kind, j: int) -> int:
     raise AssertionError
 
 
-def _features(kind, first):
+def _features(kind: Kind, first):
     """Where the two runs of 8 features begin that the 8 tiles from `first` on need as their a."""
     bands = kind.bands
     if bands[0].step == 1:
@@ -170,7 +178,61 @@ def _features(kind, first):
     return bands[0].feature, bands[0].feature + PIECE
 
 
-def _factors(kind, features, tile, tokens):
+class _Share(NamedTuple):
+    """What a consumer warpgroup has of a piece of work.
+
+    pieces: of the call; refs: of the kernel; memory: of the warpgroup; place: of the piece, as in `_Pieces`; own: the
+    number of the warpgroup's first tile among the 8; step: of the ring, where the piece begins.
+    """
+
+    pieces: _Pieces
+    refs: Refs
+    memory: Scratch
+    place: Any
+    own: Any
+    step: Any
+
+
+def _compute(pieces: _Pieces, refs: Refs, program, warpgroup, memory: Scratch) -> None:
+    def multiply(i, step):
+        place = pieces.place(program, i)
+        share = _Share(pieces, refs, memory, place, warpgroup * HELD, step)
+        for kind in KINDS:
+            inside = (place[-1] >= kind.start) & (place[-1] < kind.start + kind.count)
+            pl.when(inside)(functools.partial(_multiply, share, kind))
+        return step + pieces.steps
+
+    pieces.each(program, multiply)
+
+
+def _multiply(share: _Share, kind: Kind) -> None:
+    """Writes a warpgroup's tiles, which are of this kind."""
+    b, g, c, first = share.place
+
+    def past_tokens(*accumulators):
+        lax.fori_loop(0, share.pieces.steps, functools.partial(_add, share, kind, accumulators), None)
+        for m, acc in enumerate(accumulators):
+            share.refs.outputs.s[b, g, c, first + share.own + m] = read(acc)
+
+    share.memory.accumulate(past_tokens, *[(HEAD_DIM, HEAD_DIM)] * HELD)
+
+
+def _add(share: _Share, kind: Kind, accumulators, n, _) -> None:
+    """Adds the n-th block of tokens to the warpgroup's tiles."""
+    scratch, memory, ring = share.refs.scratch, share.memory, share.pieces.ring(share.refs.scratch.ring)
+    slot = ring.receive(share.step + n)
+    for part in range(share.pieces.parts):
+        tokens = pl.ds(part * HEAD_DIM, HEAD_DIM)
+        matrix = plgpu.load(scratch.x.at[slot, part], layout=TILE)
+        for m, acc in enumerate(accumulators):
+            a = _factors(kind, scratch.features.at[slot], share.own + m, tokens)
+            memory.add(acc, matrix * a, scratch.w.at[slot, tokens])
+            memory.wait(1)
+    memory.wait(0)
+    ring.release(share.step + n)
+
+
+def _factors(kind: Kind, features, tile, tokens):
     """The feature a of each row of a tile, for 64 tokens [64, 64]; `tile` is its number among the program's 8."""
 
     def columns_of(run, at):
