@@ -84,15 +84,15 @@ def report(out: Path, corpus: str, size: str, steps: int) -> str:
 
 
 def summary(best: dict[str, list[dict[str, Any]]], results: Results) -> str:
-    """A row a mixer, at its best rate."""
+    """A row a mixer, at its best rate; "over softmax" is over that with the same settings."""
     lines = [
         "| mixer | rate | of rates | seeds | held-out loss | deviation | over softmax | parameters | bytes of state "
         "| tokens/s | peak GiB |",
         "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
-    reference = mean_loss(best[REFERENCE]) if REFERENCE in best else None
     for mixer, rows in best.items():
         loss, spread, peak = mean_loss(rows), deviation(rows), rows[0]["memory_peak_bytes"]
+        reference = best.get(mixer_name(REFERENCE, rows[0].get("settings", ())))
         cells = (
             mixer,
             f"{rows[0]['learning_rate']:g}",
@@ -100,7 +100,7 @@ def summary(best: dict[str, list[dict[str, Any]]], results: Results) -> str:
             len(rows),
             f"{loss:.4f}",
             "" if spread is None else f"{spread:.4f}",
-            "" if reference is None else f"{loss - reference:+.4f}",
+            "" if reference is None else f"{loss - mean_loss(reference):+.4f}",
             f"{rows[0]['parameters']:,}",
             f"{rows[0]['state_bytes']:,}",
             f"{rows[0]['tokens_per_second']:,.0f}",
@@ -140,6 +140,9 @@ def origin(results: Results) -> str:
 def draw_curves(best: dict[str, list[dict[str, Any]]], path: Path) -> None:
     """Held-out loss against tokens, of the first seed."""
     figure, axes = _canvas("tokens", "held-out loss, nats a token")
+    axes.set_yscale("log")  # the lowest curves are the closest
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
     # There are ten colours: the eleventh curve has the first one's, dashed.
     for number, (mixer, rows) in enumerate(best.items()):
         look = {"color": f"C{number % 10}", "linestyle": ("-", "--", ":")[number // 10 % 3], "marker": "o"}

@@ -119,6 +119,20 @@ def test_settings_make_rows_of_their_own(ladder, pretended, tmp_path, capsys):
     assert "| softmax (optimizer.b2=0.95) | 0.001 | 1 | 2 | 2.4050 |" in text
 
 
+def test_mixers_stand_beside_the_softmax_of_their_settings(ladder, pretended, tmp_path, capsys):
+    _, losses = pretended
+    command = ["--out", str(tmp_path), "--workers", "0", "--learning_rates", "1e-3", "--variants"]
+    losses |= {("softmax", 1e-3): (2.0, 2.5), ("2mamba", 1e-3): (2.0, 2.75)}
+    assert ladder.main([*command, "softmax", "2mamba"]) == 0
+    losses |= {("softmax", 1e-3): (2.0, 2.0), ("2mamba", 1e-3): (2.0, 2.625)}
+    assert ladder.main([*command, "softmax", "2mamba", "--set", "optimizer.b2=0.95"]) == 0
+    assert ladder.main([*command, "2mamba", "--set", "optimizer.b1=0.8"]) == 0
+    text = capsys.readouterr().out
+    assert "| 2mamba | 0.001 | 1 | 1 | 2.7500 |  | +0.2500 |" in text
+    assert "| 2mamba (optimizer.b2=0.95) | 0.001 | 1 | 1 | 2.6250 |  | +0.6250 |" in text
+    assert "| 2mamba (optimizer.b1=0.8) | 0.001 | 1 | 1 | 2.6250 |  |  |" in text
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -37,6 +37,13 @@ def test_every_file_gives_a_configuration(name):
     assert json.loads(to_json(config))["variant"] == name.replace("_recall", "").replace("_", "-")
 
 
+@pytest.mark.parametrize("size", ["nano", "small"])
+def test_the_recipe_is_the_paper_s_model_but_for_its_variant_and_b2(size):
+    recipe, paper = (flatten(load(size, name)) for name in ("2mamba_long", "2mamba"))
+    changes = {key: value for key, value in recipe.items() if value != paper[key]}
+    assert changes == {"name": "2mamba_long", "variant": "2mamba-dt-long", "optimizer.b2": 0.95}
+
+
 def test_the_paper_s_sizes_and_schedule():
     for size, d_model, mlp, heads, layers in (("small", 1024, 2048, 16, 20), ("medium", 1536, 3072, 24, 27)):
         config = load(size)
