@@ -1,7 +1,6 @@
 """A run's model continues a prompt, and the text shows as it comes: `python -m train.generate --workdir DIR ...`."""
 
 from train.keyboard import INTERRUPTED, InterruptRequest, take_interrupts
-from train.random_key import random_key
 
 if __name__ == "__main__":
     take_interrupts()  # before the imports below, which take seconds
@@ -24,6 +23,7 @@ from train.data.contents import check_text, decode_text
 from train.data.tokenizers import load_kept_tokenizer
 from train.errors import UserError
 from train.memory import enough_memory
+from train.random_key import random_key
 from train.restore import build_anywhere, read_saved_config, restore_on_one_device
 from twomamba_jax.generation import decode, fork, prefill, seed
 from twomamba_jax.layers import LanguageModel, init_cache
