@@ -8,6 +8,9 @@ import jax
 import pytest
 from support import annotations, garbage
 
+# To import all tests and what they test makes much and leaves nothing.
+garbage.collect_less()
+
 # What a function of the library takes and returns is what its annotations say, in every test.
 annotations.install()
 

@@ -1,6 +1,5 @@
 """The chunked kernels as programs that can be lowered and compiled without a GPU."""
 
-import functools
 import itertools
 from collections.abc import Iterator
 
@@ -35,7 +34,9 @@ def _program(name: str, score: str, dim: int, decay: bool, normalize: bool, stat
 
     arguments = [shape(batch, tokens, n, dim) for n in (heads, groups, groups, heads)]
     arguments += [shape(batch, tokens, groups, dtype=jnp.float32)] if decay else []
-    arguments += _state(spec, *arguments[:3]) if states else []
+    features = {"linear": dim, "squared": dim * (dim + 1) // 2}[score]
+    state = [shape(batch, groups, features, *values, dtype=jnp.float32) for values in ((dim,), ())]
+    arguments += state if states else []
 
     def function(q, k, v, dy, *rest):
         rest = list(rest)
@@ -49,10 +50,3 @@ def _program(name: str, score: str, dim: int, decay: bool, normalize: bool, stat
         return y, final, pull((dy, final))
 
     return Program(name, function, tuple(arguments))
-
-
-@functools.cache
-def _state(spec: ChunkedAttention, *inputs: jax.ShapeDtypeStruct) -> tuple[jax.ShapeDtypeStruct, ...]:
-    """Shapes of a state of such a call of q, k and v."""
-    made = jax.eval_shape(lambda *inputs: chunked_attention(spec, *inputs, None, None, None)[1], *inputs)
-    return tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in made)

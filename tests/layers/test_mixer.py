@@ -254,7 +254,8 @@ def test_initial_values():
     width, heads = 16, 2048  # so many heads that draws come close to both ends of a range
     sizes, start = {"num_heads": heads, "head_dim": 1}, (jax.random.key(0), jnp.zeros((1, 2, width)))
     params, of_softplus = (
-        nn.unbox(jax.jit(Mixer(VARIANTS[name].mixer, **sizes).init)(*start)["params"]) for name in ("mamba2", "2mamba")
+        jax.tree.map(np.asarray, nn.unbox(jax.jit(Mixer(VARIANTS[name].mixer, **sizes).init)(*start)["params"]))
+        for name in ("mamba2", "2mamba")
     )
     decay = of_softplus["decay"]
 

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[3]
 KERNELS = 13
 
 
-@pytest.mark.parametrize("architectures", [(80, 86, 89, 120), (90, 100)], ids=str)  # of half a minute each
+@pytest.mark.parametrize("architectures", [(100, 120), (80, 86, 89), (90,)], ids=str)  # half a minute each
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton: pip install 'triton>=3.7,<3.8'")
 def test_one_tile_of_each_kernel_compiles(tmp_path, architectures):
     out = tmp_path / "reports.json"

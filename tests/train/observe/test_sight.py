@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import jax
 import pytest
+from support.exhaustive import exhaustive
 
 from train.configuration import build_model, load_config
 from train.errors import UserError
@@ -96,6 +97,7 @@ def test_a_meter_divides_by_steps(clock):
     assert silent.lap(1)["mfu"] == "unknown"
 
 
+@exhaustive("what a run and its profiler window write, by parts; workdirs with brackets in test_checkpoint.py")
 def test_a_run_with_tensorboard_and_a_profiler_window(tiny, tmp_path):
     workdir = tmp_path / "exp[1]"
     assert main(tiny(workdir, log__tensorboard=True, profile__start=3, profile__steps=2, steps=6)) == 0
