@@ -3,6 +3,7 @@
 import importlib
 
 import pytest
+from support.exhaustive import exhaustive
 
 
 @pytest.fixture(scope="module")
@@ -10,6 +11,7 @@ def script():
     return importlib.import_module("cross_entropy")
 
 
+@exhaustive("tests/train/test_cross_entropy.py, the loss itself")
 def test_measures_four_ways_and_checks_them(script, capsys, monkeypatch):
     small = ["--length", "32", "--width", "8", "--vocab", "4000", "--chunk", "8", "--runs", "1"]
     assert script.main(small) == 0

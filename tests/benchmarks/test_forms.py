@@ -30,6 +30,7 @@ def measured(forms, row, limit=2**30):
     return forms.measure(row, arrays, forms.make_check(row.score, arrays), limit)
 
 
+@exhaustive("test_attention.py, whose table and plot are alike, and the figures' own tests below")
 def test_writes_a_table_the_figures_and_a_plot(forms, tmp_path, capsys):
     out = tmp_path / "new" / "figure"
     assert forms.main([*SIZES, "--lengths", "40", "--out", str(out)]) == 0

@@ -6,6 +6,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+from support.exhaustive import exhaustive
 from support.models import model_of, params_of
 
 from train.data.tokenizers import load_tokenizer
@@ -76,6 +77,7 @@ def test_rolling_predicts_each_token_once(scorer, logits_of):
     assert scorer.rolling(tokens) == pytest.approx(expected + rest, rel=1e-5)
 
 
+@exhaustive("test_loglikelihoods_are_the_logits, and tests/test_generate.py: rows that stop")
 def test_continuations_stop_at_a_string(scorer, generated):
     """Each is the model's own generation, cut at its first stop string, whatever else is in the batch."""
     end = scorer.tokenizer.eos_id
