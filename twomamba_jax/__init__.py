@@ -18,6 +18,7 @@ from twomamba_jax.layers import (
 )
 from twomamba_jax.ops.convolution import causal_convolution
 from twomamba_jax.ops.decay_attention import decay_attention, decay_attention_step
+from twomamba_jax.ops.decoding.cached_attention import cached_attention, init_decoding_cache
 from twomamba_jax.ops.dispatch import Form, Implementation
 from twomamba_jax.ops.numerics import Precision
 from twomamba_jax.ops.score import Score
@@ -50,6 +51,7 @@ __all__ = [
     "Variant",
     "__version__",
     "cache_bytes",
+    "cached_attention",
     "causal_convolution",
     "decay_attention",
     "decay_attention_step",
@@ -59,6 +61,7 @@ __all__ = [
     "head_kernel",
     "head_logits",
     "init_cache",
+    "init_decoding_cache",
     "init_state",
     "parse_pattern",
     "prefill",

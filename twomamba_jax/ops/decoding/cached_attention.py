@@ -65,6 +65,11 @@ def init_decoding_cache(
 
     Raises:
       ValueError: `capacity` missing, below 1 or given for a finite score; `fold_size` below 1.
+
+    Examples:
+      >>> cache = init_decoding_cache("exp", batch=1, num_kv_heads=2, head_dim=4, value_dim=4, capacity=32)
+      >>> cache.keys.shape, cache.length.tolist()
+      ((1, 2, 32, 4), [0])
     """
     fold_size = checked_integer("fold_size", fold_size)
     wide = accumulation_dtype(dtype)
@@ -84,6 +89,63 @@ def init_decoding_cache(
         folded=folded,
         length=length,
     )
+
+
+def cached_attention(
+    q: Queries,
+    k: Keys,
+    v: Values,
+    log_decay: LogDecay | None,
+    cache: DecodingCache,
+    *,
+    score: Score,
+    normalize: bool = True,
+    scale: float | None = None,
+    segment_ids: SegmentIds | None = None,
+    lengths: Lengths | None = None,
+    is_empty: bool = False,
+    form: Form | None = None,
+    chunk_size: int | None = None,
+    implementation: Implementation | None = None,
+    precision: Precision = None,
+    partition: PartitionSpec | None = None,
+) -> tuple[Outputs, DecodingCache]:
+    """`decay_attention` of T tokens that continue those in `cache`, and the cache with them: `read`, then `write`.
+
+    A prompt, a piece of it and a single token are the same call. Of a finite score r tokens at a time are folded into
+    the state, and wait beside it until then: most tokens read the state and do not write it. `decay_attention_step`
+    has the state alone, and writes it at every token.
+
+    Args:
+      q: [B, T, H, K].
+      k: [B, T, G, K].
+      v: [B, T, G, V].
+      log_decay: [B, T, G], or None.
+      cache: from `init_decoding_cache`, or from the call before.
+      score: as the cache's.
+      normalize: as in `decay_attention`, like all that is not named here.
+      is_empty: promises that the cache is empty, so that a prompt is read by the fastest form there is.
+
+    Returns:
+      y [B, T, H, V] in q's dtype, and the next cache.
+
+    Raises:
+      ValueError: as `decay_attention` does; a cache of another score. A full `KeyValueCache` raises outside `jax.jit`,
+        and gives NaN inside.
+
+    Examples:
+      >>> q, k, v = jax.random.normal(jax.random.key(0), (3, 1, 9, 2, 4))
+      >>> cache = init_decoding_cache("squared", batch=1, num_kv_heads=2, head_dim=4, value_dim=4)
+      >>> prompt, token = (tuple(x[:, part] for x in (q, k, v)) for part in (slice(8), slice(8, 9)))
+      >>> _, cache = cached_attention(*prompt, None, cache, score="squared", is_empty=True)
+      >>> y, cache = cached_attention(*token, None, cache, score="squared")
+      >>> y.shape, cache.length.tolist()
+      ((1, 1, 2, 4), [9])
+    """
+    options = {"form": form, "chunk_size": chunk_size, "normalize": normalize, "scale": scale, "is_empty": is_empty}
+    both = {"score": score, "implementation": implementation, "precision": precision, "partition": partition}
+    y, new = read(q, k, v, log_decay, cache, segment_ids=segment_ids, lengths=lengths, **options, **both)
+    return y, write(cache, new, **both)
 
 
 def read(
