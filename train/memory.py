@@ -8,7 +8,7 @@ import jax
 
 from train.errors import UserError, one_line
 
-EXHAUSTED = "RESOURCE_EXHAUSTED"  # how JAX's message begins
+EXHAUSTED = "RESOURCE_EXHAUSTED"  # in JAX's message
 SIZE = re.compile(r"allocat\w+ ([\d.]+ ?\w+)")
 
 
@@ -18,10 +18,9 @@ def enough_memory(advice: str) -> Iterator[None]:
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
-        text = one_line(error, limit=10**6)
-        if EXHAUSTED not in text:
+        if EXHAUSTED not in str(error):
             raise
-        size = SIZE.search(text)
+        size = SIZE.search(str(error))
         said = f"{size[1]} more was asked for" if size else one_line(error, limit=120)
         raise UserError(
             f"the device has too little memory ({said}): {advice}; or end what else holds its memory"

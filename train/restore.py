@@ -49,11 +49,11 @@ def restore_on_one_device(
 ) -> tuple[Any, int]:
     """The parameters of a run's best or latest checkpoint on the first device, and its step, as `restore_params`."""
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), _shapes(model))
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), parameter_shapes(model))
     return restore_params(workdir, shapes, which, warn)
 
 
 @functools.cache
-def _shapes(model: LanguageModel) -> Any:
-    """Of its parameters, in their tree."""
+def parameter_shapes(model: LanguageModel) -> dict[str, Any]:
+    """The tree of a model's parameters as ShapeDtypeStructs, which is kept and not to be changed."""
     return jax.eval_shape(lambda: nn.unbox(model.init(jax.random.key(0), jnp.zeros((1, 8), jnp.int32)))["params"])

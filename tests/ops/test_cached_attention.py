@@ -6,7 +6,6 @@ import jax
 import numpy as np
 import pytest
 
-import twomamba_jax
 from twomamba_jax import cached_attention, decay_attention, init_decoding_cache
 
 TOKENS, PIECES = 13, (6, 3, 1, 1, 1, 1)  # of which the first is longer than what waits, and the others fold
@@ -34,7 +33,3 @@ def test_a_cache_of_another_score_is_refused():
     cache = init_decoding_cache("squared", 1, 2, 4, 4)
     with pytest.raises(ValueError, match="score='exp' continues a KeyValueCache, got RecurrentCache"):
         cached_attention(q, q, q, None, cache, score="exp")
-
-
-def test_the_module_is_still_found_where_the_function_is_public():
-    assert twomamba_jax.ops.decoding.cached_attention.cached_attention is twomamba_jax.cached_attention

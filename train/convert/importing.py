@@ -15,12 +15,13 @@ from train.configuration import to_json, validate
 from train.convert.layouts import find_layout
 from train.convert.parameters import check_tensors, read_parameters
 from train.convert.reading import open_tensors, read_json
-from train.convert.tensors import parameter_shapes
 from train.convert.tokenizer import check_tokenizer, find_tokenizer
 from train.data.tokenizers import IDS, has_file, keep_tokenizer, kept_path
 from train.errors import UserError
+from train.restore import parameter_shapes
 from train.workdir import replace, writing
 from twomamba_jax.config import ModelConfig
+from twomamba_jax.layers import LanguageModel
 
 # A run that goes on from imported parameters changes them less and in fewer steps than one from none. These are where
 # to start from, not measured.
@@ -87,7 +88,7 @@ def import_checkpoint(directory: Path, workdir: Path, tokenizer: str | None, rep
     length = described.get(layout.length, 2048)
     config = make_config(directory.resolve().name, variant, model, length, data)
 
-    params = read_parameters(files, tensors, parameter_shapes(model))
+    params = read_parameters(files, tensors, parameter_shapes(LanguageModel(model)))
     corpus = {"imported": {"directory": directory.name, "layout": layout.name}, "tokenizer": digest}
     with writing(workdir):
         workdir.mkdir(parents=True, exist_ok=True)

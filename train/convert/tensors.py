@@ -4,19 +4,17 @@ A checkpoint of PyTorch keeps a linear map as [out, in] and fuses several maps a
 [in, out], with heads and their sizes apart, and those of equal layers are stacked. One description serves both ways.
 """
 
-import functools
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+from train.restore import parameter_shapes
 from twomamba_jax.config import ModelConfig
-from twomamba_jax.layers import Execution, LanguageModel
+from twomamba_jax.layers import LanguageModel
 
 
 @dataclass(frozen=True)
@@ -102,13 +100,6 @@ def same(parameter: Parameter) -> Tensor:
     return Tensor(parameter.shape, (Part(parameter, parameter.shape[0], False),))
 
 
-@functools.cache
-def parameter_shapes(config: ModelConfig, param_dtype: Any = jnp.float32) -> dict[str, Any]:
-    """The tree of a model's parameters as ShapeDtypeStructs."""
-    model = LanguageModel(config, Execution(param_dtype=param_dtype))
-    return jax.eval_shape(lambda: nn.unbox(model.init(jax.random.key(0), jnp.zeros((1, 8), jnp.int32))["params"]))
-
-
 @dataclass(frozen=True)
 class Layers:
     """The parameters of a model by name: those outside the layers by path, those of layer n by path below the layer."""
@@ -132,7 +123,7 @@ class Layers:
         }
 
     def __post_init__(self):
-        object.__setattr__(self, "_shapes", parameter_shapes(self.config))
+        object.__setattr__(self, "_shapes", parameter_shapes(LanguageModel(self.config)))
 
     def _shape(self, path: tuple[str, ...]) -> tuple[int, ...]:
         shape: Any = self._shapes

@@ -16,10 +16,10 @@ from train.convert import authors, own
 from train.convert.command import main
 from train.convert.parameters import check_tensors, read_parameters
 from train.convert.reading import SafetensorsFiles
-from train.convert.tensors import parameter_shapes
 from train.convert.writing import Output, write_tensors
 from train.errors import UserError
-from twomamba_jax import ModelConfig, parse_pattern
+from train.restore import parameter_shapes
+from twomamba_jax import LanguageModel, ModelConfig, parse_pattern
 
 CHECKPOINT = Path(__file__).parents[2] / "golden" / "authors_2mamba"
 SIZES = {"vocab_size": 7, "d_model": 12, "num_heads": 2, "head_dim": 6, "mlp_dim": 10}
@@ -38,7 +38,9 @@ def model_of(pattern, num_layers=2, **sizes):
 
 def random_tree(model):
     draw = np.random.default_rng(0)
-    return jax.tree.map(lambda leaf: draw.normal(size=leaf.shape).astype(np.float32), parameter_shapes(model))
+    return jax.tree.map(
+        lambda leaf: draw.normal(size=leaf.shape).astype(np.float32), parameter_shapes(LanguageModel(model))
+    )
 
 
 def assert_same_bits(found, expected):
@@ -92,7 +94,7 @@ def test_own_layout_has_every_parameter(pattern, sizes, tmp_path):
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
     files = SafetensorsFiles(tmp_path)
     check_tensors(files, tensors, lambda _: False)
-    assert_same_bits(read_parameters(files, tensors, parameter_shapes(model)), tree)
+    assert_same_bits(read_parameters(files, tensors, parameter_shapes(LanguageModel(model))), tree)
     described = json.loads(json.dumps(own.describe(pattern, model, 32, {})))
     assert own.read_model(described, "config.json") == (pattern, model)
 

@@ -16,10 +16,10 @@ from train import generate
 from train.checkpoint import checkpoint_steps
 from train.convert import mamba2
 from train.convert.command import main
-from train.convert.tensors import parameter_shapes
 from train.cross_entropy import cross_entropy
 from train.main import main as train
-from twomamba_jax import fork, head_kernel, init_cache, parse_pattern, prefill, roll_back
+from train.restore import parameter_shapes
+from twomamba_jax import LanguageModel, fork, head_kernel, init_cache, parse_pattern, prefill, roll_back
 
 CHECKPOINT = Path(__file__).parents[2] / "golden" / "mamba2_hf"
 EXPECTED = np.load(CHECKPOINT / "expected.npz")
@@ -238,7 +238,9 @@ def test_settings_are_fields_and_tensors_hold_every_parameter(kind, config, fiel
     assert model.layer_mixers == parse_pattern(variant, 2) == parse_pattern(entry if fields else "mamba2-released", 2)
     assert model.tie_embeddings == config.get("tie_embeddings", config.get("tie_word_embeddings"))
     draw = np.random.default_rng(0)
-    tree = jax.tree.map(lambda leaf: draw.normal(size=leaf.shape).astype(np.float32), parameter_shapes(model))
+    tree = jax.tree.map(
+        lambda leaf: draw.normal(size=leaf.shape).astype(np.float32), parameter_shapes(LanguageModel(model))
+    )
     found = jax.tree.map(np.zeros_like, tree)
     for tensor in kind.tensors(model).values():
         for parameter, values in tensor.unpack(tensor.pack(tree)):
