@@ -12,7 +12,7 @@ from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 from support.exhaustive import EXHAUSTIVE, exhaustive
 from support.hopper import on_hopper
 from support.models import config_of
-from support.traced import kernels
+from support.traced import kept, kernels
 
 from pallas_kernels.elementwise import convolution, norm, softmax
 from pallas_kernels.interpreter import interpreted
@@ -21,6 +21,7 @@ from train.sharding import MESH_AXES, RULES
 from train.step import weighted_sums
 from twomamba_jax import Execution, LanguageModel
 from twomamba_jax.layers import Block
+from twomamba_jax.layers.execution import DEAR
 from twomamba_jax.ops import dispatch
 from twomamba_jax.ops.convolution import causal_convolution
 from twomamba_jax.ops.elementwise import Elementwise
@@ -347,10 +348,15 @@ def params_of(x):
     return nn.unbox(init)["params"]
 
 
-def traced(monkeypatch, function, mesh=None):
-    """The elementwise kernels of a program, each with the shape of its first operand; attention is XLA's."""
+def as_on_a_gpu(monkeypatch):
+    """Programs are traced with kernels; attention is XLA's."""
     monkeypatch.setitem(dispatch.UNSUPPORTED_DEVICE, "mosaic_gpu", lambda: None)
     monkeypatch.setattr(dispatch, "choose", lambda *_: ("parallel", "xla"))
+
+
+def traced(monkeypatch, function, mesh=None):
+    """The elementwise kernels of a program, each with the shape of its first operand."""
+    as_on_a_gpu(monkeypatch)
     x, ids = jax.ShapeDtypeStruct((4, 128, 512), jnp.bfloat16), jax.ShapeDtypeStruct((4, 128), jnp.int32)
     params = jax.eval_shape(params_of, x)
     with jax.sharding.use_abstract_mesh(mesh) if mesh else contextlib.nullcontext(), nn.logical_axis_rules(RULES):
@@ -368,6 +374,17 @@ def test_a_block_takes_them_in_its_backward_pass(monkeypatch):
         ("norm_backward", (512,)),
         ("swiglu_backward", (512, 2, 512)),
     ]
+
+
+def test_the_result_of_the_mixers_norm_is_kept(monkeypatch):
+    """By a rematerialised block, that of the other norm is not: there is memory for one."""
+    as_on_a_gpu(monkeypatch)
+    x, ids = jax.ShapeDtypeStruct((2, 96, 512), jnp.bfloat16), jax.ShapeDtypeStruct((2, 96), jnp.int32)
+    loss = jax.checkpoint(loss_of(block_of("mosaic_gpu")), policy=DEAR)
+    found = kept(x.shape, loss, jax.eval_shape(params_of, x), x, ids)
+    assert found[0] == "from the argument x"
+    assert found[1].startswith("named 'small'")
+    assert [line for line in found if "norm_with_residual" in line] == [found[1]]
 
 
 def test_each_device_computes_its_part(monkeypatch):

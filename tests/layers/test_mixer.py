@@ -9,8 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support.traced import kept
 
 from twomamba_jax import VARIANTS, Execution, Mixer
+from twomamba_jax.layers.execution import DEAR
 
 pytestmark = pytest.mark.quick
 
@@ -206,6 +208,20 @@ def test_rotary_positions_count_by_their_differences():
     # Angles up to 14 are off by 14 epsilon, which their sine and the score inherit.
     np.testing.assert_allclose(shifted, plain, rtol=0, atol=14 * np.finfo(np.float32).eps * np.abs(plain).max())
     assert np.abs(doubled - plain).max() > 1e-3
+
+
+def test_rotated_queries_and_keys_are_kept_in_the_place_of_the_products():
+    """By a rematerialised block: as much memory, and no rotation in the backward pass."""
+    mixer, x = mixer_of("softmax"), jax.ShapeDtypeStruct((2, T, E), jnp.float32)
+    variables = jax.eval_shape(mixer.init, jax.random.key(0), x)
+
+    @functools.partial(jax.checkpoint, policy=DEAR)
+    def loss(variables, x):
+        return mixer.apply(variables, x)[0].sum()
+
+    assert [line.split()[0] for line in kept((2, T, H, K), loss, variables, x)] == ["named"]
+    keys_and_values = kept((2, T, G, K), loss, variables, x)
+    assert sorted(line.split()[0] for line in keys_and_values) == ["named", "output"]  # values are not rotated
 
 
 def test_memoryless_sees_the_convolutions_window_alone():

@@ -1,8 +1,11 @@
-"""The kernels in a program before it is lowered."""
+"""What a program is before it is lowered: its kernels, and what its forward pass keeps for the backward pass."""
 
+import contextlib
+import io
 import re
 
 import jax
+import jax.ad_checkpoint
 from jax._src import core  # no other way to the programs inside a program
 
 
@@ -18,3 +21,12 @@ def kernels(names: str, function, *arguments) -> list[tuple[str, tuple[int, ...]
                 yield from within(inner)
 
     return list(within(jax.make_jaxpr(function)(*arguments).jaxpr))
+
+
+def kept(shape: tuple[int, ...], function, *arguments) -> list[str]:
+    """Where the arrays of this shape come from that the gradient of `function` needs: `named 'small' from ...`."""
+    lines = io.StringIO()
+    with contextlib.redirect_stdout(lines):
+        jax.ad_checkpoint.print_saved_residuals(function, *arguments)
+    of_shape = f"[{','.join(map(str, shape))}] "
+    return [line.split(of_shape)[1] for line in lines.getvalue().splitlines() if of_shape in line]

@@ -45,8 +45,9 @@ class Execution:
       dtype: of activations and matrix products. Norms, decays, states and logits are float32 or wider all the same.
       param_dtype: of the parameters.
       remat: what of each block is computed again in the backward pass instead of being kept: "none", "dots" (all but
-        the results of projections and attention kernels, and what is small), "states" (the same, but for the states
-        between chunks of the linear-time kernels: 336 bytes a token and head of 64 of squared scores), or "full" (all).
+        the results of projections and attention kernels, and what is small or cheap to keep), "states" (the same, but
+        for the states between chunks of the linear-time kernels: 336 bytes a token and head of 64 of squared scores),
+        or "full" (all).
       scan_layers: whether layers run in a loop over their parameters, so that compilation time does not grow with
         depth, or one after the other, which is faster on a GPU. None: a loop, but for `decode` and most training
         steps (train/layer_loop.py) on GPUs. `decode` takes a copy of the layers' parameters for it.

@@ -51,7 +51,8 @@ class Block(nn.Module, kw_only=True):
         of_norm, of_mlp = (self.execution.elementwise(axis) if trains else Elementwise() for axis in ("embed", "mlp"))
         norm = {"eps": config.norm_eps, "dtype": dtype, "param_dtype": param_dtype, "elementwise": of_norm}
         cache, layer = attach(cache, stack, layer)
-        residual, y, *copies = RMSNorm(name="mixer_norm", **norm)(x, copies=len(Copies._fields) + 1)
+        # Kept for the backward pass, of which the other norm computes its result again: there is memory for one.
+        residual, y, *copies = RMSNorm(name="mixer_norm", **norm)(x, copies=len(Copies._fields) + 1, keep=True)
         mixed, new = Mixer(
             self.mixer,
             num_heads=config.num_heads,

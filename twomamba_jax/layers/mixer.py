@@ -21,6 +21,7 @@ from twomamba_jax.ops.decay import STRONGEST_LOG_DECAY, discretized_decay, softp
 from twomamba_jax.ops.decay_attention import decay_attention
 from twomamba_jax.ops.decoding import cached_attention
 from twomamba_jax.ops.joint_convolution import can_convolve, joint_convolution
+from twomamba_jax.ops.kept import kept
 from twomamba_jax.ops.layout import repeat_heads
 from twomamba_jax.ops.norm import divide_by_rms
 from twomamba_jax.ops.numerics import accumulation_dtype, broadcast_parameter
@@ -138,7 +139,8 @@ class Mixer(nn.Module):
         if config.rope:
             if positions is None:
                 positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
-            q, k = (apply_rope(y, positions, self.rope_theta) for y in (q, k))
+            # Kept in the place of q and k before, which the gradient of a rotation does not need.
+            q, k = (kept(apply_rope(y, positions, self.rope_theta)) for y in (q, k))
         if config.qk_groups is not None:
             q, k = self._of_all_heads(q, "heads"), self._of_all_heads(k, "kv_heads")
 

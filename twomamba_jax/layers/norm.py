@@ -39,12 +39,15 @@ class RMSNorm(nn.Module):
     elementwise: Elementwise = Elementwise()
 
     @nn.compact
-    def __call__(self, x: AnyArray, copies: int | None = None) -> jax.Array | tuple[jax.Array, ...]:
-        """y for x [..., *dims]; or (x, y, ..., y), for a residual connection around so many products, each of a y."""
+    def __call__(self, x: AnyArray, copies: int | None = None, keep: bool = False) -> jax.Array | tuple[jax.Array, ...]:
+        """y for x [..., *dims]; or (x, y, ..., y), for a residual connection around so many products, each of a y.
+
+        `keep` is as in `norm_with_residual`.
+        """
         init, rank = with_logical_axes(nn.initializers.ones, self.axes), len(self.axes)
         scale = self.param("scale", init, x.shape[-rank:], self.param_dtype)
         plain = len(self.axes) == self.groups == 1 and self.dtype == x.dtype
-        if copies and plain and (fork := norm_with_residual(x, scale, self.eps, copies, self.elementwise)):
+        if copies and plain and (fork := norm_with_residual(x, scale, self.eps, copies, self.elementwise, keep)):
             return fork
         y = divide_by_rms(self._apart(x, rank), rank, self.eps).reshape(x.shape)
         y = (y * jnp.expand_dims(scale, range(x.ndim - scale.ndim))).astype(self.dtype)

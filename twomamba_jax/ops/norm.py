@@ -20,7 +20,12 @@ def divide_by_rms(x: AnyArray, rank: int, eps: float) -> jax.Array:
 
 
 def norm_with_residual(
-    x: Float[AnyArray, "B T E"], scale: Float[AnyArray, "E"], eps: float, copies: int, elementwise: Elementwise
+    x: Float[AnyArray, "B T E"],
+    scale: Float[AnyArray, "E"],
+    eps: float,
+    copies: int,
+    elementwise: Elementwise,
+    keep: bool = False,
 ) -> tuple[Float[AnyArray, "B T E"], ...] | None:
     """(x, y, ..., y) with y = scale * x / sqrt(mean(x^2) + eps) in x's dtype, if there is a kernel for its gradient.
 
@@ -33,13 +38,14 @@ def norm_with_residual(
       eps: added to the mean.
       copies: of y.
       elementwise: the kernels.
+      keep: whether a rematerialised block keeps y for the backward pass (`ops.kept`), or computes it again.
 
     Returns:
       x and the copies; None: there is no kernel for this call.
     """
     if _kernels(x, elementwise) is None:
         return None
-    return _fork(x, scale.astype(jnp.float32), eps, copies, elementwise)
+    return _fork(x, scale.astype(jnp.float32), eps, copies, elementwise, keep)
 
 
 def _kernels(x, elementwise: Elementwise):
@@ -47,17 +53,22 @@ def _kernels(x, elementwise: Elementwise):
     return elementwise.kernels("norm", (x, PartitionSpec(batch, length)))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def _fork(x, scale, eps, copies, elementwise):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))
+def _fork(x, scale, eps, copies, elementwise, keep):
+    return _copies(x, scale, eps, copies, keep)
+
+
+def _copies(x, scale, eps, copies, keep):
     y = (scale * divide_by_rms(x, 1, eps)).astype(x.dtype)
-    return x, *[y] * copies
+    return x, *[kept(y) if keep else y] * copies
 
 
-def _fork_forward(x, scale, eps, copies, elementwise):
-    return _fork(x.value, scale.value, eps, copies, elementwise), (x.value, scale.value)
+def _fork_forward(x, scale, eps, copies, elementwise, keep):
+    # Not by `_fork`: a policy of `jax.checkpoint` sees no name inside it.
+    return _copies(x.value, scale.value, eps, copies, keep), (x.value, scale.value)
 
 
-def _fork_backward(eps, copies, elementwise, kept_arrays, gradients):
+def _fork_backward(eps, copies, elementwise, keep, kept_arrays, gradients):
     kernels, (x, scale) = _kernels(kept_arrays[0], elementwise), kept_arrays
     dresidual, *dys = (None if type(dy) is SymbolicZero else dy for dy in gradients)
     dys = [dy for dy in dys if dy is not None]

@@ -20,8 +20,10 @@ def apply_rope(
     if size % 2:
         raise ValueError(f"rotary embeddings turn pairs: the head dimension must be even, got {size}")
     wide = accumulation_dtype(x.dtype)
-    frequencies = theta ** (-jnp.arange(0, size, 2, dtype=wide) / size)
-    angles = (positions[..., None].astype(wide) * frequencies[None, None])[:, :, None]
-    even, odd = x[..., 0::2].astype(wide), x[..., 1::2].astype(wide)
-    cos, sin = jnp.cos(angles), jnp.sin(angles)
-    return jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1).reshape(x.shape).astype(x.dtype)
+    # Every number of a pair with its angle, and its partner times its sine: a GPU reads and writes whole vectors so.
+    frequencies = theta ** (-(jnp.arange(size) // 2 * 2).astype(wide) / size)
+    angles = (positions[..., None].astype(wide) * frequencies)[:, :, None]
+    turned = x.astype(wide)
+    partner = turned.reshape(*x.shape[:-1], size // 2, 2)[..., ::-1].reshape(x.shape)
+    sign = jnp.where(jnp.arange(size) % 2, 1, -1).astype(wide)
+    return (turned * jnp.cos(angles) + partner * (sign * jnp.sin(angles))).astype(x.dtype)
