@@ -23,11 +23,14 @@ import jax
 import jax.numpy as jnp
 
 from twomamba_jax.layers.language_model import head_logits
+from twomamba_jax.ops.elementwise import Elementwise
 from twomamba_jax.ops.numerics import accumulation_dtype
+from twomamba_jax.ops.softmax_rows import places_of, softmax_rows
 from twomamba_jax.shapes import AnyArray, Array, Float, Int
 
 # A chunk's logits may be as large as the gradient of the head is, or as this many numbers (256 MiB in float32).
 CHUNK_LOGITS = 2**26
+NO_KERNELS = Elementwise()
 
 
 class Sums(NamedTuple):
@@ -38,7 +41,7 @@ class Sums(NamedTuple):
     weight: Float[Array, ""]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def cross_entropy(
     x: Float[AnyArray, "B T E"],
     kernel: Float[AnyArray, "E vocab"],
@@ -46,6 +49,7 @@ def cross_entropy(
     weights: Float[AnyArray, "B T"],
     chunk_size: int | None = None,
     shards: tuple[int, int] = (1, 1),
+    elementwise: Elementwise = NO_KERNELS,
 ) -> Sums:
     """The sums of `softmax(x W)` against `targets`, by their weights. Only `loss` has a gradient, of x and the kernel.
 
@@ -60,11 +64,12 @@ def cross_entropy(
       weights: data, whose gradient is 0.
       chunk_size: tokens of a device whose logits exist at once, at most, from 1; None: `CHUNK_LOGITS` decides.
       shards: how many shares the mesh cuts B and T into (`train.sharding.token_shards`); each must divide its own.
+      elementwise: the kernels for what is taken of each token's logits, whose last axis is that of the vocabulary.
 
     Returns:
       `Sums`.
     """
-    return _sums_and_gradients(x, kernel, targets, weights, chunk_size, shards, differentiate=False)[0]
+    return _sums_and_gradients(x, kernel, targets, weights, chunk_size, shards, elementwise, differentiate=False)[0]
 
 
 def num_chunks(tokens: int, width: int, vocab_size: int, chunk_size: int | None) -> int:
@@ -72,7 +77,7 @@ def num_chunks(tokens: int, width: int, vocab_size: int, chunk_size: int | None)
     return -(-tokens // (max(CHUNK_LOGITS // vocab_size, width) if chunk_size is None else chunk_size))
 
 
-def _sums_and_gradients(x, kernel, targets, weights, chunk_size, shards, differentiate):
+def _sums_and_gradients(x, kernel, targets, weights, chunk_size, shards, elementwise, differentiate):
     wide = accumulation_dtype(x.dtype)
     tokens = x.shape[0] * x.shape[1] // (shards[0] * shards[1])
     chunks = num_chunks(tokens, *kernel.shape, chunk_size)
@@ -80,7 +85,7 @@ def _sums_and_gradients(x, kernel, targets, weights, chunk_size, shards, differe
     head = nn.with_logical_constraint(kernel.astype(x.dtype), (None, "vocab"))
 
     def body(total, chunk):
-        sums, dx, dw = _chunk(head, *chunk, differentiate)
+        sums, dx, dw = _chunk(head, *chunk, elementwise, differentiate)
         return jax.tree.map(jnp.add, total, (sums, dw)), dx
 
     share = nn.with_logical_constraint(jnp.zeros((*shards, *kernel.shape), wide), ("batch", "length", None, "vocab"))
@@ -94,10 +99,10 @@ def _sums_and_gradients(x, kernel, targets, weights, chunk_size, shards, differe
     return sums, (_join(dx, x.shape), dw)
 
 
-def _chunk(head, x, targets, weights, differentiate):
+def _chunk(head, x, targets, weights, elementwise, differentiate):
     """The sums [R, Q] of a chunk x [R, Q, C, E] of every share of the tokens, its dx, and dW [R, Q, E, vocab]."""
     logits = nn.with_logical_constraint(head_logits(x, head), ("batch", "length", None, "vocab"))
-    rows = jax.lax.platform_dependent(logits, targets, cuda=_rows_in_one_pass, default=_rows)
+    rows = softmax_rows(logits, targets, elementwise)
     largest, log_total = rows.largest[..., None], jnp.log(rows.total)[..., None]
     # Not the log-sum-exp itself: where a target is nearly certain, its loss would be lost in the rounding of `largest`.
     losses = jnp.log(rows.total) - (rows.of_target - rows.largest)
@@ -105,54 +110,11 @@ def _chunk(head, x, targets, weights, differentiate):
     sums = Sums(*(jnp.sum(part, axis=-1) for part in (weights * losses, weights * hits, weights)))
     if not differentiate:
         return sums, None, None
-    is_target = _vocabulary(logits) == targets[..., None]
+    is_target = places_of(logits) == targets[..., None]
     dl = (weights[..., None] * (jnp.exp(logits - largest - log_total) - is_target)).astype(x.dtype)
     wide = {"preferred_element_type": logits.dtype}
     dx = jnp.einsum("rqcv,ev->rqce", dl, head, **wide).astype(x.dtype)
     return sums, dx, jnp.einsum("rqce,rqcv->rqev", x, dl, **wide)
-
-
-class _Rows(NamedTuple):
-    """Of each token's logits l: the largest, sum exp(l - largest), the place of the first largest, and l_target."""
-
-    largest: Array
-    total: Array
-    first_largest: Array
-    of_target: Array
-
-
-def _rows(logits, targets) -> _Rows:
-    largest, vocabulary = jnp.max(logits, axis=-1), _vocabulary(logits)
-    total = jnp.sum(jnp.exp(logits - largest[..., None]), axis=-1)
-    first = jnp.min(jnp.where(logits == largest[..., None], vocabulary, logits.shape[-1]), axis=-1)
-    return _Rows(largest, total, first, jnp.sum(jnp.where(vocabulary == targets[..., None], logits, 0), axis=-1))
-
-
-def _rows_in_one_pass(logits, targets) -> _Rows:
-    """`_rows` with the logits read once, as a GPU should; XLA's code for a CPU takes three times as long by it.
-
-    Two parts of a row with largest m and n and sums s and r have the sum s exp(m - largest) + r exp(n - largest).
-    """
-    vocabulary = _vocabulary(logits)
-    zero = jnp.zeros((), logits.dtype)
-    parts = logits, jnp.ones_like(logits), vocabulary, jnp.where(vocabulary == targets[..., None], logits, zero)
-    # Not -inf, of which two have no difference: nothing is 0 times exp(0).
-    nothing = jnp.finfo(logits.dtype).min.astype(logits.dtype), zero, jnp.int32(logits.shape[-1]), zero
-
-    def join(a: _Rows, b: _Rows) -> _Rows:
-        largest = jnp.maximum(a.largest, b.largest)
-        total = a.total * jnp.exp(a.largest - largest) + b.total * jnp.exp(b.largest - largest)
-        of_equals = jnp.minimum(a.first_largest, b.first_largest)
-        of_two = jnp.where(a.largest > b.largest, a.first_largest, b.first_largest)
-        first = jnp.where(a.largest == b.largest, of_equals, of_two)
-        return _Rows(largest, total, first, a.of_target + b.of_target)
-
-    return jax.lax.reduce(_Rows(*parts), _Rows(*nothing), join, (logits.ndim - 1,))
-
-
-def _vocabulary(logits):
-    """The number of each logit's token. Comparisons with it, over a sharded vocabulary, are each device's own."""
-    return jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
 
 
 def _cut(array, shards, chunks):
@@ -181,7 +143,7 @@ def _forward(*arguments):
     return _sums_and_gradients(*arguments, differentiate=True)
 
 
-def _backward(chunk_size, shards, gradients, cotangents):
+def _backward(chunk_size, shards, elementwise, gradients, cotangents):
     return *((cotangents.loss * gradient).astype(gradient.dtype) for gradient in gradients), None, None
 
 

@@ -45,10 +45,11 @@ def weighted_sums(
 ) -> Sums:
     """Runs the model on `batch` (see train/data/rows.py) and sums over the targets by their weights.
 
-    `chunk_size` and `shards` are those of `cross_entropy`.
+    `chunk_size` and `shards` are those of `cross_entropy`; `model.execution` says whether the loss has kernels, too.
     """
     x = model.apply({"params": params}, batch["tokens"], segment_ids=batch["segment_ids"], apply_head=False)
-    return cross_entropy(x, head_kernel(params), batch["targets"], batch["weights"], chunk_size, shards)
+    elementwise = model.execution.elementwise("vocab")
+    return cross_entropy(x, head_kernel(params), batch["targets"], batch["weights"], chunk_size, shards, elementwise)
 
 
 def first_state(params: Any, optimizer: optax.GradientTransformation) -> TrainState:

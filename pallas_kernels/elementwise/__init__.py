@@ -1,1 +1,1 @@
-"""Backward passes around matrix products: of a norm, of convolutions, of a gated MLP. They are bound by memory."""
+"""What stands between products, bound by memory: the backward passes of norms, convolutions, MLPs; rows of logits."""

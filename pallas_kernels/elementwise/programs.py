@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.elementwise.convolution import convolution_backward
 from pallas_kernels.elementwise.norm import norm_backward
+from pallas_kernels.elementwise.softmax import softmax_rows
 from pallas_kernels.elementwise.swiglu import swiglu_backward
 from pallas_kernels.quadratic.programs import Program
 
@@ -29,6 +30,9 @@ def programs() -> Iterator[Program]:
         yield Program(f"convolution_backward-{width}-{channels}", convolution_backward, arguments)
     for hidden in (1024, 2048, 3072):
         yield Program(f"swiglu_backward-{hidden}", swiglu_backward, (_shape(TOKENS, 2, hidden), _shape(TOKENS, hidden)))
+    for vocabulary in (512, 32000):
+        arguments = _shape(2048, vocabulary, dtype=jnp.float32), _shape(2048, dtype=jnp.int32)
+        yield Program(f"softmax_rows-{vocabulary}", softmax_rows, arguments)
 
 
 def _norm_backward(products, x, scale, dy, dresidual):

@@ -1,4 +1,4 @@
-"""The elementwise kernels on four devices against one: the error of each gradient, over its largest entry."""
+"""The elementwise kernels on four devices against one: the error of each result, over its largest entry."""
 
 import json
 
@@ -11,6 +11,7 @@ from pallas_kernels.interpreter import interpreted
 from twomamba_jax.ops.elementwise import Elementwise
 from twomamba_jax.ops.joint_convolution import joint_convolution
 from twomamba_jax.ops.norm import norm_with_residual
+from twomamba_jax.ops.softmax_rows import softmax_rows
 from twomamba_jax.ops.swiglu import gated_product
 
 SEGMENT_IDS = jnp.asarray([[0, 0, 1, 1], [0, 1, 1, 1]])
@@ -56,6 +57,15 @@ def gradients(function, partition, arrays):
     return run(*arrays)
 
 
+LOGITS = normal(0, 2, 2, 3, 516, dtype=jnp.float32)
+TARGETS = jnp.arange(12).reshape(2, 2, 3)
+
+
+def rows(partition):
+    """Those of logits whose first dimension is of shares of the batch, and the second of shares of its tokens."""
+    return jax.jit(lambda *arrays: softmax_rows(*arrays, Elementwise("mosaic_gpu", partition)))(LOGITS, TARGETS)
+
+
 def error(a, b):
     a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
     return float(np.abs(a - b).max() / np.abs(b).max())
@@ -71,6 +81,11 @@ def main():
                 with jax.set_mesh(mesh):
                     got = gradients(function, partition, arrays)
                 errors[f"{function.__name__}, {tuple(partition)}"] = list(map(error, got, want))
+        want = rows(None)
+        for partition in (ROWS, TOKENS):
+            with jax.set_mesh(mesh):
+                got = rows(partition)
+            errors[f"rows, {tuple(partition)}"] = list(map(error, got, want))
     print(json.dumps(errors))
 
 

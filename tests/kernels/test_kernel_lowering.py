@@ -43,7 +43,9 @@ DECODING = [
 ELEMENTWISE = [
     program
     for program in elementwise_programs()
-    if EXHAUSTIVE or program.name in ("norm_backward-4-2048", "convolution_backward-4-1536", "swiglu_backward-3072")
+    if EXHAUSTIVE
+    or program.name
+    in ("norm_backward-4-2048", "convolution_backward-4-1536", "swiglu_backward-3072", "softmax_rows-32000")
 ]
 
 

@@ -49,6 +49,7 @@ class Bigram(nn.Module):
     """
 
     scale: float = 1.0
+    execution: Execution = Execution()
 
     @nn.compact
     def __call__(self, tokens, segment_ids=None, apply_head=True):

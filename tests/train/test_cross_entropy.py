@@ -9,9 +9,9 @@ import pytest
 from support.exhaustive import EXHAUSTIVE
 from support.models import model_of, params_of
 
-from train import cross_entropy as module
 from train.cross_entropy import cross_entropy, num_chunks
 from train.step import weighted_sums
+from twomamba_jax.ops import softmax_rows
 
 BATCH, LENGTH, WIDTH, VOCAB = 4, 6, 8, 11
 
@@ -48,7 +48,7 @@ def differentiate(function, *arguments):
 def rows(request, monkeypatch):
     """What the loss takes of each row of logits, in the passes of a CPU and in the one of a GPU."""
     if request.param == "of a GPU":
-        monkeypatch.setattr(module, "_rows", module._rows_in_one_pass)
+        monkeypatch.setattr(softmax_rows, "in_several_passes", softmax_rows.in_one_pass)
 
 
 @pytest.mark.usefixtures("rows")
@@ -99,23 +99,6 @@ def test_a_hit_is_the_first_of_the_largest_logits():
     x, kernel = np.ones((1, 3, 1), np.float32), np.array([[0, 2, 2, 1]], np.float32)
     targets, weights = np.array([[1, 2, 3]]), np.ones((1, 3), np.float32)
     assert float(jax.jit(lambda *arrays: cross_entropy(*arrays).correct)(x, kernel, targets, weights)) == 1
-
-
-def test_one_pass_over_rows_is_several():
-    """Logits of any size, ties and a row of NaN: what is not summed is the same, bit for bit."""
-    random = np.random.default_rng(0)
-    logits = np.float32(random.normal(size=(3, 7, 300)) * np.array([1, 1e3, 5e37])[:, None, None])
-    logits[0, 0], logits[0, 1, 5:9], logits[0, 2], logits[0, 3, 4] = 2, 9, -3e38, np.nan
-    targets = random.integers(300, size=(3, 7))
-    passes = module._rows, module._rows_in_one_pass
-    several, one = (jax.tree.map(np.asarray, jax.jit(rows)(logits, targets)) for rows in passes)
-    assert np.isnan(one.total[0, 3])
-    assert np.isnan(several.total[0, 3])
-    numbers = np.ones((3, 7), bool)
-    numbers[0, 3] = False
-    for found, wanted, tolerance in zip(one, several, (0, 2e-6, 0, 0)):
-        np.testing.assert_allclose(found[numbers], wanted[numbers], rtol=tolerance)
-    assert tuple(one.first_largest[0, :2]) == (0, 5)
 
 
 def test_chunks():

@@ -55,8 +55,9 @@ class Execution:
       chunk_size: as in `decay_attention`.
       implementation: as in `decay_attention`.
       precision: as in `decay_attention`.
-      elementwise_kernels: whether the backward passes of norms, convolutions and gated MLPs are kernels, too, where
-        those of `implementation` support the model's widths (docs/training.md); what they do is said once in the log.
+      elementwise_kernels: whether the backward passes of norms, convolutions and gated MLPs, and what the training loss
+        takes of its logits, are kernels, too, where those of `implementation` support the model's sizes
+        (docs/training.md); what they do is said once in the log.
 
     Raises:
       ValueError: a dtype that is not floating, an unknown remat, form, implementation or precision, a scan_layers or
@@ -103,6 +104,6 @@ class Execution:
             raise ValueError(f"chunk_size={self.chunk_size} needs form='chunked' or None, got form={self.form!r}")
 
     def elementwise(self, channels: str) -> Elementwise:
-        """The kernels for backward passes between products, of arrays whose channels have this logical axis."""
+        """The kernels between products, of arrays whose channels have this logical axis."""
         implementation = self.implementation if self.elementwise_kernels else "xla"
         return Elementwise(implementation, nn.logical_to_mesh_axes(("batch", "length", channels)))

@@ -1,6 +1,7 @@
-"""Kernels for the backward passes between matrix products: whether a call takes them, and each device's part of it.
+"""Kernels for what stands between matrix products: whether a call takes them, and each device's part of it.
 
-XLA computes the same forward and backward; it makes several passes over memory of what a kernel does in one.
+They are the backward passes of norms, convolutions and gated MLPs, and what a loss takes of its logits. XLA computes
+the same; it makes several passes over memory of what a kernel does in one.
 """
 
 import dataclasses
@@ -21,19 +22,19 @@ _log = logging.getLogger("twomamba_jax")
 
 @dataclasses.dataclass(frozen=True)
 class Elementwise:
-    """The kernels that a model's layers may take.
+    """The kernels that a model's layers and its loss may take.
 
     Attributes:
       implementation: of the model: kernels are taken for None and for a language that has them, where they support the
         arrays, and XLA computes the rest: but for rounding the values are the same.
-      partition: the mesh axes of (batch, length, heads), as in `decay_attention`; None, or no mesh: one device.
+      partition: the mesh axes of (batch, length, channels), as in `decay_attention`; None, or no mesh: one device.
     """
 
     implementation: Implementation | None = "xla"
     partition: PartitionSpec | None = None
 
     def axes(self) -> tuple[Any, Any, Any]:
-        """The mesh axes of the batch, of the tokens and of the heads or channels; None each without a mesh."""
+        """The mesh axes of the batch, of the tokens and of the heads, channels or vocabulary; None without a mesh."""
         if self.partition is None or jax.sharding.get_abstract_mesh().empty:
             return None, None, None
         batch, length, heads, *_ = (*self.partition, None, None, None)
@@ -73,6 +74,6 @@ def _local(x: jax.Array | jax.ShapeDtypeStruct, spec: PartitionSpec) -> jax.Shap
 
 @functools.cache
 def _log_choice(what: str, language: Implementation, reason: str | None) -> None:
-    """Says once what computes a backward pass."""
+    """Says once what computes a part."""
     chosen, why = (language, "") if reason is None else ("xla", f" ({language}: {reason})")
-    _log.info("backward pass of %s: implementation=%s%s", what, chosen, why)
+    _log.info("elementwise kernel of the %s: implementation=%s%s", what, chosen, why)

@@ -34,7 +34,7 @@ class Kernels:
       stages: of the chunked form, by score.
       step: the module of the decoding step: `DecodeStep`, `unsupported`, `padded`, `decode_step`.
       folding: the module of the fold: `unsupported`, `fold`.
-      elementwise: the modules of backward passes between products, by what they are of: `unsupported`, and a function.
+      elementwise: the modules of what stands between products, by what it is of: `unsupported`, and a function.
       longest: by score, the tokens up to which the quadratic kernels are faster than XLA's chunked form.
       crossover: (score, head dim, B H) -> the tokens up to which they are faster than the chunked kernels. All of
         forward and backward together.

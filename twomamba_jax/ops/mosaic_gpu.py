@@ -9,11 +9,11 @@ from pallas_kernels.chunked import crossovers
 from pallas_kernels.chunked.mosaic_gpu import STAGES
 from pallas_kernels.decoding import fold, step
 from pallas_kernels.device import device_kind
-from pallas_kernels.elementwise import convolution, norm, swiglu
+from pallas_kernels.elementwise import convolution, norm, softmax, swiglu
 from pallas_kernels.quadratic.mosaic_gpu import KERNELS
 from twomamba_jax.ops.kernels import Kernels
 
-ELEMENTWISE = {"norm": norm, "convolution": convolution, "swiglu": swiglu}
+ELEMENTWISE = {"norm": norm, "convolution": convolution, "swiglu": swiglu, "loss": softmax}
 
 # Measured on one H200: docs/kernels.md.
 LONGEST = {"linear": 16384, "squared": 131072, "exp": sys.maxsize}
