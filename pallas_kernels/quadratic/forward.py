@@ -8,7 +8,7 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
-from pallas_kernels.accumulator import ROW, Scratch, load_vector, operand, read, rows
+from pallas_kernels.accumulator import ROW, Scratch, anew, load_vector, operand, read, rows
 from pallas_kernels.launch import Refs, launch_persistent
 from pallas_kernels.quadratic.keys import KeyBuffers, Keys, KeyTile
 from pallas_kernels.quadratic.operands import Decay, Problem
@@ -129,27 +129,35 @@ def _exp_tile(walk: _Walk, keys: KeyTile, sums: _Sums) -> _Sums:
     keys.release()
     if keys.masked:
         column, seen = keys.decays(whole), keys.mask(whole)  # registers are scarce
-    logits = s * walk.problem.logit_scale
+    scale = walk.problem.logit_scale
+    logits, scale = (s * scale, 1.0) if column is not None or scale <= 0 else (s, scale)
     if column is not None:
         logits = logits + column
         logits = logits + rows(walk.prefix, s.shape) if keys.beside else logits
     logits = logits if seen is None else jnp.where(seen, logits, -jnp.inf)
     if walk.problem.normalize:
-        logits, sums = _from_largest(walk, logits, sums)
+        logits, sums = _from_largest(walk, logits, scale, sums)
+    else:
+        logits = logits * scale
     weights = jnp.exp2(logits)
     rounded = weights.astype(jnp.bfloat16)
+    if seen is not None and walk.prefix is None:  # with a decay no register is left for it
+        rounded = anew(rounded)  # so that they are rounded in pairs, and not each for the sums
     sums = _add(walk, sums, weights, rounded, seen)
     walk.memory.add(walk.acc, rounded, keys.v(whole))
     return sums
 
 
-def _from_largest(walk: _Walk, logits, sums: _Sums):
-    """The logits, and all that was summed, counted from the largest logit so far."""
-    largest = jnp.maximum(sums.largest, logits.max(axis=1))
+def _from_largest(walk: _Walk, logits, scale: float, sums: _Sums):
+    """The logits times a positive scale, and all that was summed, counted from the largest so far.
+
+    The largest is of them unscaled: scale and difference are one instruction then.
+    """
+    largest = jnp.maximum(sums.largest, logits.max(axis=1) * scale)
     shrink = jnp.exp2(sums.largest - largest)
     total = sums.total * shrink
     walk.acc[...] = read(walk.acc) * rows(shrink, walk.acc.shape)
-    return logits - rows(largest, logits.shape), _Sums(total, largest)
+    return logits * scale - rows(largest, logits.shape), _Sums(total, largest)
 
 
 def _power_tile(walk: _Walk, keys: KeyTile, sums: _Sums) -> _Sums:

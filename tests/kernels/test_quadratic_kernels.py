@@ -173,7 +173,9 @@ def test_the_largest_and_the_smallest_scores_of_the_contract(score):
     smallest, largest = -40 - np.floor(np.log2(scores.min())), 59 - np.floor(np.log2(scores.max()))
     for power in (smallest, 7 if score == "exp" else largest):
         scaled = call.replace(q=q * jnp.bfloat16(2.0**power))
-        assert_close(scaled, scaled.run(), fine=2.0**-17)
+        # A weight of exp has the rounding of its logit, which the two kernels of the gradient do not share.
+        of_logits = 2.0**-23 * scores.max() * 2.0**power if score == "exp" else 0
+        assert_close(scaled, scaled.run(), fine=max(2.0**-17, of_logits))
     if score == "exp":
         got = call.replace(q=q * jnp.bfloat16(2.0**largest)).run()
         assert all(np.isfinite(np.asarray(x, np.float32)).all() for x in got.values())
