@@ -115,6 +115,8 @@ def _attend(own: OwnTiles, refs: Refs, memory: Scratch, at: Rows, step):
 
     (step, sums), y = memory.accumulate(past_keys, (ROWS, p.head_dim))
     own.give_up(scratch.own, at.warpgroup)
+    if late := p.late_scale(prefix is not None):
+        sums = sums._replace(largest=sums.largest * late)
     _write(p, refs, at, y, sums)
     return step
 
@@ -129,16 +131,14 @@ def _exp_tile(walk: _Walk, keys: KeyTile, sums: _Sums) -> _Sums:
     keys.release()
     if keys.masked:
         column, seen = keys.decays(whole), keys.mask(whole)  # registers are scarce
-    scale = walk.problem.logit_scale
-    logits, scale = (s * scale, 1.0) if column is not None or scale <= 0 else (s, scale)
+    late = walk.problem.late_scale(walk.prefix is not None)
+    logits = s if late else s * walk.problem.logit_scale
     if column is not None:
         logits = logits + column
         logits = logits + rows(walk.prefix, s.shape) if keys.beside else logits
     logits = logits if seen is None else jnp.where(seen, logits, -jnp.inf)
     if walk.problem.normalize:
-        logits, sums = _from_largest(walk, logits, scale, sums)
-    else:
-        logits = logits * scale
+        logits, sums = _from_largest(walk, logits, sums, late or 1.0)
     weights = jnp.exp2(logits)
     rounded = weights.astype(jnp.bfloat16)
     if seen is not None and walk.prefix is None:  # with a decay no register is left for it
@@ -148,16 +148,13 @@ def _exp_tile(walk: _Walk, keys: KeyTile, sums: _Sums) -> _Sums:
     return sums
 
 
-def _from_largest(walk: _Walk, logits, scale: float, sums: _Sums):
-    """The logits times a positive scale, and all that was summed, counted from the largest so far.
-
-    The largest is of them unscaled: scale and difference are one instruction then.
-    """
-    largest = jnp.maximum(sums.largest, logits.max(axis=1) * scale)
-    shrink = jnp.exp2(sums.largest - largest)
+def _from_largest(walk: _Walk, logits, sums: _Sums, scale: float):
+    """The logits, and all that was summed, counted from the largest logit so far, and times the scale."""
+    largest = jnp.maximum(sums.largest, logits.max(axis=1))
+    shrink = jnp.exp2((sums.largest - largest) * scale)
     total = sums.total * shrink
     walk.acc[...] = read(walk.acc) * rows(shrink, walk.acc.shape)
-    return logits * scale - rows(largest, logits.shape), _Sums(total, largest)
+    return (logits - rows(largest, logits.shape)) * scale, _Sums(total, largest)
 
 
 def _power_tile(walk: _Walk, keys: KeyTile, sums: _Sums) -> _Sums:

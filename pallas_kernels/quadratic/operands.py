@@ -38,6 +38,15 @@ class Problem:
         """Tiles of `block` rows per head."""
         return -(-self.tokens // block)
 
+    def late_scale(self, has_decay: bool) -> float | None:
+        """What the forward kernel multiplies logits of exp by when they count from their row's largest; None: before.
+
+        That is a positive scale, without a decay. Before, compilers make one instruction of it and the difference: of
+        the largest logit that leaves its own rounding, which of 2^32 or more is no exponent.
+        """
+        late = self.score == "exp" and self.normalize and not has_decay and self.logit_scale > 0
+        return self.logit_scale if late else None
+
     @property
     def key_power(self) -> float:
         """What keys are multiplied by in their own kernel, a power of two: `query_power`, less the headroom.

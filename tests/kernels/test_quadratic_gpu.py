@@ -111,6 +111,16 @@ def test_zero_queries_and_the_range_of_scores(score):
             assert_close(scaled, got)
 
 
+@pytest.mark.parametrize("segments", [False, True])
+def test_rows_of_exp_with_enormous_scores_are_values(segments):
+    """Without a decay, where a product and a difference may become one instruction; scores are up to 2^60."""
+    call = Case("exp", decay=False, segments=segments, tokens=300).call()
+    call = call.replace(q=call.q * jnp.bfloat16(2.0**57))
+    y, v = (np.asarray(x, np.float32) for x in (call.run()["y"], call.v))
+    v = np.repeat(v, y.shape[2] // v.shape[2], axis=2)
+    assert (abs(y[:, :, None] - v[:, None]).max(-1).min(2) == 0).all()
+
+
 @pytest.mark.parametrize("score", SCORES)
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_every_run_has_the_same_bits_whatever_was_in_memory(score, head_dim):

@@ -36,6 +36,7 @@ def forward(problem: Problem, tiles: Tiles, q, k, v, decay: Decay | None, first_
             name=f"{problem.score}_forward",
             GROUP=group,
             FLOOR=problem.floor,
+            LATE=problem.late_scale(decay is not None),
             **tiles.constants(problem),
             **({} if save_norm else {"norm_ptr": None}),
         )
@@ -60,6 +61,7 @@ def forward_kernel(
     LOGIT_SCALE: tl.constexpr,
     OUTPUT_SCALE: tl.constexpr,
     FLOOR: tl.constexpr,
+    LATE: tl.constexpr,
     TOKENS: tl.constexpr,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
@@ -114,7 +116,7 @@ def forward_kernel(
             column = tl.load(suffix_ptr + at + columns) + between
             between += tl.load(total_ptr + at // OWN, mask=(i + 1) % PER_TILE == 0, other=0.0)
         rounded, acc, total, largest = weigh(
-            acc, total, largest, query, key, None, column, None, SCORE, NORMALIZE, SCORE_SCALE, LOGIT_SCALE
+            acc, total, largest, query, key, None, column, None, SCORE, NORMALIZE, SCORE_SCALE, LOGIT_SCALE, LATE
         )
         value = load_tile(v_ptr, at, KV_STRIDE, STREAMED, DIM, TOKENS, True)
         acc = tl.dot(rounded, value, acc)
@@ -128,7 +130,7 @@ def forward_kernel(
                 column = tl.load(suffix_ptr + at + columns) + between
                 between += tl.load(total_ptr + at // OWN, mask=(i + 1) % PER_TILE == 0, other=0.0)
             rounded, acc, total, largest = weigh(
-                acc, total, largest, query, key, None, column, seen, SCORE, NORMALIZE, SCORE_SCALE, LOGIT_SCALE
+                acc, total, largest, query, key, None, column, seen, SCORE, NORMALIZE, SCORE_SCALE, LOGIT_SCALE, LATE
             )
             value = load_tile(v_ptr, at, KV_STRIDE, STREAMED, DIM, TOKENS, True)
             acc = tl.dot(rounded, value, acc)
@@ -151,7 +153,7 @@ def forward_kernel(
         if DECAY:
             column = -tl.load(prefix_ptr + at + columns)
         rounded, acc, total, largest = weigh(
-            acc, total, largest, query, key, prefix, column, seen, SCORE, NORMALIZE, SCORE_SCALE, LOGIT_SCALE
+            acc, total, largest, query, key, prefix, column, seen, SCORE, NORMALIZE, SCORE_SCALE, LOGIT_SCALE, LATE
         )
         value = load_tile(v_ptr, at, KV_STRIDE, STREAMED, DIM, TOKENS, False)
         acc = tl.dot(rounded, value, acc)
@@ -163,7 +165,7 @@ def forward_kernel(
         if norm_ptr is not None:
             norm = tl.log2(total)
             if RUNNING_MAX:
-                norm += largest
+                norm += largest if LATE is None else largest * LATE
             tl.store(norm_ptr + head * TILES * OWN + rows, tl.where(dead, float("inf"), norm))
     else:
         acc *= OUTPUT_SCALE
@@ -184,6 +186,7 @@ def weigh(
     NORMALIZE: tl.constexpr,
     SCORE_SCALE: tl.constexpr,
     LOGIT_SCALE: tl.constexpr,
+    LATE: tl.constexpr,
 ):
     """The weights of a tile of keys, rounded for the product with their values, and (acc, total, largest) beside them.
 
@@ -192,14 +195,17 @@ def weigh(
     """
     s = tl.dot(query, tl.trans(key))
     if SCORE == "exp" and NORMALIZE:
-        logits = exponents(s, row, column, LOGIT_SCALE)
+        logits = s if LATE is not None else exponents(s, row, column, LOGIT_SCALE)
         if seen is not None:
             logits = tl.where(seen, logits, -float("inf"))
         previous = largest
         largest = tl.maximum(previous, tl.max(logits, 1))
-        shrink = tl.exp2(previous - largest)
+        less, logits = previous - largest, logits - largest[:, None]
+        if LATE is not None:
+            less, logits = less * LATE, logits * LATE
+        shrink = tl.exp2(less)
         acc, total = acc * shrink[:, None], total * shrink
-        weights = tl.exp2(logits - largest[:, None])
+        weights = tl.exp2(logits)
     else:
         weights = weights_of(slope_of(s, row, column, seen, SCORE, NORMALIZE, SCORE_SCALE, LOGIT_SCALE), s, SCORE)
     rounded = weights.to(key.dtype)

@@ -73,6 +73,15 @@ def test_outputs_and_gradients_equal_the_oracle(code, case):
     assert_close(call, call.run())
 
 
+def test_rows_of_exp_with_enormous_scores_are_values(code):
+    """Without a decay, where a product and a difference may become one instruction; scores are up to 2^60."""
+    call = Case("exp", decay=False, segments=True, tokens=300, implementation="triton").call()
+    call = call.replace(q=call.q * jnp.bfloat16(2.0**57))
+    y, v = (np.asarray(x, np.float32) for x in (call.run()["y"], call.v))
+    v = np.repeat(v, y.shape[2] // v.shape[2], axis=2)
+    assert (abs(y[:, :, None] - v[:, None]).max(-1).min(2) == 0).all()
+
+
 @pytest.mark.parametrize("case", CHUNKED, ids=str)
 def test_outputs_states_and_gradients_equal_the_oracle(code, case):
     got, want = case.results(jax.jit, "triton"), case.oracle()
