@@ -51,6 +51,7 @@ def program(name: str, score: str, head_dim: int, tiles: Tiles, decay: bool, seg
     constants = tiles.constants(problem) | {
         "GROUP": 2,
         "FLOOR": problem.floor,
+        "LATE": problem.late_scale(decay),
         "GRADIENT_SCALE": problem.gradient_scale / problem.query_power,
     }
     pointers = [x for x in kernel.arg_names if x.endswith("_ptr")]
