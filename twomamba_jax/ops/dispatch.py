@@ -164,7 +164,7 @@ def _log_choice(form, kernels, reason) -> None:
     _log.info("decay_attention: form=%s, implementation=%s%s", form, chosen, why)
     if chosen == "mosaic_gpu" and jax.default_backend() == "gpu" and _spills():
         _log.warning(
-            "JAX %s compiles the kernels with spilled registers, and some take up to 1.35 times as long: install JAX "
+            "JAX %s compiles the kernels with spilled registers, and some take up to 1.4 times as long: install JAX "
             "0.11.2 (docs/measurements/jax_0_12.md)",
             jax.__version__,
         )
