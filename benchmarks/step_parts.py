@@ -18,7 +18,7 @@ PARTS = {
     "embedding": r"embedding|_take",
     "norms": r"/(\w+_)?norm/",
     "projections of the mixers": r"/mixer/(mixer\._convolved/)?(mixer\._project|\w*\._per_head|out)"
-    r"|/mixer/(mixer\._log_decay/mixer\._per_head|mixer\._convolved_together/dot_general)",
+    r"|/mixer/mixer\._convolved_together/dot_general",
     "rest of the mixers": r"/mixer/",
     "MLPs": r"/mlp/",
     "rest of the model": r"LanguageModel",

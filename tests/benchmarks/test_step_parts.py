@@ -14,7 +14,7 @@ KERNEL = 'custom_call_target="mosaic_gpu_v2", metadata={'
     [
         ("", f"{FORWARD}/mixer/mixer._convolved/mixer._project/q/dot_general", "projections of the mixers, forward"),
         ("", f"{FORWARD}/mixer/mixer._convolved_together/dot_general", "projections of the mixers, forward"),
-        ("", f"{BACKWARD}/mixer/mixer._log_decay/mixer._per_head/decay/dot", "projections of the mixers, backward"),
+        ("", f"{BACKWARD}/mixer/mixer._per_head/decay/dot", "projections of the mixers, backward"),
         ("", f"{BACKWARD}/mixer/out/dot_general", "projections of the mixers, backward"),
         ("", f"{FORWARD}/mixer/mixer._convolved/mixer._convolve/add", "rest of the mixers, forward"),
         (KERNEL, f"{BACKWARD}/mixer/squared_backward_keys/mpmd_map", "attention kernels, backward"),

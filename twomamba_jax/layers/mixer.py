@@ -129,8 +129,9 @@ class Mixer(nn.Module):
         if config.activation_on == "qkv":
             v = self._activate(v)
         residual = self._residual(v) if config.d_residual else None
-        dt = self._step_size(copies.per_head, kv_heads, wide) if config.uses_step_size else None
-        log_decay = self._log_decay(copies.per_head, dt, kv_heads, wide)
+        numbers = self._per_head(copies.per_head, kv_heads, wide)
+        dt = self._step_size(numbers["dt"]) if config.uses_step_size else None
+        log_decay = self._log_decay(numbers, dt, (*x.shape[:2], kv_heads), wide)
         if config.discretize_values:
             v = (v * dt[..., None]).astype(dtype)
         q, k = self._activate(q), self._activate(k)
@@ -260,29 +261,40 @@ class Mixer(nn.Module):
         v = jnp.repeat(v, self.num_heads // v.shape[2], axis=2)
         return v * broadcast_parameter(weight, v.shape, v.dtype)
 
-    def _step_size(self, x, heads, wide):
-        bias = self._param("dt_bias", _dt_bias_init, ("kv_heads",), (heads,)) if self.config.dt_bias else None
-        return step_size(self._per_head("dt", x, heads, wide), bias)
+    def _per_head(self, x, heads, wide):
+        """Projections [B, T, G] to one number per key/value head, by name: two are one product of x.
 
-    def _log_decay(self, x, dt, heads, wide):
+        They are in float32 or wider, since decays are sums of them.
+        """
+        needed = {"dt": self.config.uses_step_size, "decay": self.config.decay == "softplus"}
+        of_heads = {"dtype": wide, "param_dtype": self.execution.param_dtype}
+        projections = [
+            Projection(("embed",), ("kv_heads",), (heads,), name=name, **of_heads) for name in needed if needed[name]
+        ]
+        if len(projections) < 2 or self.is_initializing():
+            return {projection.name: projection(x) for projection in projections}
+        both = product(x.astype(wide), joint_kernel(projections, x.shape[-1:]), 1)
+        both = nn.with_logical_constraint(both, ("batch", "length", None, "kv_heads"))
+        return {projection.name: both[:, :, i] for i, projection in enumerate(projections)}
+
+    def _step_size(self, dt):
+        bias = self._param("dt_bias", _dt_bias_init, ("kv_heads",), dt.shape[2:]) if self.config.dt_bias else None
+        return step_size(dt, bias)
+
+    def _log_decay(self, numbers, dt, shape, wide):
+        heads = shape[2:]
         match self.config.decay:
             case "none":
                 return None
             case "memoryless":
-                return jnp.full((*x.shape[:2], heads), STRONGEST_LOG_DECAY, wide)
+                return jnp.full(shape, STRONGEST_LOG_DECAY, wide)
             case "softplus":
                 bias = None
                 if self.config.half_lives is not None:
-                    init = _half_life_bias(*self.config.half_lives)
-                    bias = self._param("decay_bias", init, ("kv_heads",), (heads,))
-                return softplus_decay(self._per_head("decay", x, heads, wide), bias)
+                    bias = self._param("decay_bias", _half_life_bias(*self.config.half_lives), ("kv_heads",), heads)
+                return softplus_decay(numbers["decay"], bias)
             case "discretized":
-                return discretized_decay(self._param("A_log", _a_log_init, ("kv_heads",), (heads,)), dt)
-
-    def _per_head(self, name, x, heads, wide):
-        """A projection to one number per key/value head, in float32 or wider: decays are sums of these."""
-        param_dtype = self.execution.param_dtype
-        return Projection(("embed",), ("kv_heads",), (heads,), dtype=wide, param_dtype=param_dtype, name=name)(x)
+                return discretized_decay(self._param("A_log", _a_log_init, ("kv_heads",), heads), dt)
 
     def _dtypes(self):
         return {"dtype": self.execution.dtype, "param_dtype": self.execution.param_dtype}
