@@ -86,7 +86,10 @@ def make_config(row: Row, root: Path | None = None) -> ConfigDict:
     Raises UserError for settings that no configuration has, or that the row itself says.
     """
     root = root or (None if row.corpus == "stdlib" else Path("runs/corpora") / row.corpus)
-    config = base.get_config(name="ladder", variant=row.variant, size=row.size)
+    config = base.get_config(name="ladder", variant=row.variant, size="nano" if row.size == "nano" else "lab")
+    if row.size not in ("nano", "lab"):  # trained as lab is: its vocabulary is that of bytes, its schedule for one pass
+        config.size = row.size
+        config.model.update(base.SIZES[row.size] | {"vocab_size": config.model.vocab_size})
     overrides = {key: value.replace("ROOT", str(root)) for key, value in CORPORA[row.corpus].items()} | {
         "seed": row.seed,
         "steps": row.steps,

@@ -66,6 +66,14 @@ def test_row_is_trained_and_leaves_its_figures_alone(ladder, monkeypatch, tmp_pa
     assert [path.name for path in (tmp_path / "out").rglob("*") if path.is_file()] == [f"{row.name}.json"]
 
 
+def test_small_is_larger_and_trained_as_lab_is(ladder):
+    lab, small = (ladder.make_config(ladder.Row("stdlib", size, "2mamba", 1e-3, 0, 9)) for size in ("lab", "small"))
+    assert (small.model.d_model, small.model.num_layers, small.model.vocab_size) == (1024, 20, 512)
+    assert small.size == "small"
+    small.model, small.size = lab.model, lab.size
+    assert small == lab
+
+
 def test_halves_hold_every_document_once(ladder):
     split = Split(np.arange(9), np.array([0, 2, 5, 9]), num_bytes=9)
     even, odd = sys.modules["ladder_row"].halves(split)
