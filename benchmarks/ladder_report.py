@@ -33,6 +33,17 @@ def read_rows(out: Path, corpus: str, size: str, steps: int) -> list[dict[str, A
     ]
 
 
+def without_shared_settings(results: Results) -> tuple[list[dict[str, Any]], list[str]]:
+    """The results without the settings that all of them have, and these settings."""
+    settings = [result.get("settings", ()) for result in results]
+    shared = [setting for setting in settings[0] if all(setting in others for others in settings)]
+    own = [[setting for setting in mine if setting not in shared] for mine in settings]
+    named = [
+        result | {"settings": mine, "mixer": mixer_name(result["variant"], mine)} for result, mine in zip(results, own)
+    ]
+    return named, shared
+
+
 def best_rate(results: Results, mixer: str, seed: int) -> float | None:
     """The learning rate with the lowest loss on the half that rates are chosen on; None where nothing is trained."""
     losses = {
@@ -70,12 +81,16 @@ def deviation(rows: Results) -> float | None:
 
 
 def report(out: Path, corpus: str, size: str, steps: int) -> str:
-    """Writes OUT/CORPUS-SIZE-STEPS.md and its plots, -tokens.png, -losses.png and -states.png; returns the table."""
+    """Writes OUT/CORPUS-SIZE-STEPS.md and its plots, -tokens.png, -losses.png and -states.png; returns the table.
+
+    Settings that all rows have are said once, and not with every mixer.
+    """
     results = read_rows(out, corpus, size, steps)
     if not results:
         return f"no row of {corpus}, {size}, {steps} steps is trained in {out}"
+    results, shared = without_shared_settings(results)
     best, stem = at_best(results), f"{corpus}-{size}-{steps}"
-    text = f"{summary(best, results)}\n\n{every_row(results)}\n\n{origin(results)}\n"
+    text = f"{summary(best, results)}\n\n{every_row(results)}\n\n{origin(results, shared)}\n"
     replace(out / f"{stem}.md", text)
     draw_curves(best, out / f"{stem}-tokens.png")
     draw_losses(best, out / f"{stem}-losses.png")
@@ -129,12 +144,13 @@ def every_row(results: Results) -> str:
     return "\n".join(lines)
 
 
-def origin(results: Results) -> str:
-    """What the figures were made of and on."""
+def origin(results: Results, settings: Sequence[str]) -> str:
+    """What the figures were made of and on, with the settings of all of them."""
     digests = sorted({row["identity"]["digest"] for row in results})
     places = sorted({f"{row['device']}, {row['workers']} rows at a time" for row in results})
     versions = sorted({", ".join(f"{name} {version}" for name, version in row["versions"].items()) for row in results})
-    return f"Corpus: SHA-256 {', '.join(digests)}. On {'; '.join(places)}. {'; '.join(versions)}."
+    said = f"All rows with {', '.join(settings)}. " if settings else ""
+    return f"{said}Corpus: SHA-256 {', '.join(digests)}. On {'; '.join(places)}. {'; '.join(versions)}."
 
 
 def draw_curves(best: dict[str, list[dict[str, Any]]], path: Path) -> None:

@@ -127,6 +127,19 @@ def test_settings_make_rows_of_their_own(ladder, pretended, tmp_path, capsys):
     assert "| softmax (optimizer.b2=0.95) | 0.001 | 1 | 2 | 2.4050 |" in text
 
 
+def test_settings_of_all_rows_are_said_once(ladder, pretended, tmp_path, capsys):
+    _, losses = pretended
+    losses |= {("softmax", 1e-3): (2.0, 2.5), ("2mamba", 1e-3): (2.0, 2.75)}
+    command = ["--out", str(tmp_path), "--workers", "0", "--learning_rates", "1e-3", "--set", "optimizer.b2=0.95"]
+    assert ladder.main([*command, "optimizer.b1=0.8", "--variants", "softmax"]) == 0
+    assert "All rows with optimizer.b2=0.95, optimizer.b1=0.8. Corpus" in capsys.readouterr().out
+    assert ladder.main([*command, "--variants", "softmax", "2mamba"]) == 0
+    text = capsys.readouterr().out
+    assert "| 2mamba | 0.001 | 1 | 1 | 2.7500 |  | +0.2500 |" in text
+    assert "| softmax (optimizer.b1=0.8) | 0.001 | 1 | 1 | 2.5000 |" in text
+    assert "All rows with optimizer.b2=0.95. Corpus" in text
+
+
 def test_mixers_stand_beside_the_softmax_of_their_settings(ladder, pretended, tmp_path, capsys):
     _, losses = pretended
     command = ["--out", str(tmp_path), "--workers", "0", "--learning_rates", "1e-3", "--variants"]
