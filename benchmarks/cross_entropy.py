@@ -1,9 +1,10 @@
 """Time and memory of the loss, its gradients and the hits, three ways: `python benchmarks/cross_entropy.py`.
 
 `plain` makes all the logits; `recomputed` goes through chunks of tokens and computes their logits again in the backward
-pass; `cross_entropy` is train/cross_entropy.py, whose chunks have their gradient taken in the forward pass. Each is
-checked against `plain`. Prints a Markdown table: the median of several runs, the CPU time of the fastest, and the
-temporaries of the compiled program.
+pass; `cross_entropy` is train/cross_entropy.py, whose chunks have their gradient taken in the forward pass, also with a
+kernel for the rows of the logits where there is one, as the training program takes it. Each is checked against `plain`.
+Prints a Markdown table: the median of several runs, the CPU time of the fastest, and the temporaries of the compiled
+program.
 """
 
 import argparse
@@ -21,6 +22,7 @@ import optax
 
 from train.cross_entropy import cross_entropy
 from twomamba_jax.layers.language_model import head_logits
+from twomamba_jax.ops.elementwise import Elementwise
 
 MIB = 2**20
 
@@ -38,8 +40,8 @@ def recomputed(x, kernel, targets, weights, chunk_size):
     return tuple(jnp.sum(part) for part in sums)
 
 
-def chunked(x, kernel, targets, weights, chunk_size):
-    sums = cross_entropy(x, kernel, targets, weights, chunk_size)
+def chunked(x, kernel, targets, weights, chunk_size, implementation="xla"):
+    sums = cross_entropy(x, kernel, targets, weights, chunk_size, elementwise=Elementwise(implementation))
     return sums.loss, sums.correct
 
 
@@ -64,6 +66,7 @@ def main(arguments: Sequence[str]) -> int:
         "recomputed": functools.partial(recomputed, chunk_size=options.chunk),
         "cross_entropy": functools.partial(chunked, chunk_size=options.chunk),
         "cross_entropy, one chunk": functools.partial(chunked, chunk_size=tokens),
+        "cross_entropy, kernel": functools.partial(chunked, chunk_size=options.chunk, implementation=None),
     }
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("jax", "jaxlib"))
     print(f"{jax.devices()[0].device_kind}; {versions}; {vars(options)}\n")

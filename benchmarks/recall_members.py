@@ -112,7 +112,7 @@ def make_epoch(model: LanguageModel, batch_size: int, epochs: int, num_rows: int
 
         def loss(params, batch):
             x = states_at_targets(model, params, batch)
-            sums = cross_entropy(x, head_kernel(params), batch.targets, batch.weights)
+            sums = cross_entropy(x, head_kernel(params), batch.targets, batch.weights)  # by XLA: `vmap` over members
             return sums.loss / jnp.sum(batch.weights)
 
         def step(state, indices):

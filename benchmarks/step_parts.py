@@ -12,7 +12,7 @@ import jax
 # The first pattern that is found in an operation's line of the compiled program says which part it belongs to.
 PARTS = {
     "attention kernels": r'custom_call_target="(mosaic_gpu|triton_kernel_call|__cudnn)'
-    r"(?!.*/(norm|convolution|swiglu)_backward/)",
+    r"(?!.*/((norm|convolution|swiglu)_backward/|jit\(softmax_rows))",
     "slices and stacks of the loop over layers": r"LanguageModel\)+/while/body/(jit\(dynamic|dynamic)",
     "head and loss": r"jvp\(\)|/head",
     "embedding": r"embedding|_take",

@@ -1,7 +1,7 @@
 """What the backward passes need of the forward passes, by name, so that a policy of `jax.checkpoint` can keep it.
 
 `NAME` is for the results of attention and what goes with them, `STATES` for the states between chunks, `SMALL` for what
-the kernels are told beside q, k and v.
+the kernels are told beside q, k and v, and what else is small or cheap to keep.
 """
 
 import jax

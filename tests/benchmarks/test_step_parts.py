@@ -26,6 +26,7 @@ KERNEL = 'custom_call_target="mosaic_gpu_v2", metadata={'
             f"{BACKWARD}/mixer/mixer._convolved_together/jit(convolution_backward)/convolution_backward/mpmd_map",
             "rest of the mixers, backward",
         ),
+        (KERNEL, "jit(train_step)/jvp()/while/body/eval_jaxpr/jit(softmax_rows)/mpmd_map", "head and loss"),
         ("", "jit(train_step)/mul", "optimiser"),
         ("", "", "without a name"),
     ],

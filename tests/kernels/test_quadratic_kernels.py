@@ -183,6 +183,15 @@ def test_the_largest_and_the_smallest_scores_of_the_contract(score):
         assert (np.abs(y[:, None] - v).max(-1).min(1) == 0).all()  # a row is one of the values
 
 
+def test_rows_of_exp_with_enormous_scores_are_values():
+    """Without a decay, where compilers make one instruction of a product and a difference; scores are up to 2^60."""
+    call = dataclasses.replace(EXP, decay=False, segments=False, tokens=136).call()
+    got = call.replace(q=call.q * jnp.bfloat16(2.0**56)).run()
+    assert all(np.isfinite(np.asarray(x, np.float32)).all() for x in got.values())
+    y, v = (np.asarray(x, np.float32) for x in (got["y"], call.v))
+    assert (abs(y[:, :, None] - v[:, None]).max(-1).min(2) == 0).all()
+
+
 @pytest.mark.parametrize("kind", UNDERFLOWING)
 def test_a_decay_that_underflows_gives_no_nan_and_no_infinity(kind):
     call = underflowing_call(kind, "mosaic_gpu")

@@ -14,8 +14,8 @@ from twomamba_jax.ops.elementwise import Elementwise
 from twomamba_jax.ops.integers import Integer, checked_integer
 
 # What is dear to compute and linear in T: products without a batch dimension, which are the projections, and what the
-# attention kernels need again; and what is small (`ops.kept`). Products with one are the scores and weighted values of
-# every row and head; to keep these too, as JAX's `dots_saveable` does, is to keep what is quadratic in T.
+# attention kernels need again; and what is small or cheap (`ops.kept`). Products with one are the scores and weighted
+# values of every row and head; to keep these too, as JAX's `dots_saveable` does, is to keep what is quadratic in T.
 DOTS = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
 NAMES = residuals.NAME, residuals.SMALL
 

@@ -140,8 +140,10 @@ class Mixer(nn.Module):
         if config.rope:
             if positions is None:
                 positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
-            # Kept in the place of q and k before, which the gradient of a rotation does not need.
-            q, k = (kept(apply_rope(y, positions, self.rope_theta)) for y in (q, k))
+            q, k = (apply_rope(y, positions, self.rope_theta) for y in (q, k))
+            if config.conv_width == 1 and config.activation == "none" and not config.normalize_keys:
+                # In the place of the products that q and k were, which the gradient of a rotation does not need.
+                q, k = kept(q), kept(k)
         if config.qk_groups is not None:
             q, k = self._of_all_heads(q, "heads"), self._of_all_heads(k, "kv_heads")
 
@@ -282,7 +284,7 @@ class Mixer(nn.Module):
         return step_size(dt, bias)
 
     def _log_decay(self, numbers, dt, shape, wide):
-        heads = shape[2:]
+        dims = shape[2:]
         match self.config.decay:
             case "none":
                 return None
@@ -291,10 +293,10 @@ class Mixer(nn.Module):
             case "softplus":
                 bias = None
                 if self.config.half_lives is not None:
-                    bias = self._param("decay_bias", _half_life_bias(*self.config.half_lives), ("kv_heads",), heads)
+                    bias = self._param("decay_bias", _half_life_bias(*self.config.half_lives), ("kv_heads",), dims)
                 return softplus_decay(numbers["decay"], bias)
             case "discretized":
-                return discretized_decay(self._param("A_log", _a_log_init, ("kv_heads",), heads), dt)
+                return discretized_decay(self._param("A_log", _a_log_init, ("kv_heads",), dims), dt)
 
     def _dtypes(self):
         return {"dtype": self.execution.dtype, "param_dtype": self.execution.param_dtype}

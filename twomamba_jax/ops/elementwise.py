@@ -7,7 +7,7 @@ the same; it makes several passes over memory of what a kernel does in one.
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -40,10 +40,16 @@ class Elementwise:
         batch, length, heads, *_ = (*self.partition, None, None, None)
         return batch, length, heads
 
-    def kernels(self, what: str, *arrays: tuple[jax.Array | jax.ShapeDtypeStruct, PartitionSpec]) -> Any | None:
+    def kernels(
+        self,
+        what: str,
+        *arrays: tuple[jax.Array | jax.ShapeDtypeStruct, PartitionSpec],
+        whole: Sequence[tuple[str, Any]] = (),
+    ) -> Any | None:
         """The module of the kernels for `what`, or None where XLA computes it; that is logged once.
 
-        `arrays`: those that `unsupported` of the module takes, each with the mesh axes of its dimensions.
+        `arrays`: those that `unsupported` of the module takes, each with the mesh axes of its dimensions. `whole`: what
+        each device must have all of, by name, with its mesh axes.
         """
         if self.implementation == "xla":
             return None
@@ -53,6 +59,8 @@ class Elementwise:
             module = kernels.elementwise.get(what)
             if module is None:
                 return "there is none in this language"
+            if cut := [name for name, axes in whole if devices_of(axes) > 1]:
+                return f"it is for a device that has all {' and '.join(cut)}"
             return module.unsupported(*(_local(x, spec) for x, spec in arrays))
 
         reason = dispatch.refusal(language, ask)

@@ -9,7 +9,6 @@ from jax.sharding import PartitionSpec
 from twomamba_jax.ops.convolution import delay
 from twomamba_jax.ops.elementwise import Elementwise
 from twomamba_jax.ops.kept import kept, kept_cast
-from twomamba_jax.ops.sharding import devices_of
 from twomamba_jax.shapes import AnyArray, Array, Float, SegmentIds
 
 
@@ -51,15 +50,15 @@ def joint_convolution(
 
 def can_convolve(x: jax.ShapeDtypeStruct, kernel: jax.ShapeDtypeStruct, elementwise: Elementwise) -> bool:
     """Whether there is a kernel for the backward pass of `joint_convolution`: of all tokens of a row on one device."""
-    sharded_tokens = devices_of(elementwise.axes()[1]) > 1
-    return not sharded_tokens and _kernels(x, kernel, elementwise)[0] is not None
+    return _kernels(x, kernel, elementwise)[0] is not None
 
 
 def _kernels(x, kernel, elementwise: Elementwise):
     """The module of the kernel or None, and the mesh axes of x."""
     batch, length, heads = elementwise.axes()
     spec, of_kernel = PartitionSpec(batch, length, None, heads), PartitionSpec(None, None, heads)
-    return elementwise.kernels("convolution", (x, spec), (kernel, of_kernel)), spec
+    whole = [("tokens of a row", length)]
+    return elementwise.kernels("convolution", (x, spec), (kernel, of_kernel), whole=whole), spec
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))

@@ -21,9 +21,10 @@ def apply_rope(
         raise ValueError(f"rotary embeddings turn pairs: the head dimension must be even, got {size}")
     wide = accumulation_dtype(x.dtype)
     # Every number of a pair with its angle, and its partner times its sine: a GPU reads and writes whole vectors so.
-    frequencies = theta ** (-(jnp.arange(size) // 2 * 2).astype(wide) / size)
+    place = jnp.arange(size)[None, None]
+    frequencies = theta ** (-(place // 2 * 2).astype(wide) / size)
     angles = (positions[..., None].astype(wide) * frequencies)[:, :, None]
     turned = x.astype(wide)
     partner = turned.reshape(*x.shape[:-1], size // 2, 2)[..., ::-1].reshape(x.shape)
-    sign = jnp.where(jnp.arange(size) % 2, 1, -1).astype(wide)
+    sign = jnp.where(place % 2, 1, -1).astype(wide)[:, :, None]
     return (turned * jnp.cos(angles) + partner * (sign * jnp.sin(angles))).astype(x.dtype)

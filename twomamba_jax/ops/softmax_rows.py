@@ -7,7 +7,6 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from twomamba_jax.ops.elementwise import Elementwise
-from twomamba_jax.ops.sharding import devices_of
 from twomamba_jax.shapes import Array, Float, Int
 
 
@@ -32,7 +31,7 @@ def softmax_rows(logits: Float[Array, "R Q C vocab"], targets: Int[Array, "R Q C
     """
     batch, length, vocabulary = elementwise.axes()
     spec = PartitionSpec(batch, length)
-    kernels = None if devices_of(vocabulary) > 1 else elementwise.kernels("loss", (logits, spec))
+    kernels = elementwise.kernels("loss", (logits, spec), whole=[("tokens of the vocabulary", vocabulary)])
     if kernels is None:
         return jax.lax.platform_dependent(logits, targets, cuda=in_one_pass, default=in_several_passes)
 
