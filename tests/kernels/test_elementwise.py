@@ -22,7 +22,7 @@ from train.step import weighted_sums
 from twomamba_jax import Execution, LanguageModel
 from twomamba_jax.layers import Block
 from twomamba_jax.layers.execution import DEAR
-from twomamba_jax.ops import dispatch
+from twomamba_jax.ops import dispatch, elementwise
 from twomamba_jax.ops.convolution import causal_convolution
 from twomamba_jax.ops.elementwise import Elementwise
 from twomamba_jax.ops.joint_convolution import can_convolve, joint_convolution
@@ -285,7 +285,10 @@ def test_a_loss_takes_it_in_its_chunks(monkeypatch):
     assert losses_of(512) == [("softmax_rows", (16, 512))]
     assert losses_of(512, (2, 1, 1, 1), (2, 1)) == [("softmax_rows", (8, 512))]
     assert losses_of(512, (1, 1, 1, 2), (1, 2)) == [("softmax_rows", (8, 512))]
+    reasons = []
+    monkeypatch.setattr(elementwise, "_log_choice", lambda *choice: reasons.append(choice[2]))
     assert losses_of(512, (1, 1, 2, 1)) == []
+    assert "it is for a device that has all tokens of the vocabulary" in reasons
     assert losses_of(512, elementwise_kernels=False) == []
     assert losses_of(512, implementation="xla") == []
     assert losses_of(514) == losses_of(508) == []
