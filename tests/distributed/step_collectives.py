@@ -13,10 +13,10 @@ from jax.sharding import PartitionSpec as P
 from support import garbage
 from support.models import model_of
 
-from train import cross_entropy as module
 from train.cross_entropy import cross_entropy
 from train.sharding import MESH_AXES, RULES, batch_sharding, make_mesh, token_shards
 from train.step import make_init, make_train_step
+from twomamba_jax.ops import softmax_rows
 
 BATCH, LENGTH, WIDTH, VOCAB, CHUNK = 16, 32, 16, 64, 4
 COLLECTIVE = re.compile(
@@ -97,11 +97,11 @@ def the_step(microbatches: int, *sizes: int) -> dict:
 
 def in_one_pass(function, *arguments):
     """The function's result with rows of logits read in one pass, as on GPUs."""
-    passes, module._rows = module._rows, module._rows_in_one_pass
+    passes, softmax_rows.in_several_passes = softmax_rows.in_several_passes, softmax_rows.in_one_pass
     try:
         return function(*arguments)
     finally:
-        module._rows = passes
+        softmax_rows.in_several_passes = passes
 
 
 garbage.collect_less()
