@@ -191,8 +191,8 @@ def weigh(
     """The weights of a tile of keys, rounded for the product with their values, and (acc, total, largest) beside them.
 
     acc: sums of weighted values; total: of weights; largest: of logits so far (exp, normalised), which weights are
-    relative to; the differences are multiplied by LATE, if that is not None. row, column: log2 of the decays of rows and
-    columns, or None; seen: which pairs count, None is all.
+    relative to; the differences are multiplied by LATE, if that is not None. row, column: log2 of the decays of rows
+    and columns, or None; seen: which pairs count, None is all.
     """
     s = tl.dot(query, tl.trans(key))
     if SCORE == "exp" and NORMALIZE:
