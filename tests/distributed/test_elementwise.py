@@ -5,7 +5,7 @@ from support.exhaustive import exhaustive
 U, FINE = 2.0**-8, 2.0**-20  # a rounding to bfloat16; the order of a sum in float32
 
 
-@exhaustive("kernels/test_elementwise.py and test_loss_kernel.py: each kernel's results, and which part each device computes")
+@exhaustive("kernels/test_elementwise.py, test_loss_kernel.py: each kernel's results, which part each device computes")
 def test_results_on_four_devices_are_those_of_one(simulate):
     """Exact but for gradients that are sums over tokens: of float32, or of products in bfloat16, rounded on each device
     and together."""
