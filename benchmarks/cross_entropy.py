@@ -19,6 +19,7 @@ import clone  # noqa: F401
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import PartitionSpec
 
 from train.cross_entropy import cross_entropy
 from twomamba_jax.layers.language_model import head_logits
@@ -40,8 +41,8 @@ def recomputed(x, kernel, targets, weights, chunk_size):
     return tuple(jnp.sum(part) for part in sums)
 
 
-def chunked(x, kernel, targets, weights, chunk_size, implementation="xla"):
-    sums = cross_entropy(x, kernel, targets, weights, chunk_size, elementwise=Elementwise(implementation))
+def chunked(x, kernel, targets, weights, chunk_size, **kernels):
+    sums = cross_entropy(x, kernel, targets, weights, chunk_size, **kernels)
     return sums.loss, sums.correct
 
 
@@ -66,8 +67,10 @@ def main(arguments: Sequence[str]) -> int:
         "recomputed": functools.partial(recomputed, chunk_size=options.chunk),
         "cross_entropy": functools.partial(chunked, chunk_size=options.chunk),
         "cross_entropy, one chunk": functools.partial(chunked, chunk_size=tokens),
-        "cross_entropy, kernel": functools.partial(chunked, chunk_size=options.chunk, implementation=None),
     }
+    kernels, logits = Elementwise(None), jax.ShapeDtypeStruct((options.chunk, options.vocab), jnp.float32)
+    if kernels.kernels("loss", (logits, PartitionSpec())):
+        functions["cross_entropy, kernel"] = functools.partial(chunked, chunk_size=options.chunk, elementwise=kernels)
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("jax", "jaxlib"))
     print(f"{jax.devices()[0].device_kind}; {versions}; {vars(options)}\n")
     print("| way | ms | CPU ms | temporaries, MiB | largest error of a gradient |\n|---|---:|---:|---:|---:|")

@@ -129,7 +129,7 @@ class Mixer(nn.Module):
         if config.activation_on == "qkv":
             v = self._activate(v)
         residual = self._residual(v) if config.d_residual else None
-        numbers = self._per_head(copies.per_head, kv_heads, wide)
+        numbers = self._per_head(copies.per_head, cache, kv_heads, wide)
         dt = self._step_size(numbers["dt"]) if config.uses_step_size else None
         log_decay = self._log_decay(numbers, dt, (*x.shape[:2], kv_heads), wide)
         if config.discretize_values:
@@ -263,8 +263,8 @@ class Mixer(nn.Module):
         v = jnp.repeat(v, self.num_heads // v.shape[2], axis=2)
         return v * broadcast_parameter(weight, v.shape, v.dtype)
 
-    def _per_head(self, x, heads, wide):
-        """Projections [B, T, G] to one number per key/value head, by name: two are one product of x.
+    def _per_head(self, x, cache, heads, wide):
+        """Projections [B, T, G] to one number per key/value head, by name: two are one product of x, without a cache.
 
         They are in float32 or wider, since decays are sums of them.
         """
@@ -273,7 +273,7 @@ class Mixer(nn.Module):
         projections = [
             Projection(("embed",), ("kv_heads",), (heads,), name=name, **of_heads) for name in needed if needed[name]
         ]
-        if len(projections) < 2 or self.is_initializing():
+        if len(projections) < 2 or cache is not None or self.is_initializing():
             return {projection.name: projection(x) for projection in projections}
         both = product(x.astype(wide), joint_kernel(projections, x.shape[-1:]), 1)
         both = nn.with_logical_constraint(both, ("batch", "length", None, "kv_heads"))
