@@ -4,7 +4,7 @@ import re
 import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import jax
@@ -26,6 +26,8 @@ PARTS = {
 }
 OTHER = "without a name"
 CONTROL = re.compile(r"\s(while|conditional|call)\(")  # their bodies' operations are counted
+COLLECTIVE = re.compile(r"nccl|p2p|all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute", re.IGNORECASE)
+WAITS, IDLE = "of collectives, hidden by nothing", "no kernel"
 
 
 def traced(step: Callable[[], None], steps: int, program: str) -> dict[str, float]:
@@ -42,7 +44,10 @@ def traced(step: Callable[[], None], steps: int, program: str) -> dict[str, floa
 
 
 def parts_of(trace: jax.profiler.ProfileData, program: str, steps: int) -> dict[str, float]:
-    """As `traced`, of a trace. Of several devices the first counts."""
+    """As `traced`, of a trace. Of several devices the first counts.
+
+    On a GPU also WAITS and IDLE: how long it does nothing but collectives, and nothing at all.
+    """
     lines = {}
     for line in program.splitlines():
         if found := re.match(r"\s+(?:ROOT )?%?([\w.\-]+) = ", line):
@@ -57,7 +62,26 @@ def parts_of(trace: jax.profiler.ProfileData, program: str, steps: int) -> dict[
             text = lines.get(name, "")
             if name is not None and not CONTROL.search(text):
                 nanoseconds[part_of(text)] += event.duration_ns
+        streams = [line for line in planes[first].lines if line.name.startswith("Stream")]
+        spans = [
+            (event.start_ns, event.start_ns + event.duration_ns, event.name)
+            for line in streams
+            for event in line.events
+        ]
+    if spans:
+        busy, working = covered(spans), covered([span for span in spans if not COLLECTIVE.search(span[2])])
+        nanoseconds[WAITS] = busy - working
+        nanoseconds[IDLE] = max(end for _, end, _ in spans) - min(start for start, *_ in spans) - busy
     return {part: total / steps / 1e6 for part, total in nanoseconds.most_common()}
+
+
+def covered(spans: Iterable[tuple[float, float, str]]) -> float:
+    """How long at least one of the spans (start, end, name) lasts."""
+    total, until = 0.0, float("-inf")
+    for start, end, _ in sorted(spans):
+        total += max(0.0, end - max(start, until))
+        until = max(until, end)
+    return total
 
 
 def part_of(line: str) -> str:
@@ -65,6 +89,8 @@ def part_of(line: str) -> str:
 
     What the backward pass computes again of the forward pass counts as backward.
     """
+    if re.search(rf"\s({COLLECTIVE.pattern})(-start|-done)?\(", line):
+        return "collectives"
     line = " ".join(re.findall(r'(?:op_name|custom_call_target)="[^"]*"', line))
     part = next((part for part, pattern in PARTS.items() if re.search(pattern, line)), OTHER)
     if "jvp(" not in line or "jvp()" in line:

@@ -23,6 +23,7 @@ from train.data.rows import abstract_batch, training_batches
 from train.errors import UserError, one_line
 from train.loop import build
 from train.observe.flops import training_flops_per_token
+from train.processes import join
 from train.sharding import RULES, make_mesh
 
 XLA = "xla_"  # how the names of the compiler's options begin
@@ -120,6 +121,7 @@ def train(row: Row, task: Task) -> Iterator[Row]:
     """
     try:
         config = config_of(row, task)
+        join(config.distributed)
         mesh = make_mesh(config.mesh)
         by_cudnn = row.implementation == cudnn_softmax.NAME
         peer = cudnn_softmax.softmax_by_cudnn() if by_cudnn else contextlib.nullcontext()
@@ -134,13 +136,13 @@ def train(row: Row, task: Task) -> Iterator[Row]:
             state = run.init(jax.random.key(config.seed))
         if row.perturbation:
             state = state._replace(params=jax.tree.map(lambda x: x * (1 + row.perturbation), state.params))
-        batches = training_batches(run.task.train, config.batch_size, config.seed)
-        batch = next(batches)
+        batches = training_batches(run.task.train, config.batch_size, config.seed, *run.rows)
+        batch = run.place(next(batches))
 
         def advance() -> float:
             nonlocal state, batch
             state, metrics = step(state, batch)
-            batch = next(batches)
+            batch = run.place(next(batches))
             jax.block_until_ready((state, metrics))
             return float(metrics["loss"])
 
@@ -154,7 +156,7 @@ def train(row: Row, task: Task) -> Iterator[Row]:
                 times.append(time.perf_counter() - start)
             warm_up = 0 if medians else min(WARM_UP_STEPS, count // 2)
             medians.append(1e3 * statistics.median(times[warm_up:]))
-            device = jax.devices()[0]
+            device = jax.local_devices()[0]
             row = dataclasses.replace(
                 row,
                 remat=config.execution.remat,

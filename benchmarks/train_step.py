@@ -16,22 +16,24 @@ GPUs: tokens/s are those of all, TFLOP/s, MFU and memory those of one; CUDA_VISI
 
 import argparse
 import dataclasses
+import functools
 import importlib.metadata
 import importlib.util
 import json
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import clone  # noqa: F401
 import cudnn_softmax
 import step_row
 from step_row import Row, Task
-from turns import DiedError, Program
+from step_runs import Runs
+from turns import Program
 
-from train.errors import UserError, one_line
 from train.observe.flops import PEAK_FLOPS
 from twomamba_jax.ops.dispatch import IMPLEMENTATIONS
 
@@ -75,9 +77,9 @@ def task_of(options: argparse.Namespace) -> Task:
     return Task(options.config, tuple(options.override), tuple(options.remat), turns, options.parts)
 
 
-def program_of(row: Row, task: Task) -> Program:
-    """The process of a row. Raises UserError."""
-    here, environment = Path(__file__).parent, TOGETHER if len(task.turns) > 1 else {}
+def program_of(row: Row, task: Task, environment: Mapping[str, str] = MappingProxyType({})) -> Program:
+    """The process of a row, with `environment` besides this one's own. Raises UserError."""
+    here, environment = Path(__file__).parent, (TOGETHER if len(task.turns) > 1 else {}) | dict(environment)
     if row.implementation == TORCH:
         config = step_row.config_of(dataclasses.replace(row, variant="softmax", implementation="xla"), task)
         arguments = dataclasses.asdict(row), config.model.to_dict(), config.optimizer.to_dict(), task.turns
@@ -89,54 +91,10 @@ def program_of(row: Row, task: Task) -> Program:
     return Program([sys.executable, str(here / "step_row.py"), arguments], environment)
 
 
-class Runs:
-    """The rows and their processes."""
-
-    def __init__(self, rows: Sequence[Row], task: Task):
-        """Starts nothing."""
-        self.rows, self._task, self._programs = list(rows), task, {}
-
-    def start(self, index: int) -> None:
-        """Has a row prepare itself."""
-        try:
-            self._programs[index] = program_of(self.rows[index], self._task)
-        except UserError as error:
-            self.rows[index] = dataclasses.replace(self.rows[index], note=one_line(error))
-
-    def turn(self, index: int) -> None:
-        """Has a row compiled, or take its next turn, and says what came of it."""
-        row = self.rows[index]
-        if index not in self._programs:
-            return
-        try:
-            row = step_row.as_row(self._programs[index].turn())
-        except DiedError:
-            row = dataclasses.replace(row, note="its process died")
-        self.rows[index] = row
-        if row.note:
-            self.stop(index)
-        print(progress(row), file=sys.stderr, flush=True)
-
-    def stop(self, index: int) -> None:
-        """Ends a row's process."""
-        if program := self._programs.pop(index, None):
-            program.close()
-
-
-def progress(row: Row) -> str:
-    """One line about where a row is."""
-    name = " ".join(filter(None, (row.variant, row.implementation, row.setting, f"{row.batch} x {row.length}")))
-    if row.note:
-        return f"{name}: {row.note}"
-    if not row.losses:
-        return f"{name}: compiled in {row.compile_seconds:.1f} s"
-    times = ", ".join(f"{time:.2f}" for time in row.milliseconds_by_turn)
-    return f"{name}: {row.tokens_per_second:,.0f} tokens/s, {times} ms, loss {row.losses[-1]:.4f}"
-
-
 def run_all(rows: Sequence[Row], task: Task) -> list[Row]:
     """The rows with their figures: one after the other, or by turns where there are several."""
-    runs, order = Runs(rows, task), range(len(rows))
+    starters = [functools.partial(program_of, row, task) for row in rows]
+    runs, order = Runs(rows, starters), range(len(rows))
     groups = [order] if len(task.turns) > 1 else [[index] for index in order]
     for group in groups:
         for index in group:

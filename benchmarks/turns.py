@@ -24,23 +24,34 @@ class Program:
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         self._process = subprocess.Popen(command, env=os.environ | environment, **pipes)
 
-    def turn(self) -> Any:
-        """What it finds in its next turn. Raises DiedError."""
+    def ask(self) -> None:
+        """Has it begin its next turn. Raises DiedError."""
         try:
             self._process.stdin.write("\n")
             self._process.stdin.flush()
         except BrokenPipeError:
             raise DiedError from None
+
+    def fileno(self) -> int:
+        """Of the pipe that its answers come by, for `select`."""
+        return self._process.stdout.fileno()
+
+    def answer(self) -> Any:
+        """What it found in the turn that it was asked for. Raises DiedError."""
         line = self._process.stdout.readline()
         if not line:
             raise DiedError
         return json.loads(line)
 
-    def close(self) -> None:
-        """Ends it, and waits for its end: then its memory is free."""
+    def dismiss(self) -> None:
+        """Has it end."""
         for pipe in (self._process.stdin, self._process.stdout):
             with contextlib.suppress(BrokenPipeError):
                 pipe.close()
+
+    def close(self) -> None:
+        """Ends it, and waits for its end: then its memory is free."""
+        self.dismiss()
         try:
             self._process.wait(timeout=30)
         except subprocess.TimeoutExpired:

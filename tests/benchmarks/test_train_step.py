@@ -32,7 +32,10 @@ class InThisProcess:
         self.rows = script.step_row.train(row, task)
         next(self.rows)
 
-    def turn(self):
+    def ask(self):
+        pass
+
+    def answer(self):
         return json.loads(json.dumps(dataclasses.asdict(next(self.rows))))
 
     def close(self):
@@ -243,7 +246,10 @@ def test_a_program_answers_turn_by_turn(script, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT / "benchmarks"))
     code = "import turns; turns.serve(print('-') or {'turn': n} for n in range(3))"
     program = script.Program([sys.executable, "-c", code], {})
-    assert [program.turn(), program.turn()] == [{"turn": 1}, {"turn": 2}]
+    program.ask()
+    assert program.answer() == {"turn": 1}
+    program.ask()
+    assert program.answer() == {"turn": 2}
     program.close()
 
 
