@@ -14,7 +14,7 @@ from twomamba_jax.ops.norm import norm_with_residual
 from twomamba_jax.ops.softmax_rows import softmax_rows
 from twomamba_jax.ops.swiglu import gated_product
 
-SEGMENT_IDS = jnp.asarray([[0, 0, 1, 1], [0, 1, 1, 1]])
+SEGMENT_IDS = jnp.asarray([[0, 0, 1, 1, 1, 1, 1, 2], [0, 1, 1, 1, 2, 2, 2, 2]])
 
 
 def normal(seed, *shape, dtype=jnp.bfloat16):
@@ -34,25 +34,29 @@ def swiglu(elementwise, gate_up, kernel):
 
 
 ROWS, TOKENS, CHANNELS = (PartitionSpec(*axes) for axes in (["a"], ["a", "b"], ["a", None, "b"]))
+ONE_ROW = PartitionSpec(None, ("a", "b"))
 CASES = [
     (norm, (normal(0, 2, 4, 512), normal(1, 512, dtype=jnp.float32)), [ROWS, TOKENS]),
-    (
-        convolution,
-        (normal(0, 2, 4, 3, 16, 64), *(normal(n, *[2] * (n < 2), 3, 16, 64, dtype=jnp.float32) for n in (1, 2))),
-        [ROWS, CHANNELS],
+    *(
+        (
+            convolution,
+            (normal(0, 2, 8, 3, 16, 64), *(normal(n, *[taps] * (n < 2), 3, 16, 64, dtype=jnp.float32) for n in (1, 2))),
+            partitions,
+        )
+        for taps, partitions in ((2, [ROWS, CHANNELS, TOKENS, ONE_ROW]), (4, [TOKENS]))
     ),
     (swiglu, (normal(0, 2, 4, 2, 1024), normal(1, 1024, 8)), [TOKENS, CHANNELS]),
 ]
 
 
-def gradients(function, partition, arrays):
-    """Those of the sum of the results, each times numbers of its own."""
+def results(function, partition, arrays):
+    """The gradients of the sum of the outputs, each times numbers of its own, and the outputs."""
 
     @jax.jit
     def run(*arrays):
         y, pull = jax.vjp(lambda *x: function(Elementwise("mosaic_gpu", partition), *x), *arrays)
         leaves, structure = jax.tree.flatten(y)
-        return pull(jax.tree.unflatten(structure, [normal(9 + n, *x.shape) for n, x in enumerate(leaves)]))
+        return *pull(jax.tree.unflatten(structure, [normal(9 + n, *x.shape) for n, x in enumerate(leaves)])), *leaves
 
     return run(*arrays)
 
@@ -76,11 +80,11 @@ def main():
     errors = {}
     with interpreted():
         for function, arrays, partitions in CASES:
-            want = gradients(function, None, arrays)
+            want = results(function, None, arrays)
             for partition in partitions:
                 with jax.set_mesh(mesh):
-                    got = gradients(function, partition, arrays)
-                errors[f"{function.__name__}, {tuple(partition)}"] = list(map(error, got, want))
+                    got = results(function, partition, arrays)
+                errors[f"{function.__name__} {arrays[1].shape}, {tuple(partition)}"] = list(map(error, got, want))
         want = rows(None)
         for partition in (ROWS, TOKENS):
             with jax.set_mesh(mesh):

@@ -1,4 +1,8 @@
-"""The convolutions over queries, keys and values that one product has made, with one gradient for it."""
+"""The convolutions over queries, keys and values that one product has made, with one gradient for it.
+
+Where the tokens of a row are sharded, each device passes its last W - 1 inputs on to the one after it, and the first
+W - 1 gradients to the one before it.
+"""
 
 import functools
 
@@ -9,6 +13,7 @@ from jax.sharding import PartitionSpec
 from twomamba_jax.ops.convolution import delay
 from twomamba_jax.ops.elementwise import Elementwise
 from twomamba_jax.ops.kept import kept, kept_cast
+from twomamba_jax.ops.sharding import devices_of, sequence_axis
 from twomamba_jax.shapes import AnyArray, Array, Float, SegmentIds
 
 
@@ -31,58 +36,99 @@ def joint_convolution(
       elementwise: the kernels.
     """
     kernels, spec = _kernels(x, kernel, elementwise)
-    batch, _, heads = elementwise.axes()
-    y = PartitionSpec(batch, None, heads)
-    in_specs = spec, PartitionSpec(None, None, heads), PartitionSpec(batch), *[y] * x.shape[2]
+    batch, length, heads = elementwise.axes()
+    y, of_sums = PartitionSpec(batch, length, heads), PartitionSpec(_names(batch) + _names(length), None, None, heads)
+    of_kernel, of_tokens = PartitionSpec(None, None, heads), PartitionSpec(batch, length)
+    parts, axis = x.shape[2], sequence_axis(elementwise.partition)
+
+    def forward(x, taps, offsets, continues):
+        return _forward(axis, x, taps, offsets, continues)
 
     def backward(x, kernel, continues, *dy):
-        *_, heads, head_dim = x.shape
-        flat = [array.reshape(*array.shape[:-2], heads * head_dim) for array in (x, kernel, *dy)]
-        dx, sums = kernels.convolution_backward(*flat[:2], continues, *flat[2:])
-        return dx.reshape(x.shape), sums.reshape(*sums.shape[:-1], heads, head_dim)
+        shape, (*_, heads, head_dim) = x.shape, x.shape
+        x, kernel, *dy = (array.reshape(*array.shape[:-2], heads * head_dim) for array in (x, kernel, *dy))
+        dx, sums = kernels.convolution_backward(x, kernel, continues, *dy)
+        if axis is not None:
+            dx, sums = _with_next_device(axis, dx, sums, x, kernel, continues, dy)
+        return dx.reshape(shape), sums.reshape(*sums.shape[:-1], heads, head_dim)
 
-    call = elementwise.shard(backward, in_specs, (spec, PartitionSpec(batch, None, None, heads)))
+    calls = (
+        elementwise.shard(forward, (spec, of_kernel, PartitionSpec(None, heads), of_tokens), (y,) * parts),
+        elementwise.shard(backward, (spec, of_kernel, of_tokens, *[y] * parts), (spec, of_sums)),
+    )
     bias = jnp.zeros(kernel.shape[1:], kernel.dtype) if bias is None else bias
     ids = jnp.zeros(x.shape[:2], jnp.int32) if segment_ids is None else segment_ids
-    continues = (ids == jnp.roll(ids, 1, axis=1)) & (jnp.arange(x.shape[1]) > 0)
-    return _convolve(x, kernel, bias, kept(continues.astype(jnp.float32)), call)
+    continues = (ids == delay(ids)) & (jnp.arange(x.shape[1]) > 0)
+    return _convolve(x, kernel, bias, kept(continues.astype(jnp.float32)), calls)
 
 
 def can_convolve(x: jax.ShapeDtypeStruct, kernel: jax.ShapeDtypeStruct, elementwise: Elementwise) -> bool:
-    """Whether there is a kernel for the backward pass of `joint_convolution`: of all tokens of a row on one device."""
-    return _kernels(x, kernel, elementwise)[0] is not None
+    """Whether there is a kernel for the backward pass of `joint_convolution`."""
+    tokens = x.shape[1] // devices_of(elementwise.axes()[1])
+    return tokens >= kernel.shape[0] - 1 and _kernels(x, kernel, elementwise)[0] is not None
 
 
 def _kernels(x, kernel, elementwise: Elementwise):
     """The module of the kernel or None, and the mesh axes of x."""
     batch, length, heads = elementwise.axes()
     spec, of_kernel = PartitionSpec(batch, length, None, heads), PartitionSpec(None, None, heads)
-    whole = [("tokens of a row", length)]
-    return elementwise.kernels("convolution", (x, spec), (kernel, of_kernel), whole=whole), spec
+    return elementwise.kernels("convolution", (x, spec), (kernel, of_kernel)), spec
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _convolve(x, kernel, bias, continues, backward):
-    return _convolve_forward(x, kernel, bias, continues, backward)[0]
+def _names(axes) -> tuple[str, ...]:
+    """Mesh axes of one dimension of an array, each by its name."""
+    return () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)
 
 
-def _convolve_forward(x, kernel, bias, continues, backward):
-    taps, offsets = kept_cast(kernel, x.dtype), kept_cast(bias, x.dtype)
-    follows = continues[..., None, None] > 0
+def _forward(axis, x, taps, offsets, continues):
+    """The outputs of a device's tokens."""
+    follows, is_first = continues[..., None, None] > 0, (jnp.arange(x.shape[1]) == 0)[:, None, None]
     y = []
     for part in range(x.shape[2]):
         earlier = x[:, :, part]
         total = offsets[part] + taps[-1, part] * earlier
         for tap in taps[-2::-1, part]:
-            earlier = jnp.where(follows, delay(earlier), 0)
+            before = delay(earlier)
+            if axis is not None:
+                before = jnp.where(is_first, axis.receive(earlier[:, -1:]), before)
+            earlier = jnp.where(follows, before, 0)
             total = total + tap * earlier
         y.append(total)
-    return tuple(y), (x, taps, continues, kernel[:0], bias[:0])
+    return tuple(y)
 
 
-def _convolve_backward(backward, kept_arrays, dy):
+def _with_next_device(axis, dx, sums, x, kernel, continues, dy):
+    """A device's `convolution_backward` with its last W - 1 tokens' part in the next device's first outputs."""
+    width = len(kernel)
+    edge = width - 1
+    first, follows = axis.receive((jnp.stack([d[:, :edge] for d in dy], 2), continues[:, :edge]), reverse=True)
+    later = jnp.concatenate([jnp.stack([d[:, -edge:] for d in dy], 2), first], 1).astype(jnp.float32)
+    follows = jnp.concatenate([continues[:, -edge:], follows], 1)[..., None, None]
+    last, of_edge, reaches = x[:, -edge:].astype(jnp.float32), 0, 1
+    for distance in range(width):
+        seen = slice(distance, distance + edge)
+        if distance:
+            reaches = reaches * follows[:, seen]
+        d = later[:, seen] * reaches
+        tap = edge - distance
+        of_edge = of_edge + kernel[tap].astype(jnp.float32) * d
+        sums = sums.at[0, tap].add((last * d)[:, edge - distance :].sum((0, 1)))  # the others are in it
+    return dx.at[:, -edge:].set(of_edge.astype(dx.dtype)), sums
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _convolve(x, kernel, bias, continues, calls):
+    return _convolve_forward(x, kernel, bias, continues, calls)[0]
+
+
+def _convolve_forward(x, kernel, bias, continues, calls):
+    taps, offsets = kept_cast(kernel, x.dtype), kept_cast(bias, x.dtype)
+    return calls[0](x, taps, offsets, continues), (x, taps, continues, kernel[:0], bias[:0])
+
+
+def _convolve_backward(calls, kept_arrays, dy):
     x, taps, continues, kernel, bias = kept_arrays
-    dx, sums = backward(x, taps, continues, *dy)
+    dx, sums = calls[1](x, taps, continues, *dy)
     sums = sums.sum(0)
     return dx, sums[:-1].astype(kernel.dtype), sums[-1].astype(bias.dtype), jnp.zeros_like(continues)
 
