@@ -118,6 +118,8 @@ def attention(attention: Attention, q, k, v, log_decay, segment):
       log_decay: [B, T, G] float32, not positive and not below -128; None: no decay.
       segment: [B, T] int32, the number of each token's segment in its row, ascending; None: one segment.
     """
+    if attention.score == "exp" and attention.scale < 0:  # the kernels count from the largest score of a row
+        attention, q = dataclasses.replace(attention, scale=-attention.scale), -q
     tokens = q.shape[1]
     if padding := -tokens % 8:  # what the copies of tiles need of memory
 

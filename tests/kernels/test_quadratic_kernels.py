@@ -183,10 +183,11 @@ def test_the_largest_and_the_smallest_scores_of_the_contract(score):
         assert (np.abs(y[:, None] - v).max(-1).min(1) == 0).all()  # a row is one of the values
 
 
-def test_rows_of_exp_with_enormous_scores_are_values():
+@pytest.mark.parametrize("scale", [0.125, -0.125])
+def test_rows_of_exp_with_enormous_scores_are_values(scale):
     """Without a decay, where compilers make one instruction of a product and a difference; scores are up to 2^60."""
     call = dataclasses.replace(EXP, decay=False, segments=False, tokens=136).call()
-    got = call.replace(q=call.q * jnp.bfloat16(2.0**56)).run()
+    got = call.replace(q=call.q * jnp.bfloat16(2.0**56), scale=scale).run()
     assert all(np.isfinite(np.asarray(x, np.float32)).all() for x in got.values())
     y, v = (np.asarray(x, np.float32) for x in (got["y"], call.v))
     assert (abs(y[:, :, None] - v[:, None]).max(-1).min(2) == 0).all()
