@@ -107,8 +107,10 @@ def errors(case: Case, sizes, form):
         found |= {name: error(x, w) for name, x, w in zip(("kv", "key_sum"), final, want_final)}
     else:
         used = np.arange(final.keys.shape[2]) < want_final["length"][:, None]
-        decays = [np.moveaxis(np.asarray(x), 2, 1)[used] for x in (final.log_decay, want_final["log_decay"])]
-        found |= {"log_decay": error(*decays), "start": error(final.start, want_final["start"])}
+        found["start"] = error(final.start, want_final["start"])
+        if final.log_decay is not None:
+            decays = [np.moveaxis(np.asarray(x), 2, 1)[used] for x in (final.log_decay, want_final["log_decay"])]
+            found["log_decay"] = error(*decays)
     named = dict(zip(("q", "k", "v", "log_decay"), gradients))
     if state is not None:
         named |= {f"initial_{name}": x for name, x in gradients[4]._asdict().items()}

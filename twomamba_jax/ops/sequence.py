@@ -2,7 +2,7 @@
 
 A device turns the state before its tokens into weight S + state, and so do several devices one after the other. So an
 associative scan across devices finds the state that enters each one, in 1 + log2(n) rounds of messages of the size of a
-state, whatever the number of tokens.
+state, whatever the number of tokens; of two devices, without a state before the first, in one.
 """
 
 import dataclasses
@@ -49,8 +49,9 @@ class SequenceAxis:
         if initial is not None:
             is_first = self.index == (self.size - 1 if reverse else 0)
             state = jax.tree.map(lambda x, first: jnp.where(is_first, first.astype(x.dtype), x), state, initial)
-        distance = 1
-        while distance < self.size:
+        # The last device's state is composed of the n - 1 devices' before it, and of the initial one.
+        distance, composed = 1, self.size - (initial is None)
+        while distance < composed:
             # Where there is no device that far, weight and state are 0, which changes no state.
             weight, state = recurrence.compose(self.receive((weight, state), distance, reverse), (weight, state))
             distance *= 2
