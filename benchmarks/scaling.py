@@ -3,8 +3,10 @@
 Every variant is trained as benchmarks/train_step.py trains it, on one GPU and on every mesh: `data=4`, or
 `fsdp=2,tensor=2`; on those of `--processes` with a process for each GPU, as several hosts would. A GPU has --batch
 rows, so that a mesh of n has n times as many; the GPUs of an axis `sequence` share the rows, and what is divided by is
-one GPU with the same row. All runs are on the GPUs together and take their turns. `--setting NAME KEY=VALUE ...` has
-every mesh with each of them set: keys of the configuration, options of XLA (xla_...); NAME alone is without.
+one GPU with the same row. All runs are on the GPUs together, which must have room for them, and take their turns.
+`--setting NAME KEY=VALUE ...` has every mesh with each of them set: keys of the configuration, options of XLA
+(xla_...); NAME alone is without. With a compilation cache (JAX_COMPILATION_CACHE_DIR) meshes take over what XLA has
+timed of its kernels for one GPU; without one they all time them together.
 
 Prints a Markdown table and writes OUT.json. `--parts 3` says where the time of a step of the first GPU goes, and how
 long it waits for others: of collectives what no other work hides. CUDA_VISIBLE_DEVICES says which GPUs there are.
@@ -30,6 +32,7 @@ from step_runs import Runs
 from train_step import GIB, TOGETHER, program_of, setting_of, table_of_parts, task_of
 from turns import Program
 
+from train.errors import UserError
 from train.sharding import MESH_AXES
 from twomamba_jax.ops.dispatch import IMPLEMENTATIONS
 
@@ -119,10 +122,12 @@ def points_of(options: argparse.Namespace) -> list[Point]:
 
 
 def programs_of(point: Point, task: Task) -> Together:
-    """What makes a run: a process with its GPUs alone before it, or several. Raises UserError."""
+    """What makes a run: a process that sees its GPUs alone, or several. Raises UserError."""
     each = point.devices // point.processes
     known = os.environ.get("CUDA_VISIBLE_DEVICES")
-    gpus = known.split(",") if known else [str(number) for number in range(point.devices)]
+    gpus = [str(number) for number in range(point.devices)] if known is None else [x for x in known.split(",") if x]
+    if 0 < len(gpus) < point.devices:
+        raise UserError(f"{point.mesh} needs {point.devices} GPUs, and CUDA_VISIBLE_DEVICES={known} names {len(gpus)}")
     rows = [point.row]
     if point.processes > 1:
         together = (
@@ -153,7 +158,7 @@ def run_all(points: Sequence[Point], task: Task) -> list[Point]:
     order = range(len(points))
     for index in order:
         runs.start(index)
-    # What XLA has measured for one GPU it need not measure for several, with others on the same GPUs.
+    # First the one from which the others can take what XLA measures.
     runs.turn(*(index for index in order if points[index].mesh == ALONE))
     runs.turn(*(index for index in order if points[index].mesh != ALONE))
     for _ in task.turns:
@@ -224,8 +229,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
                 parser.error(f"--{option} {error}")
     given = [*options.override, *(setting for _, *settings in options.setting for setting in settings)]
     for setting in given:
-        if "=" not in setting:
-            parser.error(f"{setting}: expected KEY=VALUE")
+        if "=" not in setting or setting.startswith("mesh."):
+            parser.error(f"{setting}: expected KEY=VALUE, and meshes by --meshes")
     if not 1 <= options.turns <= options.steps:
         parser.error(f"--turns {options.turns}: expected from 1 to --steps {options.steps}")
     options.remat = []

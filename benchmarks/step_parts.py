@@ -46,7 +46,8 @@ def traced(step: Callable[[], None], steps: int, program: str) -> dict[str, floa
 def parts_of(trace: jax.profiler.ProfileData, program: str, steps: int) -> dict[str, float]:
     """As `traced`, of a trace. Of several devices the first counts.
 
-    On a GPU also WAITS and IDLE: how long it does nothing but collectives, and nothing at all.
+    Where GPUs wait for one another also WAITS and IDLE, which are no parts: how long the first one does nothing but
+    collectives, and nothing at all.
     """
     lines = {}
     for line in program.splitlines():
@@ -68,7 +69,7 @@ def parts_of(trace: jax.profiler.ProfileData, program: str, steps: int) -> dict[
             for line in streams
             for event in line.events
         ]
-    if spans:
+    if any(COLLECTIVE.search(name) for *_, name in spans):
         busy, working = covered(spans), covered([span for span in spans if not COLLECTIVE.search(span[2])])
         nanoseconds[WAITS] = busy - working
         nanoseconds[IDLE] = max(end for _, end, _ in spans) - min(start for start, *_ in spans) - busy

@@ -41,10 +41,10 @@ class Problem:
     def late_scale(self, has_decay: bool) -> float | None:
         """What the forward kernel multiplies logits of exp by when they count from their row's largest; None: before.
 
-        That is without a decay, unless it is 0. Before, compilers make one instruction of it and the difference: of the
-        largest logit that leaves its own rounding, which of 2^32 or more is no exponent.
+        That is a positive scale, without a decay. Before, compilers make one instruction of it and the difference: of
+        the largest logit that leaves its own rounding, which of 2^32 or more is no exponent.
         """
-        late = self.score == "exp" and self.normalize and not has_decay and self.logit_scale != 0
+        late = self.score == "exp" and self.normalize and not has_decay and self.logit_scale > 0
         return self.logit_scale if late else None
 
     @property

@@ -53,6 +53,12 @@ def test_settings_are_of_meshes_alone(script, arguments):
     assert full.row.set == (*plain.row.set, "execution.remat=full", "xla_a=1")
 
 
+def test_a_mesh_is_no_override(script, arguments, capsys):
+    with pytest.raises(SystemExit):
+        script.parse([*arguments, "mesh.data=2"])
+    assert "meshes by --meshes" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("mesh", ["data", "data=0", "data=x", "model=2", "2"])
 def test_another_mesh_is_refused(script, arguments, mesh, capsys):
     with pytest.raises(SystemExit):
@@ -62,7 +68,7 @@ def test_another_mesh_is_refused(script, arguments, mesh, capsys):
 
 def test_a_run_sees_its_gpus(script, arguments, monkeypatch):
     """The first of those that there are; where there are several processes, each its own."""
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5,6")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5,6,")
     started = []
     monkeypatch.setattr(script, "program_of", lambda row, task, environment: started.append((row, environment)))
     options = script.parse([*arguments, "--meshes", "data=2", "--processes", "data=2"])
@@ -78,6 +84,23 @@ def test_a_run_sees_its_gpus(script, arguments, monkeypatch):
         "distributed.process_id=0",
         "distributed.process_id=1",
     ]
+
+
+@pytest.mark.parametrize("named", ["3", ""])
+def test_gpus_that_are_not_there(script, arguments, monkeypatch, named):
+    """Too few are an error before anything starts; that there are none is the user's to say."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
+    started = []
+    monkeypatch.setattr(script, "program_of", lambda row, task, environment: started.append(environment))
+    options = script.parse([*arguments, "--meshes", "data=2"])
+    _, point = script.points_of(options)
+    if named:
+        with pytest.raises(script.UserError, match="data=2 needs 2 GPUs, and CUDA_VISIBLE_DEVICES=3 names 1"):
+            script.programs_of(point, script.task_of(options))
+        assert not started
+    else:
+        script.programs_of(point, script.task_of(options))
+        assert [environment["CUDA_VISIBLE_DEVICES"] for environment in started] == [""]
 
 
 class Answers:

@@ -4,6 +4,7 @@ Prints JSON: for each case the largest error of each result relative to its larg
 """
 
 import functools
+import itertools
 import json
 
 import jax
@@ -15,6 +16,7 @@ from support.cases import VALUE_DIM, Case
 from support.exhaustive import EXHAUSTIVE
 
 from twomamba_jax import FiniteState, KeyValueCache, decay_attention
+from twomamba_jax.ops.sequence import SequenceAxis
 
 # Six tokens to each of eight devices, twenty-four to each of two.
 TOKENS = 48
@@ -142,9 +144,34 @@ def packed(score):
     return {"difference": difference, "crossing": np.max(crossing)}
 
 
+def entering() -> float:
+    """The largest error of the states that enter devices of which each makes two steps, one or the other way."""
+    rng, errors = np.random.default_rng(0), []
+    for devices, reverse, has_initial in itertools.product((2, 3, 5, 8), (False, True), (False, True)):
+        mesh = jax.make_mesh((devices,), ("a",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices])
+        weights, added = rng.uniform(size=(2 * devices, 1, 1)), rng.normal(size=(2 * devices, 1, 1, 3))
+        first = rng.normal(size=added.shape[1:]) if has_initial else None
+        state, want = np.zeros(added.shape[1:]) if first is None else first, np.empty((devices, *added.shape[1:]))
+        for step in reversed(range(2 * devices)) if reverse else range(2 * devices):
+            if step % 2 == int(reverse):
+                want[step // 2] = state
+            state = weights[step, ..., None] * state + added[step]
+        enter = functools.partial(SequenceAxis("a", devices).enter, initial=first, reverse=reverse)
+        shards = jax.shard_map(
+            lambda *x, enter=enter: enter(*x)[None],
+            mesh=mesh,
+            in_specs=PartitionSpec("a"),
+            out_specs=PartitionSpec("a"),
+            check_vma=False,
+        )
+        errors.append(error(jax.jit(shards)(weights, added), want))
+    return max(errors)
+
+
 if __name__ == "__main__":
     garbage.collect_less()
     with jax.enable_x64(True):
+        states = entering()
         cases = {name: errors(*case) for name, case in CASES.items()}
         documents = {score: packed(score) for score in PACKED}
-    print(json.dumps({"cases": cases, "packed": documents}))
+    print(json.dumps({"entering": states, "cases": cases, "packed": documents}))

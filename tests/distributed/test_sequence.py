@@ -34,7 +34,12 @@ def test_the_operation_equals_the_oracle_in_float64(operation):
         assert max(errors.values()) < 1e-12, name
 
 
-@exhaustive("the test above, whose rows are packed, and whose oracle lets nothing across an edge")
+def test_states_enter_any_number_of_devices(operation):
+    """Two to eight of them, forwards and backwards, with a state before the first and without."""
+    assert operation["entering"] < 1e-14
+
+
+@exhaustive("the operation's test above, whose rows are packed, and whose oracle lets nothing across an edge")
 @pytest.mark.parametrize("score", ["squared", "exp"])
 def test_packed_documents_are_as_if_alone(operation, score):
     packed = operation["packed"][score]

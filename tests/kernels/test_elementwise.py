@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AbstractMesh, AxisType
+from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 from support.exhaustive import EXHAUSTIVE, exhaustive
 from support.hopper import on_hopper
 from support.models import config_of
@@ -210,6 +210,23 @@ def test_what_no_kernel_computes():
         assert not can_gate(jax.ShapeDtypeStruct((2, 8, 2, 640), jnp.bfloat16), KERNELS)
         assert norm_with_residual(normal(0, 1, 2, 640), normal(1, 640), 1e-5, 1, KERNELS) is None
         assert norm_with_residual(normal(0, 1, 2, 512, dtype=jnp.float32), normal(1, 512), 1e-5, 1, KERNELS) is None
+
+
+def test_convolves_sharded_tokens_that_a_window_fits_in():
+    """Four taps look back over three tokens, as many as each of four devices must have."""
+    kernels = Elementwise("mosaic_gpu", PartitionSpec("data", "sequence"))
+    taps = jax.ShapeDtypeStruct((4, 3, 8, 64), jnp.float32)
+    mesh = AbstractMesh((2, 4), ("data", "sequence"), axis_types=(AxisType.Auto,) * 2)
+
+    def x(rows, tokens):
+        return jax.ShapeDtypeStruct((rows, tokens, 3, 8, 64), jnp.bfloat16)
+
+    with interpreted(), jax.sharding.use_abstract_mesh(mesh):
+        assert not can_convolve(x(2, 8), taps, kernels)
+        assert can_convolve(x(2, 12), taps, kernels)
+        for shape, message in (((3, 12), "3 rows of the batch"), ((2, 14), "14 tokens")):
+            with pytest.raises(ValueError, match=f"^{message} cannot be sharded over the"):
+                jax.eval_shape(lambda x, taps: joint_convolution(x, taps, None, None, kernels), x(*shape), taps)
 
 
 def block_of(implementation, dtype=jnp.bfloat16, elementwise_kernels=True):

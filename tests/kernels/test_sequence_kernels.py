@@ -71,12 +71,13 @@ def test_a_segment_that_begins_with_a_device_sees_no_state():
     assert weights.reach.all()
 
 
-def test_devices_pass_on_states_and_gather_nothing(monkeypatch):
+@pytest.mark.parametrize(("devices", "rounds"), [(2, 1), (4, 3)])
+def test_devices_pass_on_states_and_gather_nothing(monkeypatch, devices, rounds):
     """Forward and backward on a mesh that tracing needs no devices for."""
     monkeypatch.setitem(dispatch.UNSUPPORTED_DEVICE, "mosaic_gpu", lambda: None)
-    mesh = AbstractMesh((2, 4), ("data", "sequence"), axis_types=(AxisType.Auto,) * 2)
-    array = jax.ShapeDtypeStruct((2, 1024, 1, 64), jnp.bfloat16)
-    ids = jax.ShapeDtypeStruct((2, 1024), jnp.int32)
+    mesh = AbstractMesh((2, devices), ("data", "sequence"), axis_types=(AxisType.Auto,) * 2)
+    array = jax.ShapeDtypeStruct((2, 256 * devices, 1, 64), jnp.bfloat16)
+    ids = jax.ShapeDtypeStruct((2, 256 * devices), jnp.int32)
 
     def loss(x, ids):
         options = {"segment_ids": ids, "partition": PartitionSpec("data", "sequence"), "implementation": "mosaic_gpu"}
@@ -84,7 +85,7 @@ def test_devices_pass_on_states_and_gather_nothing(monkeypatch):
 
     with jax.sharding.use_abstract_mesh(mesh):
         text = str(jax.make_jaxpr(jax.grad(loss))(array, ids))
-    assert "bf16[1,256,1,64]" in text  # a row and a quarter of the tokens
-    # The last id, and (kv, normaliser, weight) in 1 + 2 rounds: forward, and backward, for which states are kept.
-    assert text.count("ppermute") == 1 + 2 * 3 * 3
+    assert "bf16[1,256,1,64]" in text  # a row and its share of the tokens
+    # The last id, and (kv, normaliser, weight) in each round: forward, and backward, for which states are kept.
+    assert text.count("ppermute") == 1 + 2 * 3 * rounds
     assert "all_gather" not in text

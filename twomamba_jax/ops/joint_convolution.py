@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec
 from twomamba_jax.ops.convolution import delay
 from twomamba_jax.ops.elementwise import Elementwise
 from twomamba_jax.ops.kept import kept, kept_cast
-from twomamba_jax.ops.sharding import devices_of, sequence_axis
+from twomamba_jax.ops.sharding import check_multiple, devices_of, sequence_axis
 from twomamba_jax.shapes import AnyArray, Array, Float, SegmentIds
 
 
@@ -34,12 +34,19 @@ def joint_convolution(
       bias: [P, H, K], the same, or None.
       segment_ids: [B, T] integers; a maximal run of equal ids is a segment.
       elementwise: the kernels.
+
+    Raises:
+      ValueError: rows, tokens or heads are no multiple of the devices that they are sharded over.
     """
+    rows, tokens, parts, heads_of_x, _ = x.shape
     kernels, spec = _kernels(x, kernel, elementwise)
     batch, length, heads = elementwise.axes()
+    check_multiple(rows, "rows of the batch", batch)
+    check_multiple(tokens, "tokens", length)
+    check_multiple(heads_of_x, "heads", heads)
     y, of_sums = PartitionSpec(batch, length, heads), PartitionSpec(_names(batch) + _names(length), None, None, heads)
     of_kernel, of_tokens = PartitionSpec(None, None, heads), PartitionSpec(batch, length)
-    parts, axis = x.shape[2], sequence_axis(elementwise.partition)
+    axis = sequence_axis(elementwise.partition)
 
     def forward(x, taps, offsets, continues):
         return _forward(axis, x, taps, offsets, continues)
@@ -58,12 +65,12 @@ def joint_convolution(
     )
     bias = jnp.zeros(kernel.shape[1:], kernel.dtype) if bias is None else bias
     ids = jnp.zeros(x.shape[:2], jnp.int32) if segment_ids is None else segment_ids
-    continues = (ids == delay(ids)) & (jnp.arange(x.shape[1]) > 0)
+    continues = (ids == delay(ids)) & (jnp.arange(tokens) > 0)
     return _convolve(x, kernel, bias, kept(continues.astype(jnp.float32)), calls)
 
 
 def can_convolve(x: jax.ShapeDtypeStruct, kernel: jax.ShapeDtypeStruct, elementwise: Elementwise) -> bool:
-    """Whether there is a kernel for the backward pass of `joint_convolution`."""
+    """Whether there is a kernel for the backward pass of `joint_convolution`; each device has W - 1 tokens then."""
     tokens = x.shape[1] // devices_of(elementwise.axes()[1])
     return tokens >= kernel.shape[0] - 1 and _kernels(x, kernel, elementwise)[0] is not None
 

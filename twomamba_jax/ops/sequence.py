@@ -2,7 +2,7 @@
 
 A device turns the state before its tokens into weight S + state, and so do several devices one after the other. So an
 associative scan across devices finds the state that enters each one, in 1 + log2(n) rounds of messages of the size of a
-state, whatever the number of tokens; of two devices, without a state before the first, in one.
+state, or 1 + log2(n - 1) where there is none before the first, rounded up, whatever the number of tokens.
 """
 
 import dataclasses
