@@ -67,10 +67,12 @@ def test_row_is_trained_and_leaves_its_figures_alone(ladder, monkeypatch, tmp_pa
 
 
 def test_small_is_larger_and_trained_as_lab_is(ladder):
-    lab, small = (ladder.make_config(ladder.Row("stdlib", size, "2mamba", 1e-3, 0, 9)) for size in ("lab", "small"))
+    lab, small = (ladder.make_config(ladder.Row("stdlib", size, "2mamba", 1e-3, 0, 500)) for size in ("lab", "small"))
     assert (small.model.d_model, small.model.num_layers, small.model.vocab_size) == (1024, 20, 512)
     assert small.size == "small"
-    small.model, small.size = lab.model, lab.size
+    assert (small.eval_every, small.checkpoint_every) == (100, 100)
+    for key in ("model", "size", "eval_every", "checkpoint_every"):
+        small[key] = lab[key]
     assert small == lab
 
 
