@@ -1,5 +1,6 @@
 """The ladder's table and plots, of all rows that lie in a directory."""
 
+import collections
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,13 +9,15 @@ from typing import Any
 from kept_rows import kept_rows
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from scipy.stats import rankdata, spearmanr
 
 from configs import base
 from train.workdir import replace
-from twomamba_jax import parse_pattern
+from twomamba_jax import VARIANTS, parse_pattern
 
 Results = Sequence[dict[str, Any]]
 REFERENCE = "softmax"
+OF_MEDIUM = "2mamba", "2mamba-e"  # the paper's losses of these are of its medium model, all others of its small one
 CHOSEN, REPORTED = 0, 1  # the half of the held-out documents that rates are chosen on, and the one that is reported
 
 
@@ -90,7 +93,8 @@ def report(out: Path, corpus: str, size: str, steps: int) -> str:
         return f"no row of {corpus}, {size}, {steps} steps is trained in {out}"
     results, shared = without_shared_settings(results)
     best, stem = at_best(results), f"{corpus}-{size}-{steps}"
-    text = f"{summary(best, results)}\n\n{every_row(results)}\n\n{origin(results, shared)}\n"
+    tables = summary(best, results), every_row(results), beside_paper(results), origin(results, shared)
+    text = "\n\n".join(filter(None, tables)) + "\n"
     replace(out / f"{stem}.md", text)
     draw_curves(best, out / f"{stem}-tokens.png")
     draw_losses(best, out / f"{stem}-losses.png")
@@ -142,6 +146,34 @@ def every_row(results: Results) -> str:
             f"| {row['mixer']} | {row['learning_rate']:g} | {row['seed']} | {losses} | {norms} | {row['commit'][:12]} |"
         )
     return "\n".join(lines)
+
+
+def beside_paper(results: Results) -> str:
+    """Losses beside the paper's of the same variants, by its order, and the two orders' correlation (Spearman's).
+
+    Of all of them at one learning rate, that at which most are trained, and one seed; of what the paper has at `small`
+    alone, with equal ranks for its equal losses. Empty for fewer than three.
+    """
+    seed = min(row["seed"] for row in results)
+    by_rate: dict[float, dict[str, float]] = collections.defaultdict(dict)
+    for row in results:
+        variant = VARIANTS.get(row["mixer"])  # None: a pattern, or with settings of its own
+        if row["seed"] == seed and variant and variant.paper_loss is not None and row["mixer"] not in OF_MEDIUM:
+            by_rate[row["learning_rate"]][row["mixer"]] = row["losses"][REPORTED]
+    if not by_rate:
+        return ""
+    rate, losses = max(by_rate.items(), key=lambda item: len(item[1]))
+    if len(losses) < 3:
+        return ""
+    names = sorted(losses, key=lambda name: (VARIANTS[name].paper_loss, losses[name]))
+    paper, ours = [VARIANTS[name].paper_loss for name in names], [losses[name] for name in names]
+    lines = [
+        f"| mixer, at {rate:g} | the paper's loss, nats a token | held-out loss | the paper's rank | rank |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for name, *cells in zip(names, paper, ours, rankdata(paper), rankdata(ours)):
+        lines.append(f"| {name} | {cells[0]:.2f} | {cells[1]:.4f} | {cells[2]:g} | {cells[3]:g} |")
+    return "\n".join([*lines, "", f"Rank correlation of the two orders: {spearmanr(paper, ours).statistic:.3f}."])
 
 
 def origin(results: Results, settings: Sequence[str]) -> str:
