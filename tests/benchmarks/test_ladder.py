@@ -114,6 +114,19 @@ def test_killed_ladder_goes_on_and_chooses_by_one_half(ladder, pretended, tmp_pa
     assert names == {f"stdlib-nano-400{end}" for end in (".md", "-tokens.png", "-losses.png", "-states.png")}
 
 
+def test_plots_have_the_lowest_losses(ladder, pretended, tmp_path, monkeypatch):
+    _, losses = pretended
+    losses |= {("softmax", 1e-3): (2.0, 2.5), ("2mamba", 1e-3): (2.0, 2.25), ("linear", 1e-3): (2.0, 2.75)}
+    report, drawn = sys.modules["ladder_report"], {}
+    monkeypatch.setattr(report, "MOST_DRAWN", 2)
+    for plot in ("draw_curves", "draw_losses", "draw_states"):
+        monkeypatch.setattr(report, plot, lambda best, *_, plot=plot: drawn.update({plot: list(best)}))
+    command = ["--out", str(tmp_path), "--workers", "0", "--learning_rates", "1e-3", "--variants"]
+    assert ladder.main([*command, "softmax", "linear", "2mamba"]) == 0
+    assert drawn == {plot: ["2mamba", "softmax"] for plot in ("draw_curves", "draw_losses", "draw_states")}
+    assert "| linear |" in (tmp_path / "stdlib-nano-400.md").read_text()
+
+
 def test_settings_make_rows_of_their_own(ladder, pretended, tmp_path, capsys):
     asked, losses = pretended
     losses |= {("softmax", 1e-3): (2.0, 2.5)}
