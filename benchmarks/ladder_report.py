@@ -198,7 +198,7 @@ def draw_curves(best: dict[str, list[dict[str, Any]]], path: Path) -> None:
         look = {"color": f"C{number % 10}", "linestyle": ("-", "--", ":")[number // 10 % 3], "marker": "o"}
         label = f"{mixer} ({rows[0]['learning_rate']:g})"
         axes.plot(*zip(*rows[0]["curve"]), markersize=3, label=label, **look)
-    axes.legend(fontsize=8)
+    figure.legend(loc="outside right upper", fontsize=8)
     figure.savefig(path, dpi=120)
 
 
@@ -228,12 +228,12 @@ def draw_states(best: dict[str, list[dict[str, Any]]], size: str, path: Path) ->
         if all(layer.score == "exp" for layer in parse_pattern(rows[0]["variant"], model.model.num_layers)):
             axes.hlines(loss, state / model.length, state, colors=look["color"], linestyles=":")
         axes.plot(state, loss, label=mixer, **look)
-    axes.legend(fontsize=8)
+    figure.legend(loc="outside right upper", fontsize=8)
     figure.savefig(path, dpi=120)
 
 
 def _canvas(xlabel: str, ylabel: str) -> tuple[Figure, Any]:
-    figure = Figure(figsize=(8, 5), layout="constrained")
+    figure = Figure(figsize=(10, 5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     axes.set(xlabel=xlabel, ylabel=ylabel)
