@@ -1,5 +1,6 @@
 """The ladder's table and plots, of all rows that lie in a directory."""
 
+import collections
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,13 +9,16 @@ from typing import Any
 from kept_rows import kept_rows
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from scipy.stats import rankdata, spearmanr
 
 from configs import base
 from train.workdir import replace
-from twomamba_jax import parse_pattern
+from twomamba_jax import VARIANTS, parse_pattern
 
 Results = Sequence[dict[str, Any]]
 REFERENCE = "softmax"
+OF_MEDIUM = "2mamba", "2mamba-e"  # the paper's losses of these are of its medium model, all others of its small one
+MOST_DRAWN = 18  # mixers in a plot
 CHOSEN, REPORTED = 0, 1  # the half of the held-out documents that rates are chosen on, and the one that is reported
 
 
@@ -83,18 +87,20 @@ def deviation(rows: Results) -> float | None:
 def report(out: Path, corpus: str, size: str, steps: int) -> str:
     """Writes OUT/CORPUS-SIZE-STEPS.md and its plots, -tokens.png, -losses.png and -states.png; returns the table.
 
-    Settings that all rows have are said once, and not with every mixer.
+    Settings that all rows have are said once, and not with every mixer. The plots have the lowest losses alone.
     """
     results = read_rows(out, corpus, size, steps)
     if not results:
         return f"no row of {corpus}, {size}, {steps} steps is trained in {out}"
     results, shared = without_shared_settings(results)
     best, stem = at_best(results), f"{corpus}-{size}-{steps}"
-    text = f"{summary(best, results)}\n\n{every_row(results)}\n\n{origin(results, shared)}\n"
+    tables = summary(best, results), every_row(results), beside_paper(results), origin(results, shared)
+    text = "\n\n".join(filter(None, tables)) + "\n"
     replace(out / f"{stem}.md", text)
-    draw_curves(best, out / f"{stem}-tokens.png")
-    draw_losses(best, out / f"{stem}-losses.png")
-    draw_states(best, size, out / f"{stem}-states.png")
+    drawn = dict(list(best.items())[:MOST_DRAWN])
+    draw_curves(drawn, out / f"{stem}-tokens.png")
+    draw_losses(drawn, out / f"{stem}-losses.png")
+    draw_states(drawn, size, out / f"{stem}-states.png")
     return text
 
 
@@ -144,6 +150,34 @@ def every_row(results: Results) -> str:
     return "\n".join(lines)
 
 
+def beside_paper(results: Results) -> str:
+    """Losses beside the paper's of the same variants, by its order, and the two orders' correlation (Spearman's).
+
+    Of all of them at one learning rate, that at which most are trained, and one seed; of what the paper has at `small`
+    alone, with equal ranks for its equal losses. Empty for fewer than three.
+    """
+    seed = min(row["seed"] for row in results)
+    by_rate: dict[float, dict[str, float]] = collections.defaultdict(dict)
+    for row in results:
+        variant = VARIANTS.get(row["mixer"])  # None: a pattern, or with settings of its own
+        if row["seed"] == seed and variant and variant.paper_loss is not None and row["mixer"] not in OF_MEDIUM:
+            by_rate[row["learning_rate"]][row["mixer"]] = row["losses"][REPORTED]
+    if not by_rate:
+        return ""
+    rate, losses = max(by_rate.items(), key=lambda item: len(item[1]))
+    if len(losses) < 3:
+        return ""
+    names = sorted(losses, key=lambda name: (VARIANTS[name].paper_loss, losses[name]))
+    paper, ours = [VARIANTS[name].paper_loss for name in names], [losses[name] for name in names]
+    lines = [
+        f"| mixer, at {rate:g} | the paper's loss, nats a token | held-out loss | the paper's rank | rank |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for name, *cells in zip(names, paper, ours, rankdata(paper), rankdata(ours)):
+        lines.append(f"| {name} | {cells[0]:.2f} | {cells[1]:.4f} | {cells[2]:g} | {cells[3]:g} |")
+    return "\n".join([*lines, "", f"Rank correlation of the two orders: {spearmanr(paper, ours).statistic:.3f}."])
+
+
 def origin(results: Results, settings: Sequence[str]) -> str:
     """What the figures were made of and on, with the settings of all of them."""
     digests = sorted({row["identity"]["digest"] for row in results})
@@ -164,7 +198,7 @@ def draw_curves(best: dict[str, list[dict[str, Any]]], path: Path) -> None:
         look = {"color": f"C{number % 10}", "linestyle": ("-", "--", ":")[number // 10 % 3], "marker": "o"}
         label = f"{mixer} ({rows[0]['learning_rate']:g})"
         axes.plot(*zip(*rows[0]["curve"]), markersize=3, label=label, **look)
-    axes.legend(fontsize=8)
+    figure.legend(loc="outside right upper", fontsize=8)
     figure.savefig(path, dpi=120)
 
 
@@ -194,12 +228,12 @@ def draw_states(best: dict[str, list[dict[str, Any]]], size: str, path: Path) ->
         if all(layer.score == "exp" for layer in parse_pattern(rows[0]["variant"], model.model.num_layers)):
             axes.hlines(loss, state / model.length, state, colors=look["color"], linestyles=":")
         axes.plot(state, loss, label=mixer, **look)
-    axes.legend(fontsize=8)
+    figure.legend(loc="outside right upper", fontsize=8)
     figure.savefig(path, dpi=120)
 
 
 def _canvas(xlabel: str, ylabel: str) -> tuple[Figure, Any]:
-    figure = Figure(figsize=(8, 5), layout="constrained")
+    figure = Figure(figsize=(10, 5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     axes.set(xlabel=xlabel, ylabel=ylabel)

@@ -97,6 +97,8 @@ def make_config(row: Row, root: Path | None = None) -> ConfigDict:
         "checkpoints_kept": 1,
         "log_every": 10,
     }
+    if row.size not in ("nano", "lab"):  # evaluations take 2 % of a run so, and checkpoints are of gigabytes
+        overrides |= dict.fromkeys(("eval_every", "checkpoint_every"), max(1, row.steps // 5))
     settings = [(key, text) for key, _, text in (setting.partition("=") for setting in row.settings)]
     for key, _ in settings:
         if key in overrides or key.startswith("data."):

@@ -67,10 +67,12 @@ def test_row_is_trained_and_leaves_its_figures_alone(ladder, monkeypatch, tmp_pa
 
 
 def test_small_is_larger_and_trained_as_lab_is(ladder):
-    lab, small = (ladder.make_config(ladder.Row("stdlib", size, "2mamba", 1e-3, 0, 9)) for size in ("lab", "small"))
+    lab, small = (ladder.make_config(ladder.Row("stdlib", size, "2mamba", 1e-3, 0, 500)) for size in ("lab", "small"))
     assert (small.model.d_model, small.model.num_layers, small.model.vocab_size) == (1024, 20, 512)
     assert small.size == "small"
-    small.model, small.size = lab.model, lab.size
+    assert (small.eval_every, small.checkpoint_every) == (100, 100)
+    for key in ("model", "size", "eval_every", "checkpoint_every"):
+        small[key] = lab[key]
     assert small == lab
 
 
@@ -110,6 +112,19 @@ def test_killed_ladder_goes_on_and_chooses_by_one_half(ladder, pretended, tmp_pa
     assert "SHA-256 d1. On abacus" in text
     names = {path.name for path in tmp_path.glob("*.*")}
     assert names == {f"stdlib-nano-400{end}" for end in (".md", "-tokens.png", "-losses.png", "-states.png")}
+
+
+def test_plots_have_the_lowest_losses(ladder, pretended, tmp_path, monkeypatch):
+    _, losses = pretended
+    losses |= {("softmax", 1e-3): (2.0, 2.5), ("2mamba", 1e-3): (2.0, 2.25), ("linear", 1e-3): (2.0, 2.75)}
+    report, drawn = sys.modules["ladder_report"], {}
+    monkeypatch.setattr(report, "MOST_DRAWN", 2)
+    for plot in ("draw_curves", "draw_losses", "draw_states"):
+        monkeypatch.setattr(report, plot, lambda best, *_, plot=plot: drawn.update({plot: list(best)}))
+    command = ["--out", str(tmp_path), "--workers", "0", "--learning_rates", "1e-3", "--variants"]
+    assert ladder.main([*command, "softmax", "linear", "2mamba"]) == 0
+    assert drawn == {plot: ["2mamba", "softmax"] for plot in ("draw_curves", "draw_losses", "draw_states")}
+    assert "| linear |" in (tmp_path / "stdlib-nano-400.md").read_text()
 
 
 def test_settings_make_rows_of_their_own(ladder, pretended, tmp_path, capsys):
@@ -152,6 +167,20 @@ def test_mixers_stand_beside_the_softmax_of_their_settings(ladder, pretended, tm
     assert "| 2mamba | 0.001 | 1 | 1 | 2.7500 |  | +0.2500 |" in text
     assert "| 2mamba (optimizer.b2=0.95) | 0.001 | 1 | 1 | 2.6250 |  | +0.6250 |" in text
     assert "| 2mamba (optimizer.b1=0.8) | 0.001 | 1 | 1 | 2.6250 |  |  |" in text
+
+
+def test_order_stands_beside_the_papers(ladder, pretended, tmp_path, capsys):
+    _, losses = pretended
+    # By the paper: 2.73, 2.73 and 3.03; 2mamba is of another size, softmax-conv2 has no figure, 2e-3 has fewer rows.
+    at_one = {"softmax": 2.5, "2mamba-dt": 2.25, "linear": 2.375, "2mamba": 1.0, "softmax-conv2": 1.0}
+    losses |= {(name, 1e-3): (2.0, loss) for name, loss in at_one.items()} | {("linear", 2e-3): (1.0, 1.0)}
+    command = ["--out", str(tmp_path), "--workers", "0", "--set", "optimizer.b2=0.95", "--variants"]
+    assert ladder.main([*command, *at_one, "--learning_rates", "1e-3"]) == 0
+    assert ladder.main([*command, "linear", "--learning_rates", "2e-3"]) == 0
+    text = capsys.readouterr().out
+    lines = ["| 2mamba-dt | 2.73 | 2.2500 | 1.5 | 1 |", "| softmax | 2.73 | 2.5000 | 1.5 | 3 |"]
+    lines += ["| linear | 3.03 | 2.3750 | 3 | 2 |", "", "Rank correlation of the two orders: 0.000."]
+    assert text.count("\n".join(lines)) == 2
 
 
 @pytest.mark.parametrize(
