@@ -4,15 +4,18 @@ import dataclasses
 import functools
 import itertools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractMesh, AxisType
 from support.exhaustive import EXHAUSTIVE, exhaustive
 from support.models import model_of, params_of
 
+from train.sharding import MESH_AXES, RULES
 from twomamba_jax import VARIANTS, Execution, RMSNorm, head_kernel, init_cache
-from twomamba_jax.layers import Block, mixer
+from twomamba_jax.layers import Block, language_model, mixer
 
 PATTERN = "softmax,2mamba*,mamba2"
 TOKENS = np.random.default_rng(0).integers(23, size=(2, 13))
@@ -121,6 +124,23 @@ def test_gradients_of_a_frequent_token_add_up(param_dtype):
     want = gradient()
     got = gradient(dtype="bfloat16", param_dtype=param_dtype)
     assert np.abs(got - want).max() < 0.05 * np.abs(want).max()
+
+
+def test_devices_pass_on_rows_of_the_embedding_in_the_dtype_of_their_use():
+    """Where fsdp cuts them; their gradients come back as they are, and x is what it is on one device."""
+    model = model_of("linear", 1, dtype="bfloat16")
+    params = params_of(model_of("linear", 1))
+    table = params["embedding"]["embedding"]
+    mesh = AbstractMesh((1, 2, 1, 1), MESH_AXES, axis_types=(AxisType.Auto,) * 4)
+    with jax.sharding.use_abstract_mesh(mesh), nn.logical_axis_rules(RULES):
+        text = str(jax.make_jaxpr(lambda *x: model.apply(*x))({"params": params}, jnp.asarray(TOKENS)))
+    vocab, width = table.shape
+    assert f"bf16[{vocab},{width}] = sharding_constraint" in text
+    assert f"f32[{vocab},{width}] = sharding_constraint" not in text
+    rows, pull = jax.vjp(lambda table: language_model._rounded_whole_rows(table, "bfloat16"), table)
+    np.testing.assert_array_equal(rows, table.astype("bfloat16").astype("float32"))
+    gradient = np.random.default_rng(0).normal(size=table.shape).astype("float32")
+    np.testing.assert_array_equal(pull(jnp.asarray(gradient))[0], gradient)
 
 
 @exhaustive("train/test_layer_loop.py, where gradients with remat are those without")

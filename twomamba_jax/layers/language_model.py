@@ -1,5 +1,6 @@
 """A causal language model: embedding, blocks of a mixer and an MLP, head."""
 
+import functools
 from collections.abc import Sequence
 
 import flax.linen as nn
@@ -21,6 +22,7 @@ from twomamba_jax.ops.integers import Integer
 from twomamba_jax.ops.kept import kept
 from twomamba_jax.ops.numerics import accumulation_dtype
 from twomamba_jax.ops.segments import valid_tokens
+from twomamba_jax.ops.sharding import devices_of
 from twomamba_jax.shapes import AnyArray, Array, Float, Lengths, SegmentIds, Tokens
 
 
@@ -160,10 +162,9 @@ class LanguageModel(nn.Module):
         ).embedding
         # Whole rows before the lookup: from rows that are cut over `embed`, XLA comes to an x that is cut over the
         # batch only by way of the whole batch's x on every device.
-        embedding = nn.with_logical_constraint(table, ("vocab", None))
         # Looked up in float32 or wider, so that the gradients of a token's rows are added up in it: in bfloat16 the sum
         # over a frequent token stands still, and on an H100 took XLA 11 % of a training step, a hundred times as long.
-        wide = embedding.astype(accumulation_dtype(embedding.dtype))
+        wide = whole_rows(table, execution.dtype).astype(accumulation_dtype(table.dtype))
         # What is no token is NaN, where it could not be refused; a negative one would else count from the end.
         x = wide.at[tokens].get(mode="fill", wrap_negative_indices=False).astype(execution.dtype)
         x = nn.with_logical_constraint(x, ("batch", "length", "embed"))
@@ -234,3 +235,31 @@ def head_logits(x: Float[AnyArray, "... E"], kernel: Float[AnyArray, "E vocab"])
       (1, 2, 16)
     """
     return jnp.einsum("...e,ev->...v", x, kernel.astype(x.dtype), preferred_element_type=accumulation_dtype(x.dtype))
+
+
+def whole_rows(table: Float[AnyArray, "vocab E"], dtype: jax.typing.DTypeLike) -> Float[AnyArray, "vocab E"]:
+    """The table with all of each row on every device that has some of it.
+
+    Where devices must pass parts of rows on to each other, these are rounded to `dtype` first, in which the rows are
+    used, if that is narrower; the gradients that come back are not.
+    """
+    (axes,) = nn.logical_to_mesh_axes(("embed",))
+    if devices_of(axes) == 1 or jnp.dtype(dtype).itemsize >= table.dtype.itemsize:
+        return nn.with_logical_constraint(table, ("vocab", None))
+    return _rounded_whole_rows(table, dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _rounded_whole_rows(table, dtype):
+    return nn.with_logical_constraint(table.astype(dtype), ("vocab", None)).astype(table.dtype)
+
+
+def _rounded_whole_rows_forward(table, dtype):
+    return _rounded_whole_rows(table, dtype), None
+
+
+def _rounded_whole_rows_backward(dtype, _, cotangent):
+    return (cotangent,)
+
+
+_rounded_whole_rows.defvjp(_rounded_whole_rows_forward, _rounded_whole_rows_backward)
