@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec
 from twomamba_jax.ops.convolution import delay
 from twomamba_jax.ops.elementwise import Elementwise
 from twomamba_jax.ops.kept import kept, kept_cast
-from twomamba_jax.ops.sharding import check_multiple, devices_of, sequence_axis
+from twomamba_jax.ops.sharding import axis_names, check_multiple, devices_of, sequence_axis
 from twomamba_jax.shapes import AnyArray, Array, Float, SegmentIds
 
 
@@ -44,7 +44,8 @@ def joint_convolution(
     check_multiple(rows, "rows of the batch", batch)
     check_multiple(tokens, "tokens", length)
     check_multiple(heads_of_x, "heads", heads)
-    y, of_sums = PartitionSpec(batch, length, heads), PartitionSpec(_names(batch) + _names(length), None, None, heads)
+    y = PartitionSpec(batch, length, heads)
+    of_sums = PartitionSpec(axis_names(batch) + axis_names(length), None, None, heads)
     of_kernel, of_tokens = PartitionSpec(None, None, heads), PartitionSpec(batch, length)
     axis = sequence_axis(elementwise.partition)
 
@@ -80,11 +81,6 @@ def _kernels(x, kernel, elementwise: Elementwise):
     batch, length, heads = elementwise.axes()
     spec, of_kernel = PartitionSpec(batch, length, None, heads), PartitionSpec(None, None, heads)
     return elementwise.kernels("convolution", (x, spec), (kernel, of_kernel)), spec
-
-
-def _names(axes) -> tuple[str, ...]:
-    """Mesh axes of one dimension of an array, each by its name."""
-    return () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)
 
 
 def _forward(axis, x, taps, offsets, continues):

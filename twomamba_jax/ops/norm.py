@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec
 from twomamba_jax.ops.elementwise import Elementwise
 from twomamba_jax.ops.kept import kept
 from twomamba_jax.ops.numerics import accumulation_dtype
+from twomamba_jax.ops.sharding import axis_names
 from twomamba_jax.shapes import AnyArray, Float
 
 
@@ -83,15 +84,10 @@ def _fork_backward(eps, copies, elementwise, keep, kept_arrays, gradients):
         return dx.reshape(x.shape), dscale
 
     batch, length, _ = elementwise.axes()
-    tokens, parts = PartitionSpec(batch, length), PartitionSpec((*_names(batch), *_names(length)))
+    tokens, parts = PartitionSpec(batch, length), PartitionSpec(axis_names(batch) + axis_names(length))
     call = elementwise.shard(backward, (tokens, PartitionSpec(), *[tokens] * len(arrays)), (tokens, parts))
     dx, parts = call(x, scale, *arrays)
     return dx, parts.sum(0)
-
-
-def _names(axes) -> tuple[str, ...]:
-    """Mesh axes as a tuple."""
-    return () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)
 
 
 _fork.defvjp(_fork_forward, _fork_backward, symbolic_zeros=True)

@@ -84,5 +84,9 @@ def check_multiple(size: int, what: str, axes) -> None:
 def devices_of(axes) -> int:
     """How many devices the mesh axes shard an array's axis over."""
     shape = jax.sharding.get_abstract_mesh().shape
-    names = () if axes is None else (axes,) if isinstance(axes, str) else axes
-    return math.prod(shape.get(name, 1) for name in names)
+    return math.prod(shape.get(name, 1) for name in axis_names(axes))
+
+
+def axis_names(axes) -> tuple[str, ...]:
+    """Mesh axes of one axis of an array (None, a name, or several names), each by its name."""
+    return () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)
