@@ -29,7 +29,7 @@ from pathlib import Path
 import clone  # noqa: F401
 from step_row import Row, Task
 from step_runs import Runs
-from train_step import GIB, TOGETHER, program_of, setting_of, table_of_parts, task_of
+from train_step import GIB, TOGETHER, check, program_of, setting_of, table_of_parts, task_of
 from turns import Program
 
 from train.errors import UserError
@@ -227,17 +227,11 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
                 sizes_of(mesh)
             except ValueError as error:
                 parser.error(f"--{option} {error}")
-    given = [*options.override, *(setting for _, *settings in options.setting for setting in settings)]
-    for setting in given:
-        if "=" not in setting or setting.startswith("mesh."):
-            parser.error(f"{setting}: expected KEY=VALUE, and meshes by --meshes")
-    if not 1 <= options.turns <= options.steps:
-        parser.error(f"--turns {options.turns}: expected from 1 to --steps {options.steps}")
-    options.remat = []
-    try:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        parser.error(f"--out {options.out}: {error.strerror}")
+    for setting in (*options.override, *(setting for _, *settings in options.setting for setting in settings)):
+        if setting.startswith("mesh."):
+            parser.error(f"{setting}: meshes are given by --meshes")
+    check(parser, options)
+    options.remat = []  # of task_of: as the configuration has it
     return options
 
 

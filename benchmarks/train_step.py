@@ -198,6 +198,14 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--override", nargs="*", default=[], metavar="KEY=VALUE", help="as --config.KEY=VALUE of train.main")
     add("--out", type=Path, default=Path("docs/figures/train_step"), help="writes OUT.json")
     options = parser.parse_args(arguments)
+    check(parser, options)
+    if TORCH in options.peers and importlib.util.find_spec(TORCH) is None:
+        parser.error("--peers torch: PyTorch is not installed here; python -m pip install torch")
+    return options
+
+
+def check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Ends the program where settings, turns or the place of the report are wrong; makes the folder of the report."""
     given = [("--override", setting) for setting in options.override]
     given += [("--setting", setting) for _, *settings in options.setting for setting in settings]
     for option, setting in given:
@@ -205,13 +213,10 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
             parser.error(f"{option} {setting}: expected KEY=VALUE")
     if not 1 <= options.turns <= max(options.steps, 1):
         parser.error(f"--turns {options.turns}: expected from 1 to --steps {options.steps}")
-    if TORCH in options.peers and importlib.util.find_spec(TORCH) is None:
-        parser.error("--peers torch: PyTorch is not installed here; python -m pip install torch")
     try:
         options.out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         parser.error(f"--out {options.out}: {error.strerror}")
-    return options
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -56,7 +56,7 @@ def test_settings_are_of_meshes_alone(script, arguments):
 def test_a_mesh_is_no_override(script, arguments, capsys):
     with pytest.raises(SystemExit):
         script.parse([*arguments, "mesh.data=2"])
-    assert "meshes by --meshes" in capsys.readouterr().err
+    assert "meshes are given by --meshes" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("mesh", ["data", "data=0", "data=x", "model=2", "2"])
@@ -123,8 +123,7 @@ class Answers:
 
 def test_divides_by_as_many_gpus_alone(script, arguments, monkeypatch, capsys):
     milliseconds = {"1": 10.0, "data=2": 12.5, "sequence=2": 6.25}
-    answers = lambda point, task: Answers(point.row, milliseconds[point.row.setting])  # noqa: E731
-    monkeypatch.setattr(script, "programs_of", answers)
+    monkeypatch.setattr(script, "programs_of", lambda point, task: Answers(point.row, milliseconds[point.row.setting]))
     chosen = ["--variants", "softmax", "--meshes", "data=2", "sequence=2"]
     assert script.main([*arguments, *chosen]) == 0
     lines = capsys.readouterr().out.splitlines()
