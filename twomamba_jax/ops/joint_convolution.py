@@ -102,20 +102,17 @@ def _forward(axis, x, taps, offsets, continues):
 
 def _with_next_device(axis, dx, sums, x, kernel, continues, dy):
     """A device's `convolution_backward` with its last W - 1 tokens' part in the next device's first outputs."""
-    width = len(kernel)
-    edge = width - 1
+    edge, taps = len(kernel) - 1, kernel.astype(jnp.float32)
     first, follows = axis.receive((jnp.stack([d[:, :edge] for d in dy], 2), continues[:, :edge]), reverse=True)
     later = jnp.concatenate([jnp.stack([d[:, -edge:] for d in dy], 2), first], 1).astype(jnp.float32)
     follows = jnp.concatenate([continues[:, -edge:], follows], 1)[..., None, None]
-    last, of_edge, reaches = x[:, -edge:].astype(jnp.float32), 0, 1
-    for distance in range(width):
-        seen = slice(distance, distance + edge)
-        if distance:
-            reaches = reaches * follows[:, seen]
+    last, of_edge, reaches = x[:, -edge:].astype(jnp.float32), taps[edge] * later[:, :edge], 1
+    for distance in range(1, edge + 1):
+        tap, seen = edge - distance, slice(distance, distance + edge)
+        reaches = reaches * follows[:, seen]
         d = later[:, seen] * reaches
-        tap = edge - distance
-        of_edge = of_edge + kernel[tap].astype(jnp.float32) * d
-        sums = sums.at[0, tap].add((last * d)[:, edge - distance :].sum((0, 1)))  # the others are in it
+        of_edge = of_edge + taps[tap] * d
+        sums = sums.at[0, tap].add((last * d)[:, tap:].sum((0, 1)))  # those of the tokens before are in it
     return dx.at[:, -edge:].set(of_edge.astype(dx.dtype)), sums
 
 
