@@ -123,22 +123,14 @@ def _problems(spec, q, k) -> list[Problem]:
     return [spec.problem(batch, tokens, n, k.shape[2]) for n in (heads, k.shape[2])]
 
 
-def _states(spec: ChunkedAttention, added, keep, initial: StateArrays | None, reverse=False):
-    """The `States` before each chunk and that after the last, of what `spec.stages` add, from `initial`.
-
-    With `spec.enter` from what that makes of it.
-    """
+def _states(spec: ChunkedAttention, added, keep, initial: StateArrays | None, **options):
+    """As `Stages.scan`, from and to a state that are `StateArrays`; with `spec.enter` from what that makes of it."""
     first = None if initial is None else spec.stages.pack(initial)
     if spec.enter is not None:
         steps = [jnp.moveaxis(x, 2, 0) for x in (keep, *added)]
-        first = spec.enter(steps[0], tuple(steps[1:]), first, reverse)
-    dtypes = jnp.bfloat16, jnp.float32
-    scans = [
-        spec.stages.scan(part, keep, start, reverse=reverse, dtype=dtype)
-        for part, start, dtype in zip(added, first or (None, None), dtypes, strict=True)
-    ]
-    before, final = zip(*scans, strict=True)
-    return States(*before), spec.stages.unpack(*final)
+        first = spec.enter(steps[0], tuple(steps[1:]), first, options.get("reverse", False))
+    states, final, inner = spec.stages.scan(added, keep, first, **options)
+    return states, spec.stages.unpack(*final), inner
 
 
 def _split(chunk, x):
@@ -171,7 +163,7 @@ def _forward(spec: ChunkedAttention, q, k, v, around: _Around, initial):
     split = functools.partial(_split, queries.chunk)
     y, norm = attend(spec.inside, *map(split, (q, k, v)), around.inside, save_norm=inside.normalize)
     added = stages.add(keys, k, v, weights.reach, weights.reach)
-    states, final = _states(spec, added, weights.keep, initial)
+    states, final, _ = _states(spec, added, weights.keep, initial)
     states = States(*named(*states, name=STATES))
     through, own = weights.through, {}
     if inside.normalize:
@@ -203,14 +195,15 @@ def _attention_backward(spec: ChunkedAttention, saved, cotangents):
         through = through * jnp.exp2(-norm)
         to_normalizer = -jnp.einsum("bthv,bthv->bht", dy, y, preferred_element_type=jnp.float32) * through
     added = stages.add(queries, q, dy, through, to_normalizer)
-    dstates, dinitial = _states(spec, added, keep, dfinal, reverse=True)
+    has_decay, has_normalizer = around.inside.decays is not None, inside.normalize or spec.final_state
+    products = {"other": states if has_decay else None, "with_normalizer": has_normalizer}
+    dstates, dinitial, inner = _states(spec, added, keep, dfinal, reverse=True, **products)
 
     norms = None if norm is None else jnp.moveaxis(norm.reshape(*norm.shape[:2], -1, chunk), 2, 1)
     norms = None if norm is None else norms.reshape(-1, *norms.shape[2:])
     inputs = *map(split, (q, k, v)), around.inside, split(y), norms, split(dy)
     dq, dk, dv, dlog_decay = differentiate(spec.inside, *inputs)
     dq, dk, dv = dq.reshape(q.shape), dk.reshape(k.shape), dv.reshape(v.shape)
-    has_decay, has_normalizer = dlog_decay is not None, inside.normalize or spec.final_state
     dv = stages.query(keys, k, dstates, reach, dv)
     ones = jnp.ones((batch, k.shape[2], k.shape[1]), jnp.float32)
     of_rows, of_columns = to_normalizer, ones if reach is None else reach
@@ -219,8 +212,7 @@ def _attention_backward(spec: ChunkedAttention, saved, cotangents):
     dk, *columns = stages.gradient(keys, k, v, reach, dstates, dk, of_columns, has_decay)
     if has_decay:
         row_sums = rows[0].reshape(batch, k.shape[2], -1, q.shape[1]).sum(2)
-        kept = keep * stages.inner(states, dstates, has_normalizer)
-        dlog_decay = dlog_decay.reshape(*k.shape[:2], -1) + decay_gradient(row_sums, columns[0], kept, chunk)
+        dlog_decay = dlog_decay.reshape(*k.shape[:2], -1) + decay_gradient(row_sums, columns[0], keep * inner, chunk)
     return dq, dk, dv, dlog_decay, None, None if initial is None else dinitial
 
 

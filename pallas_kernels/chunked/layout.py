@@ -87,6 +87,11 @@ def multiplicity() -> np.ndarray:
     return np.where(a == b, 1, 2).astype(np.float32)
 
 
+def block_multiplicity() -> np.ndarray:
+    """[40, 4] float32: `multiplicity`, which is the same for 16 rows at a time."""
+    return multiplicity()[:, ::BLOCK]
+
+
 @functools.cache
 def _positions() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """[40 * 64]: the public row of every row; [2080]: a row of every public one; [2080]: the public ones' weights."""

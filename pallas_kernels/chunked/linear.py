@@ -4,8 +4,6 @@ Its kernels are bound by memory, so that they read every token's vectors once, w
 but their results. The normaliser is a vector, summed and read in float32.
 """
 
-import jax.numpy as jnp
-
 from pallas_kernels.chunked.decays import TILE
 from pallas_kernels.chunked.linear_gradient import gradient
 from pallas_kernels.chunked.linear_query import query
@@ -13,6 +11,7 @@ from pallas_kernels.chunked.linear_update import update
 from pallas_kernels.chunked.problem import Tiles
 from pallas_kernels.chunked.scan import scan
 from pallas_kernels.chunked.stages import Stages, StateArrays, States
+from pallas_kernels.chunked.state_scan import make_scan
 
 HEIGHT = 16  # rows of a tile of a state, which a program of `scan` carries: one head alone fills few multiprocessors
 SIZE = 64  # entries of a tile of a normaliser
@@ -44,13 +43,6 @@ def _gradient(problem, x, w, weight, states: States, added, factor, want_sums):
     return gradient(problem, x, w, weight, kv, added, want_sums=want_sums, **own)
 
 
-def _inner(states: States, dstates: States, with_normalizer: bool):
-    total = jnp.einsum("bgntrv,bgntrv->bgn", states.kv, dstates.kv, preferred_element_type=jnp.float32)
-    if with_normalizer:
-        total = total + (states.normalizer * dstates.normalizer).sum((-2, -1))
-    return total
-
-
 # Chunks of 512: forward a token moves 18 K bytes of its own and 12 K V / C of states, and costs 2 C K flops inside its
 # chunk. At heads of 64 states are a twelfth of the bytes, and the flops take as long as the quadratic kernel's bytes:
 # chunks of 1,024 would double the flops, of 256 the states, and the steps of the scan, which wait for each other.
@@ -64,8 +56,7 @@ LINEAR = Stages(
     pack=_pack,
     unpack=_unpack,
     add=_add,
-    scan=scan,
+    scan=make_scan(scan),
     query=_query,
     gradient=_gradient,
-    inner=_inner,
 )

@@ -14,14 +14,16 @@ class Tiles:
     Attributes:
       tokens: that the update takes at a time; divides a chunk.
       update_stages: of its ring.
+      sums: tiles of the state of each of its warpgroups that are on their way to device memory at a time; divides 4.
       states: tiles of the state that the other kernels take at a time, 2, 4 or 8.
       state_stages: of their ring.
       halves: 64 rows each, that a warpgroup of these kernels owns.
       programs: how many programs share the work; None: one for each multiprocessor.
     """
 
-    tokens: int = 128
-    update_stages: int = 4
+    tokens: int = 64
+    update_stages: int = 5
+    sums: int = 4
     states: int = 4
     state_stages: int = 3
     halves: int = 2

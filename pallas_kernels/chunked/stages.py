@@ -15,7 +15,7 @@ class StateArrays(NamedTuple):
 
 
 class States(NamedTuple):
-    """A state before each of N chunks, in the score's tiles: kv bfloat16, its normaliser float32."""
+    """A state before each of N chunks, in the score's tiles: kv bfloat16, its normaliser as the score keeps it."""
 
     kv: jax.Array
     normalizer: jax.Array
@@ -25,8 +25,8 @@ class States(NamedTuple):
 class Stages:
     """The stages of a score, with phi the features of a key.
 
-    A state S is a pair (kv, normaliser) of arrays [B, G, N, tiles, ...], whose rows the score arranges; `scan` takes
-    either. Where a stage takes weights [B, heads, T] float32, None is 1.
+    A state S is a pair (kv, normaliser) of arrays [B, G, N, tiles, ...], whose rows the score arranges. Where a stage
+    takes weights [B, heads, T] float32, None is 1.
 
     Attributes:
       degree: of the score, as a power of <q, k>.
@@ -39,14 +39,14 @@ class Stages:
       unpack: the inverse of `pack`, of (kv, normaliser).
       add: (problem, x, w, weight, factor) -> what each chunk adds to the state: sum_t weight_t phi(x_t) w_t^T and
         sum_t factor_t phi(x_t), over the heads of a group too, float32.
-      scan: (added [B, G, N, ...], weight [B, G, N], initial, reverse, dtype) -> the state before each step, in dtype,
-        and after the last, float32: S_c = weight_c S_{c-1} + added_c.
+      scan: (added, weight [B, G, N], initial, reverse, other, with_normalizer) -> the `States` before each step; the
+        pair after the last, float32, with S_c = weight_c S_{c-1} + added_c; and the inner products [B, G, N] float32
+        of the states before each step and `other` ones, or None without.
       query: (problem, x, states, weight, added, power, own_norm, floor) -> added + weight S^T phi(power x); the weight
         is [B, G, T]. With own_norm it divides: see `query.query`.
       gradient: (problem, x, w, weight, states, added, factor, want_sums) -> added + dx, of the gradient dx of
         <phi(x), weight S w + factor z> by x, with z the normaliser; factor None: without it. If `want_sums` also
         <x, dx> / degree [B, heads, T] float32.
-      inner: (states, dstates, with_normalizer) -> the states' inner products [B, G, N] float32.
     """
 
     degree: int
@@ -61,4 +61,3 @@ class Stages:
     scan: Callable
     query: Callable
     gradient: Callable
-    inner: Callable

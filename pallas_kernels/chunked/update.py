@@ -23,6 +23,7 @@ ROLES = Roles(CONSUMERS, consumer_registers=232, producer_registers=40)
 HELD = 4  # tiles of a warpgroup
 PIECE = CONSUMERS * HELD  # tiles of a program at a time: all of one kind
 PIECES = TILES // PIECE
+SUMS = plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128)  # of a tile in shared memory, on its way out
 
 
 class Inputs(NamedTuple):
@@ -63,6 +64,7 @@ def update(problem: Problem, x, w):
             "x": operand((stages, parts, HEAD_DIM, HEAD_DIM)),
             "features": plgpu.SMEM((stages, 2, PIECE, block), jnp.bfloat16),
             "w": operand((stages, block, HEAD_DIM)),
+            "s": plgpu.SMEM((CONSUMERS, p.tiles.sums, HEAD_DIM, HEAD_DIM), jnp.float32, transforms=SUMS),
             "ring": Ring.barriers(stages, arrivals=1 + parts * HEAD_DIM // BLOCK + 2, users=CONSUMERS),
         },
         roles=ROLES,
@@ -181,40 +183,56 @@ def _features(kind: Kind, first):
 class _Share(NamedTuple):
     """What a consumer warpgroup has of a piece of work.
 
-    pieces: of the call; refs: of the kernel; memory: of the warpgroup; place: of the piece, as in `_Pieces`; own: the
-    number of the warpgroup's first tile among the 8; step: of the ring, where the piece begins.
+    pieces: of the call; refs: of the kernel; memory: of the warpgroup; place: of the piece, as in `_Pieces`;
+    warpgroup: its number; step: of the ring, where the piece begins.
     """
 
     pieces: _Pieces
     refs: Refs
     memory: Scratch
     place: Any
-    own: Any
+    warpgroup: Any
     step: Any
+
+    @property
+    def own(self):
+        """The number of the warpgroup's first tile among the 8."""
+        return self.warpgroup * HELD
 
 
 def _compute(pieces: _Pieces, refs: Refs, program, warpgroup, memory: Scratch) -> None:
     def multiply(i, step):
         place = pieces.place(program, i)
-        share = _Share(pieces, refs, memory, place, warpgroup * HELD, step)
+        share = _Share(pieces, refs, memory, place, warpgroup, step)
         for kind in KINDS:
             inside = (place[-1] >= kind.start) & (place[-1] < kind.start + kind.count)
             pl.when(inside)(functools.partial(_multiply, share, kind))
         return step + pieces.steps
 
     pieces.each(program, multiply)
+    plgpu.wait_smem_to_gmem(0)
 
 
 def _multiply(share: _Share, kind: Kind) -> None:
     """Writes a warpgroup's tiles, which are of this kind."""
-    b, g, c, first = share.place
 
     def past_tokens(*accumulators):
         lax.fori_loop(0, share.pieces.steps, functools.partial(_add, share, kind, accumulators), None)
         for m, acc in enumerate(accumulators):
-            share.refs.outputs.s[b, g, c, first + share.own + m] = read(acc)
+            _store(share, m, read(acc))
 
     share.memory.accumulate(past_tokens, *[(HEAD_DIM, HEAD_DIM)] * HELD)
+
+
+def _store(share: _Share, m: int, s) -> None:
+    """Stores the warpgroup's m-th tile, which is on its way to device memory while the next are summed."""
+    b, g, c, first = share.place
+    buffers = share.pieces.problem.tiles.sums
+    buffer = share.refs.scratch.s.at[share.warpgroup, m % buffers]
+    plgpu.wait_smem_to_gmem(buffers - 1, wait_read_only=True)  # what was in it
+    buffer[...] = s
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(buffer, share.refs.outputs.s.at[b, g, c, first + share.own + m])
 
 
 def _add(share: _Share, kind: Kind, accumulators, n, _) -> None:

@@ -4,9 +4,8 @@ Its kernels are bound by memory, so that they read every token's vectors once, w
 but their results. The normaliser is a vector, summed and read in float32.
 """
 
-import jax.numpy as jnp
-
 from pallas_kernels.chunked.stages import Stages, StateArrays, States
+from pallas_kernels.chunked.state_scan import make_scan
 from pallas_kernels.triton.chunked.linear_gradient import gradient
 from pallas_kernels.triton.chunked.linear_query import query
 from pallas_kernels.triton.chunked.linear_update import update
@@ -28,13 +27,6 @@ def _gradient(problem, x, w, weight, states: States, added, factor, want_sums):
     return gradient(problem, x, w, weight, states.kv, added, want_sums=want_sums, **own)
 
 
-def _inner(states: States, dstates: States, with_normalizer: bool):
-    total = jnp.einsum("bgnkv,bgnkv->bgn", states.kv, dstates.kv, preferred_element_type=jnp.float32)
-    if with_normalizer:
-        total = total + (states.normalizer * dstates.normalizer).sum(-1)
-    return total
-
-
 LINEAR = Stages(
     degree=1,
     head_dims=(64, 128),
@@ -45,8 +37,7 @@ LINEAR = Stages(
     pack=tuple,
     unpack=StateArrays,
     add=_add,
-    scan=scan,
+    scan=make_scan(scan),
     query=_query,
     gradient=_gradient,
-    inner=_inner,
 )

@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Iterator
 
-from pallas_kernels.chunked.layout import HEAD_DIM, STARTS, TILES
+from pallas_kernels.chunked.layout import BLOCK, HEAD_DIM, STARTS, TILES
 from pallas_kernels.triton.chunked.gradient import gradient_kernel
 from pallas_kernels.triton.chunked.linear_gradient import linear_gradient_kernel
 from pallas_kernels.triton.chunked.linear_query import linear_query_kernel
@@ -85,10 +85,12 @@ def _linear_gradient(tiles, dim):
 
 
 def _scan(tiles):
-    for has in _flags("initial", "reverse"):
+    for has in _flags("initial", "reverse", "parts", "other"):
         arguments = {"added_ptr": F32, "weight_ptr": F32, "initial_ptr": F32 if has["initial"] else None}
-        arguments |= {"before_ptr": BF16, "final_ptr": F32}
+        arguments |= dict.fromkeys(("counts_ptr", "inner_ptr"), F32 if has["other"] else None)
+        arguments |= {"other_ptr": BF16 if has["other"] else None, "before_ptr": BF16, "final_ptr": F32}
         constexprs = {"SIZE": TILES * HEAD_DIM**2, "CHUNKS": 64, "REVERSE": has["reverse"]}
+        constexprs |= {"PARTS": 1 + has["parts"], "COUNTED": BLOCK * HEAD_DIM}
         yield _name(has), scan_kernel, arguments, constexprs | {"BLOCK": tiles.block, "AHEAD": tiles.num_stages}
 
 
