@@ -62,6 +62,7 @@ def get_config(name: str, variant: str, size: str) -> ConfigDict:
     config.execution.chunk_size = optional(int)
     config.execution.precision = optional(str)
     config.execution.elementwise_kernels = True  # of norms, convolutions and MLPs, on Hopper (docs/training.md)
+    config.execution.concurrent_kernels = False  # some at the same time, for memory (docs/training.md)
 
     config.data = ConfigDict()
     config.data.source = "corpus"

@@ -106,6 +106,7 @@ KEYS = {
     "execution.chunk_size": count(optional=True, sources=()),
     "execution.precision": Key(str, optional=True, sources=()),
     "execution.elementwise_kernels": Key(bool, sources=()),
+    "execution.concurrent_kernels": Key(bool, sources=()),
     "data.source": Key(str),
     "data.root": Key(str, optional=True, sources=("corpus",)),
     "data.suffix": Key(str, sources=("corpus",)),

@@ -1,4 +1,4 @@
-"""Whether the layers of a training step run in a loop, and what XLA is told with it.
+"""Whether the layers of a training step run in a loop, and what XLA is told of the step.
 
 In a loop, what the backward pass needs of each layer is written into stacks that are filled with zeros first and read
 by slices: 25 of 108 GB that a step of `small` moves outside of matrix products (docs/measurements/training_step.md).
@@ -16,6 +16,8 @@ from twomamba_jax.layers import LanguageModel
 UNROLLED = {"xla_gpu_dot_merger_threshold_mb": 0}
 # Stacks that are written whole need not be filled with zeros first.
 LOOPED = {"xla_gpu_enable_dus_accumulator_zero_init_elimination": True}
+# Kernels wait for what they read, and not for all before them.
+CONCURRENT = {"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT"}
 
 
 def choose_layer_loop(model: LanguageModel, mesh: Mesh) -> LanguageModel:
@@ -33,7 +35,8 @@ def compiler_options(model: LanguageModel, mesh: Mesh) -> dict[str, Any] | None:
     """The `compiler_options` of `jax.jit` for a training step of `model` on the devices of `mesh`."""
     if not on_gpus(mesh):
         return None
-    return UNROLLED if model.execution.scan_layers is False else LOOPED
+    options = UNROLLED if model.execution.scan_layers is False else LOOPED
+    return options | CONCURRENT if model.execution.concurrent_kernels else options
 
 
 def on_gpus(mesh: Mesh) -> bool:

@@ -23,6 +23,7 @@ FREE_ON_RESUME = (
     "log_every", "eval_every", "eval_rows", "checkpoint_every", "checkpoints_kept", "sample.", "mesh.",
     "distributed.", "data.cache_dir", "skip_limit", "log.", "profile.", "microbatches", "loss_chunk_size",
     "execution.remat", "execution.scan_layers", "execution.elementwise_kernels",
+    "execution.concurrent_kernels",
 )  # fmt: skip
 
 # What an imported checkpoint says of the run that goes on from it: which parameters there are, and what they compute.

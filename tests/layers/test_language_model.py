@@ -270,6 +270,7 @@ def test_execution_refuses_what_it_does_not_know():
         ({"remat": True}, "remat=True is unknown: expected one of none, states, dots, full"),
         ({"scan_layers": 0}, "scan_layers=0 must be None, True or False"),
         ({"elementwise_kernels": None}, "elementwise_kernels=None must be True or False"),
+        ({"concurrent_kernels": 1}, "concurrent_kernels=1 must be True or False"),
         ({"form": "fast"}, "form='fast' is unknown: expected None or one of parallel, chunked, recurrent"),
         ({"implementation": "cuda"}, "implementation='cuda' is unknown"),
         ({"precision": "low"}, "precision='low' is unknown: expected None or one of highest"),

@@ -10,7 +10,7 @@ from support.models import model_of, params_of
 
 from train import loop as train_loop
 from train.data.rows import abstract_batch
-from train.layer_loop import LOOPED, UNROLLED, choose_layer_loop, compiler_options
+from train.layer_loop import CONCURRENT, LOOPED, UNROLLED, choose_layer_loop, compiler_options
 from train.main import main
 from train.observe.metrics import read_metrics
 from train.sharding import make_mesh
@@ -38,6 +38,12 @@ def mesh_of(platform, fsdp=1):
 def test_gpus_have_no_loop_unless_asked(platform, scan_layers, chosen, options):
     model = choose_layer_loop(model_of("2mamba", scan_layers=scan_layers), mesh_of(platform))
     assert model.execution.scan_layers is chosen
+    assert compiler_options(model, mesh_of(platform)) == options
+
+
+@pytest.mark.parametrize(("platform", "options"), [("gpu", UNROLLED | CONCURRENT), ("cpu", None)])
+def test_kernels_may_run_at_the_same_time(platform, options):
+    model = choose_layer_loop(model_of("2mamba", concurrent_kernels=True), mesh_of(platform))
     assert compiler_options(model, mesh_of(platform)) == options
 
 

@@ -58,10 +58,12 @@ class Execution:
       elementwise_kernels: whether the backward passes of norms, convolutions and gated MLPs, and what the training loss
         takes of its logits, are kernels, too, where those of `implementation` support the model's sizes
         (docs/training.md); what they do is said once in the log.
+      concurrent_kernels: whether kernels of a training step on NVIDIA GPUs (train/layer_loop.py) that do not need each
+        other's results may run at the same time, which takes more memory.
 
     Raises:
-      ValueError: a dtype that is not floating, an unknown remat, form, implementation or precision, a scan_layers or
-        elementwise_kernels that is no bool, a chunk size below 1 or without the chunked form.
+      ValueError: a dtype that is not floating, an unknown remat, form, implementation or precision, a scan_layers,
+        elementwise_kernels or concurrent_kernels that is no bool, a chunk size below 1 or without the chunked form.
 
     Examples:
       >>> model = LanguageModel(config, Execution(dtype=jnp.bfloat16, remat="dots"))
@@ -78,6 +80,7 @@ class Execution:
     implementation: str | None = None
     precision: str | None = None
     elementwise_kernels: bool = True
+    concurrent_kernels: bool = False
 
     def __post_init__(self):
         for name in ("dtype", "param_dtype"):
@@ -89,8 +92,9 @@ class Execution:
             raise ValueError(f"remat={self.remat!r} is unknown: expected one of {', '.join(REMATS)}")
         if not isinstance(self.scan_layers, bool | None):
             raise ValueError(f"scan_layers={self.scan_layers!r} must be None, True or False")
-        if not isinstance(self.elementwise_kernels, bool):
-            raise ValueError(f"elementwise_kernels={self.elementwise_kernels!r} must be True or False")
+        for name in ("elementwise_kernels", "concurrent_kernels"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}={getattr(self, name)!r} must be True or False")
         for name, known in (
             ("form", FORMS),
             ("implementation", IMPLEMENTATIONS),
