@@ -20,13 +20,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.chunked.decays import Weights, chunk_weights, decay_gradient
+from pallas_kernels.chunked.decays import TILE, Weights, chunk_weights, decay_gradient
 from pallas_kernels.chunked.problem import Problem
 from pallas_kernels.chunked.stages import Stages, StateArrays, States
 from pallas_kernels.device import in_32_bits
 from pallas_kernels.interpreter import interpreting
 from pallas_kernels.quadratic.attention import Attention, attend, differentiate
 from pallas_kernels.quadratic.context import Context
+from pallas_kernels.quadratic.operands import Decay
 from pallas_kernels.residuals import STATES, named, named_small
 
 
@@ -114,7 +115,8 @@ def _around(spec, q, k, log_decay, segment) -> _Around:
     batch, tokens, groups, chunk = *k.shape[:3], spec.chunk_of(q.shape[1])
     split = functools.partial(_split, chunk)
     inside = Context.make(split(log_decay), split(segment), spec.inside.tiles(split(q)))
-    return _Around(inside, chunk_weights(log_decay, segment, (batch, tokens, groups), chunk))
+    decay = None if log_decay is None else inside.decays.get(TILE) or Decay.make(split(log_decay), TILE)
+    return _Around(inside, chunk_weights(decay, segment, (batch, tokens, groups), chunk))
 
 
 def _problems(spec, q, k) -> list[Problem]:

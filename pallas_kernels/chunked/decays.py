@@ -5,6 +5,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.quadratic.operands import Decay
+
 TILE = 128
 
 
@@ -20,11 +22,11 @@ class Weights(NamedTuple):
     keep: jax.Array
 
 
-def chunk_weights(log_decay, segment, shape: tuple[int, int, int], chunk: int) -> Weights:
+def chunk_weights(decay: Decay | None, segment, shape: tuple[int, int, int], chunk: int) -> Weights:
     """The weights of a call: exponentials of decay sums, 0 between segments.
 
     Args:
-      log_decay: [B, T, G] float32, or None.
+      decay: the sums of log2 decays within 128 tokens, of each chunk as a sequence of its own, [B N, G, ...]; or None.
       segment: [B, T] int32, the number of each token's segment, ascending; or None. That of the state is 0.
       shape: B, T, G.
       chunk: tokens of a chunk, a multiple of 128.
@@ -32,12 +34,13 @@ def chunk_weights(log_decay, segment, shape: tuple[int, int, int], chunk: int) -
     batch, tokens, groups = shape
     keep = jnp.ones((batch, groups, tokens // chunk), jnp.float32)
     through = reach = None
-    if log_decay is not None:
-        x = jnp.moveaxis(log_decay, 1, 2).reshape(batch, groups, -1, chunk // TILE, TILE)
-        through = jnp.exp(_sums(x, inclusive=True)).reshape(batch, groups, tokens)
-        backwards = _sums(x[..., ::-1, ::-1], inclusive=False)[..., ::-1, ::-1]
-        reach = jnp.exp(backwards).reshape(batch, groups, tokens)
-        keep = jnp.exp(x.sum((-2, -1)))
+    if decay is not None:
+        prefix, suffix, totals = (jnp.moveaxis(x.reshape(batch, -1, *x.shape[1:]), 1, 2) for x in decay)
+        tiles = (*totals.shape, TILE)
+        through = prefix.reshape(tiles) + _others(totals, before=True)[..., None]
+        reach = suffix.reshape(tiles) + _others(totals, before=False)[..., None]
+        through, reach = (jnp.exp2(x).reshape(batch, groups, tokens) for x in (through, reach))
+        keep = jnp.exp2(totals.sum(-1))
     if segment is not None:
         segments = segment.reshape(batch, -1, chunk)
         last = segments[..., -1]
@@ -63,16 +66,15 @@ def decay_gradient(row_sums, column_sums, kept, chunk: int):
     """
     batch, groups, tokens = row_sums.shape
     rows, columns = (x.reshape(batch, groups, -1, chunk // TILE, TILE) for x in (row_sums, column_sums))
-    later = _sums(rows[..., ::-1, ::-1], inclusive=True)[..., ::-1, ::-1]
-    total = later + _sums(columns, inclusive=False) + kept[..., None, None]
-    return jnp.moveaxis(total.reshape(batch, groups, tokens), 1, 2)
+    later = (jnp.arange(TILE)[:, None] >= jnp.arange(TILE)).astype(rows.dtype)  # [s, t]: s is t or after it
+    within = jnp.einsum("...s,st->...t", rows, later, precision="highest")
+    within = within + jnp.einsum("...s,st->...t", columns, 1 - later, precision="highest")
+    tiles = _others(rows.sum(-1), before=False) + _others(columns.sum(-1), before=True) + kept[..., None]
+    return jnp.moveaxis((within + tiles[..., None]).reshape(batch, groups, tokens), 1, 2)
 
 
-def _sums(x, inclusive: bool):
-    """Sums over everything before an entry of [..., tiles, 128], and the entry itself if `inclusive`."""
-
-    def before(size, diagonal):
-        return jnp.triu(jnp.ones((size, size), x.dtype), 1 - diagonal)  # [s, t]: s counts for t
-
-    within = jnp.einsum("...s,st->...t", x, before(TILE, inclusive), precision="highest")
-    return within + jnp.einsum("...s,st->...t", x.sum(-1), before(x.shape[-2], False), precision="highest")[..., None]
+def _others(x, *, before: bool):
+    """[..., tiles]: for each the sum over all tiles before it, or after it. Of a few tiles, without a product."""
+    tiles = jnp.arange(x.shape[-1])
+    counted = tiles < tiles[:, None] if before else tiles > tiles[:, None]
+    return jnp.where(counted, x[..., None, :], 0).sum(-1)
