@@ -17,13 +17,12 @@ from train.configuration import flatten, to_json
 from train.errors import UserError, one_line
 
 # These leave the parameters after a given number of steps as they are (a mesh, microbatches, chunks, what is computed
-# again, a loop over layers and kernels between products change only the rounding), so a run may go on under other
-# values: observing it more often, or on another number of devices, makes no other run of it.
+# again, a loop over layers, kernels between products or at the same time change only the rounding), so a run may go on
+# under other values: observing it more often, or on another number of devices, makes no other run of it.
 FREE_ON_RESUME = (
     "log_every", "eval_every", "eval_rows", "checkpoint_every", "checkpoints_kept", "sample.", "mesh.",
     "distributed.", "data.cache_dir", "skip_limit", "log.", "profile.", "microbatches", "loss_chunk_size",
-    "execution.remat", "execution.scan_layers", "execution.elementwise_kernels",
-    "execution.concurrent_kernels",
+    "execution.remat", "execution.scan_layers", "execution.elementwise_kernels", "execution.concurrent_kernels",
 )  # fmt: skip
 
 # What an imported checkpoint says of the run that goes on from it: which parameters there are, and what they compute.

@@ -12,13 +12,16 @@ class Tiles:
     """How the kernels cut a chunk, and how many programs share the work.
 
     Attributes:
-      tokens: that the update takes at a time; divides a chunk.
+      tokens: that the update takes at a time, a multiple of 64; divides a chunk.
       update_stages: of its ring.
-      sums: tiles of the state of each of its warpgroups that are on their way to device memory at a time; divides 4.
+      sums: tiles of the state of each of its warpgroups that are on their way to device memory at a time: 1, 2 or 4.
       states: tiles of the state that the other kernels take at a time, 2, 4 or 8.
       state_stages: of their ring.
       halves: 64 rows each, that a warpgroup of these kernels owns.
       programs: how many programs share the work; None: one for each multiprocessor.
+
+    Raises:
+      ValueError: tokens or sums that are none of these.
     """
 
     tokens: int = 64
@@ -28,6 +31,11 @@ class Tiles:
     state_stages: int = 3
     halves: int = 2
     programs: int | None = None
+
+    def __post_init__(self):
+        if self.tokens % 64 or self.sums not in (1, 2, 4):
+            sizes = f"tokens={self.tokens}, sums={self.sums}"
+            raise ValueError(f"expected tokens a multiple of 64 and sums 1, 2 or 4, got {sizes}")
 
     @property
     def rows(self) -> int:

@@ -15,7 +15,9 @@ class StateArrays(NamedTuple):
 
 
 class States(NamedTuple):
-    """A state before each of N chunks, in the score's tiles: kv bfloat16, its normaliser as the score keeps it."""
+    """A state before each of N chunks, in the score's tiles: kv bfloat16; its normaliser float32, or of squared scores
+    the sum of two numbers in bfloat16, [B, G, N, 2, ...].
+    """
 
     kv: jax.Array
     normalizer: jax.Array

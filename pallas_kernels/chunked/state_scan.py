@@ -24,12 +24,12 @@ def make_scan(scan: Callable, *, counts: np.ndarray | None = None, parts: int = 
     def scan_states(added, weight, initial, reverse=False, other: States | None = None, with_normalizer=True):
         kv, key_sum = (None, None) if initial is None else initial
         own = {} if other is None else {"other": other.kv, "counts": None if counts is None else jnp.asarray(counts)}
-        before, last, *inner = scan(added[0], weight, kv, reverse=reverse, **own)
+        before, last, *products = scan(added[0], weight, kv, reverse=reverse, **own)
         normalizer, last_normalizer = scan(added[1], weight, key_sum, reverse=reverse, **of_normalizer)
         states, final = States(before, normalizer), (last, last_normalizer)
         if other is None:
             return states, final, None
-        inner = inner[0].sum(-1)
+        inner = products[0].sum(-1)
         if with_normalizer:
             inner = inner + (wide(normalizer) * wide(other.normalizer)).reshape(*inner.shape, -1).sum(-1)
         return states, final, inner

@@ -1,5 +1,7 @@
 """The chunked kernels through the interpreter: each against its definition, and all together against the oracle."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,15 +32,24 @@ def test_layout_is_a_bijection_with_the_public_state():
     np.testing.assert_allclose(layout.unpack(tiles), public, rtol=1e-6)
     squared = (layout.multiplicity() * y[PAIRS].prod(-1) * np.asarray(tiles[0, 0, ..., 0])).sum()
     np.testing.assert_allclose(squared, (x @ y) ** 2, rtol=1e-5)
+    np.testing.assert_array_equal(layout.block_multiplicity().repeat(16, axis=1), layout.multiplicity())
     matrix = layout.pack_normalizer(public[..., 0])
     np.testing.assert_allclose(matrix[0, 0], np.outer(x, x), rtol=1e-6)
     np.testing.assert_allclose(layout.unpack_normalizer(matrix), public[..., 0], rtol=1e-6)
 
 
-def test_update():
+@pytest.mark.parametrize("wrong", [{"tokens": 96}, {"sums": 3}])
+def test_tiles_say_what_they_may_be(wrong):
+    with pytest.raises(ValueError, match="expected tokens a multiple of 64 and sums 1, 2 or 4"):
+        Tiles(**wrong)
+
+
+@pytest.mark.parametrize("sums", [1, 2, 4] if EXHAUSTIVE else [2])
+def test_update(sums):
     x, w = normal(0, BATCH, TOKENS, HEADS, 64), normal(1, BATCH, TOKENS, HEADS, 64)
+    problem = dataclasses.replace(PROBLEM, tiles=dataclasses.replace(PROBLEM.tiles, sums=sums))
     with interpreted():
-        got = jax.jit(lambda x, w: update(PROBLEM, x, w))(x, w)
+        got = jax.jit(lambda x, w: update(problem, x, w))(x, w)
     features = by_chunk(x)[..., PAIRS].prod(-1)
     want = np.einsum("bnchtr,bnchv->bntrv", features, by_chunk(w))[:, None]
     assert_near(got, want, 2**-8)

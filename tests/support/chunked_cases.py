@@ -28,7 +28,10 @@ def assert_near(got, want, bound, message=""):
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """Settings of a call, with a state in and out; `edges`: the first token of every segment but the state's."""
+    """Settings of a call, with a state in and out.
+
+    strength: of the decays; edges: the first token of every segment but the state's.
+    """
 
     tokens: int
     score: str = "squared"
@@ -37,6 +40,7 @@ class Case:
     batch: int = 1
     normalize: bool = True
     decay: bool = True
+    strength: float = 0.03
     edges: tuple[int, ...] = ()
 
     def __str__(self):
@@ -55,7 +59,7 @@ class Case:
     def inputs(self) -> dict[str, jax.Array | FiniteState | None]:
         """q, k, v, log_decay, state."""
         (heads, groups), shape, dim = self.heads, (self.batch, self.tokens), self.head_dim
-        decay = np.float32(-0.03) * abs(np.asarray(normal(4, *shape, groups, dtype=jnp.float32)))
+        decay = np.float32(-self.strength) * abs(np.asarray(normal(4, *shape, groups, dtype=jnp.float32)))
         before = [np.asarray(normal(seed, self.batch, groups, 70, dim, dtype=jnp.float32)) for seed in (5, 6)]
         q, k, v = (normal(seed, *shape, n, dim) for seed, n in ((0, heads), (2, groups), (3, groups)))
         if self.score == "linear" and self.normalize:  # denominators are sums of scores, which must not be negative

@@ -85,7 +85,8 @@ def scan(added, weight, initial, *, reverse: bool = False, dtype=jnp.bfloat16, p
     tiles = tiles_of("scan")
 
     @batched
-    def run(added, weight, initial, other):
+    def run(added, weight, initial, other, counts):
+        counts = None if counts is None else counts[0]  # the same of every row
         batch, groups, chunks, *shape = added.shape
         size = math.prod(shape)
         block = math.gcd(size, tiles.block)
@@ -113,4 +114,4 @@ def scan(added, weight, initial, *, reverse: bool = False, dtype=jnp.bfloat16, p
         )
         return (*results[-2:], *results[:-2])
 
-    return run(added, weight, initial, other)
+    return run(added, weight, initial, other, None if counts is None else counts[None])

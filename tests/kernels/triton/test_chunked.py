@@ -175,6 +175,19 @@ def test_a_mapped_axis_is_more_batch():
     np.testing.assert_array_equal(got, jnp.stack([run(x[i], state, None, added[i]) for i in range(3)]))
 
 
+def test_a_mapped_scan_has_the_products_of_every_row():
+    added, other = (normal(seed, 2, 1, 2, 3, 2, 64, 64, dtype=jnp.float32) for seed in (0, 2))
+    weight = abs(normal(1, 2, 1, 2, 3, dtype=jnp.float32))
+    counts = jnp.asarray([[1, 2, 2, 1], [2, 1, 3, 2]], jnp.float32)
+
+    def run(added, weight, other):
+        return scan(added, weight, None, other=other, counts=counts)
+
+    want = [jnp.stack(rows) for rows in zip(*(run(added[i], weight[i], other[i]) for i in range(2)))]
+    for got, alone in zip(jax.jit(jax.vmap(run))(added, weight, other), want, strict=True):
+        np.testing.assert_array_equal(got, alone)
+
+
 def test_a_row_without_weights_is_zero():
     """Its denominator is 0 both inside its chunk and through the state."""
     x = normal(0, BATCH, TOKENS, HEADS, 64).at[:, 1].set(0)
@@ -206,6 +219,7 @@ def test_linear_gradient(dim, normalize):
 
 
 WHOLE = [Case(150, "linear", heads=(2, 1), edges=(140,)), Case(150, heads=(1, 1), edges=(140,))]
+WHOLE += [Case(256, heads=(1, 1), strength=0.003)]  # the state before a chunk counts after it
 WHOLE += [Case(300, heads=(1, 1), edges=(290,))] if EXHAUSTIVE else []
 
 
