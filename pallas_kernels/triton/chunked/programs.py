@@ -85,7 +85,9 @@ def _linear_gradient(tiles, dim):
 
 
 def _scan(tiles):
-    for has in _flags("initial", "reverse", "parts", "other"):
+    alone = [has | {"parts": False, "other": False} for has in _flags("initial", "reverse")]
+    more = [alone[-1] | {"parts": True}, alone[-1] | {"reverse": True, "other": True}]
+    for has in [*alone, *more]:
         arguments = {"added_ptr": F32, "weight_ptr": F32, "initial_ptr": F32 if has["initial"] else None}
         arguments |= dict.fromkeys(("counts_ptr", "inner_ptr"), F32 if has["other"] else None)
         arguments |= {"other_ptr": BF16 if has["other"] else None, "before_ptr": BF16, "final_ptr": F32}
