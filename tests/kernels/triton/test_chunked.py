@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import support.triton  # noqa: F401 (before triton)
 from support.chunked_cases import Case, assert_near, normal, wide
+from support.chunked_scans import STARTS, check_parts, check_products, check_states
 from support.chunked_stages import BATCH, CHUNK, CHUNKS, GROUPS, HEADS, PAIRS, TOKENS, by_chunk, full_state, two_parts
 from support.exhaustive import EXHAUSTIVE, exhaustive
 
@@ -43,45 +44,19 @@ def test_squared_normalizer(weighted):
     assert_near(got, want, 1e-5)
 
 
-@pytest.mark.parametrize(("reverse", "starts"), [(False, True), (True, False), (True, True)])
+@pytest.mark.parametrize(("reverse", "starts"), STARTS)
 def test_scan(reverse, starts):
-    added = normal(0, 1, 2, 3, 2, 64, 64, dtype=jnp.float32)
-    weight = abs(normal(1, 1, 2, 3, dtype=jnp.float32))
-    initial = normal(2, 1, 2, 2, 64, 64, dtype=jnp.float32) if starts else None
-    before, final = scan(added, weight, initial, reverse=reverse, dtype=jnp.float32)
-    state = np.zeros((1, 2, 2, 64, 64)) if initial is None else wide(initial)
-    for c in reversed(range(3)) if reverse else range(3):
-        np.testing.assert_allclose(before[:, :, c], state, atol=1e-5)
-        state = wide(weight)[:, :, c, None, None, None] * state + wide(added[:, :, c])
-    np.testing.assert_allclose(final, state, atol=1e-5)
+    check_states(scan, reverse, starts)
 
 
 @pytest.mark.parametrize("reverse", [False, True])
 def test_scan_of_a_sum_of_two(reverse):
-    """What bfloat16 rounds away of a state is in the second part."""
-    added = normal(0, 1, 2, 3, 1, 64, 64, dtype=jnp.float32)
-    weight = abs(normal(1, 1, 2, 3, dtype=jnp.float32))
-    before, _ = scan(added, weight, None, reverse=reverse, dtype=jnp.float32)
-    parts, _ = scan(added, weight, None, reverse=reverse, parts=2)
-    assert parts.shape == (1, 2, 3, 2, 1, 64, 64)
-    assert parts.dtype == jnp.bfloat16
-    np.testing.assert_array_equal(parts[:, :, :, 0], before.astype(jnp.bfloat16))
-    np.testing.assert_allclose(wide(parts).sum(3), before, rtol=2**-16)
+    check_parts(scan, reverse)
 
 
 @pytest.mark.parametrize("counted", [False, True])
 def test_scan_with_inner_products(counted):
-    """Each 16 rows count as often as they are told to."""
-    added, other = (normal(seed, 1, 2, 3, 2, 64, 64, dtype=jnp.float32) for seed in (0, 2))
-    weight = abs(normal(1, 1, 2, 3, dtype=jnp.float32))
-    counts = jnp.asarray([[1, 2, 2, 1], [2, 1, 3, 2]], jnp.float32) if counted else None
-    other = other.astype(jnp.bfloat16)
-    before, final, inner = scan(added, weight, None, reverse=True, dtype=jnp.float32, other=other, counts=counts)
-    want = wide(before) * wide(other)
-    if counted:
-        want = want * np.repeat(counts, 16, axis=1)[..., None]
-    np.testing.assert_allclose(wide(inner).sum(-1), want.sum((-3, -2, -1)), rtol=1e-5, atol=1e-3)
-    np.testing.assert_array_equal(final, scan(added, weight, None, reverse=True)[1])
+    check_products(scan, counted)
 
 
 @together
