@@ -14,28 +14,25 @@ class Tiles:
     Attributes:
       tokens: that the update takes at a time, a multiple of 64; divides a chunk.
       update_stages: of its ring.
-      sums: tiles of the state of each of its warpgroups that are on their way to device memory at a time: 1, 2 or 4.
       states: tiles of the state that the other kernels take at a time, 2, 4 or 8.
       state_stages: of their ring.
       halves: 64 rows each, that a warpgroup of these kernels owns.
       programs: how many programs share the work; None: one for each multiprocessor.
 
     Raises:
-      ValueError: tokens or sums that are none of these.
+      ValueError: tokens that are no multiple of 64.
     """
 
     tokens: int = 64
     update_stages: int = 5
-    sums: int = 4
     states: int = 4
     state_stages: int = 3
     halves: int = 2
     programs: int | None = None
 
     def __post_init__(self):
-        if self.tokens % 64 or self.sums not in (1, 2, 4):
-            sizes = f"tokens={self.tokens}, sums={self.sums}"
-            raise ValueError(f"expected tokens a multiple of 64 and sums 1, 2 or 4, got {sizes}")
+        if self.tokens % 64:
+            raise ValueError(f"tokens={self.tokens} must be a multiple of 64")
 
     @property
     def rows(self) -> int:

@@ -64,7 +64,7 @@ def update(problem: Problem, x, w):
             "x": operand((stages, parts, HEAD_DIM, HEAD_DIM)),
             "features": plgpu.SMEM((stages, 2, PIECE, block), jnp.bfloat16),
             "w": operand((stages, block, HEAD_DIM)),
-            "s": plgpu.SMEM((CONSUMERS, p.tiles.sums, HEAD_DIM, HEAD_DIM), jnp.float32, transforms=SUMS),
+            "s": plgpu.SMEM((CONSUMERS, HELD, HEAD_DIM, HEAD_DIM), jnp.float32, transforms=SUMS),
             "ring": Ring.barriers(stages, arrivals=1 + parts * HEAD_DIM // BLOCK + 2, users=CONSUMERS),
         },
         roles=ROLES,
@@ -227,9 +227,8 @@ def _multiply(share: _Share, kind: Kind) -> None:
 def _store(share: _Share, m: int, s) -> None:
     """Stores the warpgroup's m-th tile, which is on its way to device memory while the next are summed."""
     b, g, c, first = share.place
-    buffers = share.pieces.problem.tiles.sums
-    buffer = share.refs.scratch.s.at[share.warpgroup, m % buffers]
-    plgpu.wait_smem_to_gmem(buffers - 1, wait_read_only=True)  # what was in it
+    buffer = share.refs.scratch.s.at[share.warpgroup, m]
+    plgpu.wait_smem_to_gmem(HELD - 1, wait_read_only=True)  # the m-th tile of the piece before
     buffer[...] = s
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(buffer, share.refs.outputs.s.at[b, g, c, first + share.own + m])
